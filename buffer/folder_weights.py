@@ -46,7 +46,7 @@ from buffer.records import Manifest
 from buffer.sealed import Content, Sealed, parts_of
 from buffer.small_json import is_whole, read_small_json
 from buffer.version_rules import check_keep, check_may_publish, check_producer, versions_to_prune
-from buffer.weights_store import WeightsStore
+from buffer.weights_store import StoreDamagedError, WeightsStore
 
 DENIED = "DENIED.json"
 HIGHEST = "HIGHEST"
@@ -153,7 +153,7 @@ class FolderWeights(WeightsStore):
         except (FileNotFoundError, NotADirectoryError):
             return set()
         except (ValueError, TypeError):
-            raise ValueError(
+            raise StoreDamagedError(
                 f"{path} must be a list of the versions that were rolled back; write [] to forget "
                 f"them"
             ) from None
@@ -238,12 +238,12 @@ class FolderWeights(WeightsStore):
         except FileNotFoundError:
             return default
         except NotRegularError as error:
-            raise ValueError(
+            raise StoreDamagedError(
                 f"{path} must be a file with {_NUMBERS[name]}, but {error.strerror}; nothing is "
                 f"published. Remove it, and write that number into a file of this name"
             ) from None
         if not VERSION_NAME.fullmatch(text):
-            raise ValueError(
+            raise StoreDamagedError(
                 f"{path} must hold {_NUMBERS[name]}, got {text[:40]!r}; nothing is published. "
                 f"Write that number into it"
             )

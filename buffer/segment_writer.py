@@ -180,7 +180,7 @@ class SegmentWriter(TraceWriter):
                 raise
             self._notice_deletion()
             if self._open is None:
-                text = "somebody deleted the segment"
+                text = "somebody deleted the segment, or cut it off"
                 raise FileNotFoundError(errno.ENOENT, text, str(segment.path))
         newly = range(self._appended - self._pending, self._appended)
         self._durable += self._pending
@@ -261,10 +261,11 @@ class SegmentWriter(TraceWriter):
             self._open = None
 
     def _notice_deletion(self) -> None:
-        """Count what somebody has deleted. What is pending in a deleted segment is lost; more must
-        not follow."""
-        if self._open is not None and not self._open.is_there:
-            self._missing += self._appended - self._pending - self._open.first
+        """Count what somebody has deleted or cut off. What is pending in such a segment is lost;
+        more must not follow."""
+        if self._open is not None and (left := self._open.num_left()) is not None:
+            durable = self._appended - self._pending - self._open.first
+            self._missing += max(durable - left, 0)
             self._abandon_segment()
         if self._folder.was_deleted:
             self._evictor.lose_folder()

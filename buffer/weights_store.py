@@ -20,6 +20,10 @@ class SupersededError(ValueError):
         )
 
 
+class StoreDamagedError(ValueError):
+    """What a store holds cannot be used. Its trainer must not go on; a server needs none of it."""
+
+
 class WeightsStore(Protocol):
     """Published versions of a drafter, each with its manifest and files."""
 
@@ -147,10 +151,11 @@ class WeightsStore(Protocol):
         passed over.
 
         Raises:
-            ValueError: there is none.
+            StoreDamagedError: there is none.
+            ValueError: likewise, and one was refused for its signature: somebody should look at it.
         """
         denied = self.read_denied()
-        problems = []
+        problems, is_damage = [], True
         for version in reversed(self.versions()):
             if version in denied:
                 problems.append(f"version {version} was rolled back.")
@@ -159,14 +164,16 @@ class WeightsStore(Protocol):
                 return self.read(version), problems
             except BundleError as error:
                 problems.append(str(error))
+                is_damage = is_damage and error.reason == "damaged"
         reasons = " ".join(problems) or "it is empty"
-        raise ValueError(f"no version in {self.location} can be used: {reasons}")
+        why = f"no version in {self.location} can be used: {reasons}"
+        raise StoreDamagedError(why) if is_damage else ValueError(why)
 
     def read_denied(self) -> set[int]:
         """Versions that a server rolled back from; nobody starts with them.
 
         Raises:
-            ValueError: the stored list is damaged.
+            StoreDamagedError: the stored list cannot be used.
         """
         ...
 

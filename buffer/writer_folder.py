@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, sync_folder
+from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular, sync_folder
+from buffer.frames import scan
 from buffer.layout import LOCK, hold_lock, segment_path
 
 
@@ -99,7 +100,24 @@ class OpenSegment:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
         return cls(path, os.open(path, flags, OWNER_FILE), number, first, now_s)
 
-    @property
-    def is_there(self) -> bool:
-        """Nobody has deleted or replaced the file."""
-        return leads_to(self.path, self.descriptor)
+    def num_left(self) -> int | None:
+        """Records that are left of a file that somebody has deleted, replaced or cut off; ``None``:
+        nobody has."""
+        if not leads_to(self.path, self.descriptor):
+            return 0
+        num_bytes = os.fstat(self.descriptor).st_size
+        return None if num_bytes >= self.size else _num_records(self.path, num_bytes)
+
+
+def _num_records(path: Path, num_bytes: int) -> int:
+    """Whole records in the first bytes of a segment; 0 if it cannot be read."""
+    try:
+        descriptor = open_regular(path)
+    except OSError:
+        return 0
+    try:
+        return sum(1 for _ in scan(descriptor, num_bytes))
+    except OSError:
+        return 0
+    finally:
+        os.close(descriptor)

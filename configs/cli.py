@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -85,12 +85,14 @@ def settings_from_cli(
     *,
     loads_target: bool = True,
     unknown: Sequence[str] = (),
+    check: Callable[[Settings], object] = lambda _settings: None,
 ) -> Settings:
     """Load the settings of a command, with the environment of the process.
 
     Args:
         loads_target: the command loads the target, so a bundled one must be there.
         unknown: words of the command line that are no option of the command.
+        check: raises SettingsError for what the command would refuse; not even printed then.
 
     Raises:
         typer.Exit: with code 2 after printing to stderr what is wrong, or with code 0 after
@@ -101,6 +103,7 @@ def settings_from_cli(
         raise typer.Exit(code=2)
     try:
         settings = load_settings(files or (), overrides or (), os.environ)
+        check(settings)
     except SettingsError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error

@@ -33,6 +33,9 @@ from configs.urls import MASK, has_secret, shown_place, shown_url, shown_value
 
 SECRETS = frozenset({"server.api_key", "buffer.url"})
 """Settings that errors never quote."""
+_NEVER_EMPTY = frozenset({"target", "device", "server.host"})
+"""Texts that must say something, as every path must: an empty one is mostly a shell's variable that
+is not set, and would stand for the current folder or for every address."""
 _KEY = re.compile(r"[A-Za-z0-9_.-]{1,200}")
 
 
@@ -236,6 +239,9 @@ def _validated(tree: dict[str, Any]) -> Settings:
 
 def _problems(layer: _Layer) -> list[str]:
     """Errors in one layer, one line each; every setting has a default, so a layer stands alone."""
+    empty = list(_empty(layer.source, layer.values))
+    if empty:
+        return empty
     tree = _merged(_DEFAULTS, layer.values)
     try:
         _validated(tree)
@@ -243,6 +249,18 @@ def _problems(layer: _Layer) -> list[str]:
         lines = [line for problem in error.errors() for line in _lines(layer.source, problem, tree)]
         return list(dict.fromkeys(lines))
     return []
+
+
+def _empty(source: str, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, dict):
+            yield from _empty(source, value, f"{key}.")
+        elif isinstance(value, str) and not value.strip():
+            annotation = _KEYS.get(key)
+            if key in _NEVER_EMPTY or Path in _members(annotation):
+                must = _type_text(annotation)
+                yield f"{source}: {key!r} must be {must}, got nothing; leave it out for the default"
 
 
 def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:

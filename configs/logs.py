@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -12,6 +13,24 @@ OURS = ("serving", "trainer", "drafters", "policies", "targets", "buffer", "repo
 FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
+_UNSEEN = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]"
+)
+"""Characters that would steer a terminal, or change the order of what it shows."""
+
+
+class OneRecord(logging.Formatter):
+    """Lines that nobody can forge: a message may quote what a client sent.
+
+    Control characters are shown as Python would write them, and whatever follows an end of line
+    begins with spaces, which no line of ours does.
+    """
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        line = _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], super().formatMessage(record))
+        return line.rstrip("\n").replace("\n", "\n    ")
+
+
 def set_up_logging(level: str) -> None:
     """Send log lines to stderr.
 
@@ -19,7 +38,9 @@ def set_up_logging(level: str) -> None:
         level: ``debug``, ``info``, ``warning`` or ``error``, as in ``Settings.log_level``.
     """
     chosen = logging.getLevelNamesMapping()[level.upper()]
-    logging.basicConfig(stream=sys.stderr, level=max(chosen, logging.WARNING), format=FORMAT)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(OneRecord(FORMAT))
+    logging.basicConfig(handlers=[handler], level=max(chosen, logging.WARNING))
     for name in OURS:
         logging.getLogger(name).setLevel(chosen)
 

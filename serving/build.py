@@ -19,7 +19,8 @@ from buffer.audit import audit
 from buffer.backends import open_backend, open_trace_writer
 from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
-from buffer.interface import Backend
+from buffer.interface import Backend, TraceWriter
+from buffer.late_writer import LateWriter
 from buffer.run_target import former_of
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
@@ -52,7 +53,7 @@ from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
 from targets.find import checked_folder, target_name
-from targets.fits import check_tokenizer
+from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
 from targets.load import load_served_model, pick_device, pick_dtype
 from targets.target import Target
 from targets.tokenizer import served_tokenizer
@@ -99,6 +100,7 @@ def load_target(settings: Settings) -> LoadedTarget:
     config, tokenizer = load_config(folder), served_tokenizer(folder, settings.target_cache)
     with_model_len(settings, config)  # refused before the weights are read
     check_tokenizer(tokenizer, config)
+    warn_of_template(tokenizer, folder)
     fingerprint = target_fingerprint(folder)
     model = load_served_model(folder, config, pick_dtype(settings.dtype, device), device)
     name = target_name(settings.target)
@@ -297,9 +299,7 @@ def _service(
     if programs.ring is not None:
         b = settings.buffer
         audit(settings.run_dir, "write", b.url, backend.run)
-        writer = ForgettingWriter(
-            open_trace_writer(backend, b, settings.run_dir), backend.deletions
-        )
+        writer = ForgettingWriter(_trace_writer(settings, backend), backend.deletions)
         waiting = int(_WAITING_SHARE * _memory_bytes())
         recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
         maker = TraceMaker(
@@ -322,6 +322,25 @@ def _service(
     listeners = _listeners(recorder, maker, several, redaction, savings, target)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
     return Service(model, engine, recorder, maker, followers, policies, savings, target)
+
+
+def _trace_writer(settings: Settings, backend: Backend) -> TraceWriter:
+    """Where traces go. Storage that cannot be opened is tried again with each of them: serving
+    needs none.
+
+    Raises:
+        ValueError: the settings contradict what is stored, such as another key.
+    """
+    open_writer = partial(open_trace_writer, backend, settings.buffer, settings.run_dir)
+    try:
+        return open_writer()
+    except OSError as error:
+        log.warning(
+            "traces cannot be written (%s); serving starts nevertheless. They are lost and counted "
+            '(traces_total{result="failed"}) until this is mended',
+            error,
+        )
+        return LateWriter(open_writer)
 
 
 def _target_changed(maker: TraceMaker | None, followers: list[Swapper]) -> Callable[[str], None]:
@@ -420,4 +439,5 @@ def _eos_ids(model: Any) -> frozenset[int]:
         eos = model.config.get_text_config().eos_token_id
     if eos is None:
         return frozenset()
-    return frozenset(eos if isinstance(eos, list) else [eos])
+    ids = eos if isinstance(eos, list) else [eos]
+    return known_eos_ids(ids, model.config.get_text_config().vocab_size)

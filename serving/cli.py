@@ -58,7 +58,9 @@ def launch(
     print_config: PrintConfigOption = False,
 ) -> None:
     """Load the target and its drafter, and answer requests until told to stop."""
-    settings = settings_from_cli(config, set_, print_config, unknown=context.args)
+    settings = settings_from_cli(
+        config, set_, print_config, unknown=context.args, check=_check_names
+    )
     _check_kinds(settings)
     if settings.capture.memory_only:
         forbid_core_dumps()
@@ -139,6 +141,15 @@ def _serve(settings: Settings, loaded: _Loaded) -> int:
     return code
 
 
+def _check_names(settings: Settings) -> None:
+    """
+    Raises:
+        SettingsError: a name is in no catalog.
+    """
+    chosen(settings.drafter)
+    policy_class(settings.policy)
+
+
 def _check_kinds(settings: Settings) -> None:
     """Refuse names that are in no catalog, and files that cannot be used, before torch is imported.
 
@@ -146,8 +157,6 @@ def _check_kinds(settings: Settings) -> None:
         typer.Exit: with code 2 after printing what is wrong.
     """
     try:
-        chosen(settings.drafter)
-        policy_class(settings.policy)
         open_backend(settings.buffer.url, settings.run_dir)
         check_keys(settings.swap.public_key)
         if settings.capture.redact is not None:

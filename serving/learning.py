@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from buffer.interface import Backend
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
-from buffer.weights_store import WeightsStore
+from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.schema import Settings
 from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
 from drafters.protocol import NeuralDrafter, Weights
@@ -62,6 +62,13 @@ def _first_version(
             "memory alone",
             store.location,
             error.strerror,
+        )
+        stored = unpublished_drafter(kind, target, path=path, new=new)
+    except StoreDamagedError as error:
+        log.warning(
+            "%s. Serving starts with version 0 of the drafter, in memory alone, and takes newer "
+            "versions as they come",
+            str(error).rstrip("."),
         )
         stored = unpublished_drafter(kind, target, path=path, new=new)
     manifest = stored.manifest
@@ -127,6 +134,6 @@ def _denied(store: WeightsStore) -> set[int]:
     """Versions that were rolled back before; none if the disk does not say."""
     try:
         return set(store.read_denied())
-    except OSError as error:
+    except (OSError, StoreDamagedError) as error:
         log.warning("cannot read which versions were rolled back (%s); serving continues", error)
         return set()

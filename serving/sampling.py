@@ -83,7 +83,7 @@ class SamplingParams:
         at_least=-MAX_INT64 - 1,
         at_most=MAX_INT64,
         accepted="a signed 64-bit integer",
-        of_choice=lambda seed, choice: None if seed is None else (seed + choice) % 2**63,
+        of_choice=lambda seed, choice: None if seed is None else _wrapped(seed + choice),
         in_trace=True,
     )
     max_tokens: int = declare(
@@ -221,3 +221,8 @@ def _shown(default: object) -> str:
 
 if __name__ == "__main__":
     print(documentation(), end="")
+
+
+def _wrapped(seed: int) -> int:
+    """A seed of 64 bits with its sign: that of a later choice may be one above the largest."""
+    return (seed + 2**63) % 2**64 - 2**63

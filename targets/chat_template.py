@@ -54,6 +54,15 @@ def render(
     )
 
 
+def problem_of(template: str) -> str | None:
+    """Why a template can render nothing; ``None``: it is valid."""
+    try:
+        _compiled(template)
+    except jinja2.TemplateSyntaxError as error:
+        return f"line {error.lineno}: {error.message}"
+    return None
+
+
 @lru_cache(maxsize=4)
 def _compiled(template: str) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(

@@ -112,9 +112,9 @@ def _check_whole(path: Path) -> None:
 
 
 def _cut_off(path: Path, wanted: int, size: int) -> ValueError:
-    what = "cut off" if size < wanted else "damaged"
+    what, extent = ("cut off", " or more") if size < wanted else ("damaged", "")
     return ValueError(
-        f"{path} is {what}: by its header it holds {wanted} bytes or more, but it has {size}; "
+        f"{path} is {what}: by its header it holds {wanted} bytes{extent}, but it has {size}; "
         f"download the target again"
     )
 

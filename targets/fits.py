@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
+
+from targets.chat_template import problem_of
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +63,33 @@ def check_tokenizer(tokenizer: Any, config: Any) -> None:
         f"the tokenizer has {len(beyond)} tokens that the target has not, whose vocabulary is "
         f"{size}: {names}; use the tokenizer that belongs to the target, or resize its embeddings"
     )
+
+
+def warn_of_template(tokenizer: Any, folder: Path) -> None:
+    """Log that a chat template is not valid: chats fail, but prompts of text work."""
+    template = tokenizer.chat_template
+    problem = problem_of(template) if isinstance(template, str) else None
+    if problem is not None:
+        log.warning(
+            "the chat template of %s (chat_template.jinja or tokenizer_config.json) is not valid: "
+            "%s. Every chat is answered with 500; /v1/completions works",
+            folder,
+            problem,
+        )
+
+
+def known_eos_ids(eos_ids: Iterable[Any], vocab_size: int) -> frozenset[int]:
+    """The end-of-text ids that a target can emit; the others are logged."""
+    given = frozenset(eos_ids)
+    known = frozenset(i for i in given if isinstance(i, int) and 0 <= i < vocab_size)
+    if given != known:
+        log.warning(
+            "eos_token_id names %s, but the target's vocabulary is %d: %s",
+            ", ".join(sorted(map(repr, given - known))),
+            vocab_size,
+            "the others end a text" if known else "no token ends a text",
+        )
+    return known
 
 
 def check_same_tokenizer(tokenizer: Any, other: Any, name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from configs.choices import SettingsError
 from targets.fused import supports
 from targets.own_config import OwnConfig
 from targets.own_model import load_own_model
+from targets.surplus import surplus_of
+
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
 
 
 def pick_device(name: str, setting: str = "device") -> torch.device:
@@ -21,16 +26,22 @@ def pick_device(name: str, setting: str = "device") -> torch.device:
         setting: name of the setting, for the error message.
 
     Raises:
-        ValueError: CUDA is requested but not available.
+        SettingsError: there is no such device, or CUDA is requested but not available.
     """
+    if not _DEVICE.fullmatch(name):
+        raise SettingsError(f"{setting} must be auto, cpu, cuda or cuda:N, got {name!r}")
     has_cuda = torch.cuda.is_available()
     if name == "auto":
         return torch.device("cuda" if has_cuda else "cpu")
     if name.startswith("cuda") and not has_cuda:
-        raise ValueError(
+        raise SettingsError(
             f"{setting} is {name!r}, but no CUDA device is available; set it to cpu or auto"
         )
-    return torch.device(name)
+    device = torch.device(name)
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        num = torch.cuda.device_count()
+        raise SettingsError(f"{setting} is {name!r}, but the CUDA devices here are 0..{num - 1}")
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -47,7 +58,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
     Shows a progress bar on a terminal only: in a log file it would be control characters.
 
     Raises:
-        ValueError: a weight of the model is missing, or has another shape than its config says.
+        ValueError: a weight of the model is missing, or has another shape than its config says, or
+            the model has no place for one.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -75,6 +87,11 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> nn.Mod
         raise ValueError(
             f"{folder} lacks {len(missing)} weights of the model: {', '.join(missing[:3])}; "
             f"weights and config.json must belong together"
+        )
+    if surplus := surplus_of(found["unexpected_keys"], model.config):
+        raise ValueError(
+            f"{folder} has {len(surplus)} weights that the model of its config.json has not: "
+            f"{surplus[0]}; weights and config.json must belong together"
         )
     return model.to(device)
 

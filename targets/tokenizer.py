@@ -5,22 +5,61 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from targets.gguf_cache import default_cache
 from targets.kept_tokenizer import keep_tokenizer, kept_tokenizer
-from targets.own_tokenizer import OwnTokenizer, as_written
+from targets.own_tokenizer import CONFIG, OwnTokenizer, as_written
 
 log = logging.getLogger(__name__)
 
+_VOCABULARIES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer.model.v3", "tekken.json", "tiktoken.model",
+    "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model",
+)  # fmt: skip
+"""Files that hold a vocabulary. Without any the library may make an empty tokenizer, unless the
+config names a class that needs none."""
+_JSON = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "config.json",
+)  # fmt: skip
+
 
 def load_tokenizer(folder: Path) -> Any:
-    """The ``transformers`` tokenizer in ``folder``; runs no code from the folder."""
+    """The ``transformers`` tokenizer in ``folder``; runs no code from the folder.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded; names the file where that is known.
+    """
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    if not any((folder / name).exists() for name in (*_VOCABULARIES, CONFIG)):
+        raise ValueError(_none_in(folder))
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # JSON, Rust and missing packages: the library has no class for it
+        raise ValueError(_why_not(folder, error)) from error
+
+
+def _why_not(folder: Path, error: Exception) -> str:
+    """Why a tokenizer cannot be loaded: what is wrong in the folder, or else what was said."""
+    for path in filter(Path.is_file, map(folder.joinpath, _JSON)):
+        try:
+            if not isinstance(json.loads(path.read_bytes()), dict):
+                return f"{path} must hold a JSON object; download the target again"
+        except (OSError, ValueError) as problem:
+            return f"{path} cannot be read: {problem}; download the target again"
+    if not any((folder / name).exists() for name in _VOCABULARIES):
+        return _none_in(folder)
+    said = str(error).strip().partition("\n")[0]
+    return f"the tokenizer in {folder} cannot be loaded ({type(error).__name__}: {said})"
+
+
+def _none_in(folder: Path) -> str:
+    return f"{folder} has no tokenizer: tokenizer.json is missing; download the target again"
 
 
 def served_tokenizer(folder: Path, cache: Path | None = None) -> Any:

@@ -285,6 +285,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
     """
     state = saved.state
     intake, group = trainer.intake, trainer.settings.trainer.group
+    lr = trainer.settings.trainer.lr
     former = former_of(trainer.settings.run_dir, intake.expected.target_fingerprint)
     try:
         is_former = state["target_fingerprint"] in former
@@ -294,7 +295,8 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.learner.load_state_tensors(saved.tensors)
         trainer.learner.step = state["step"]
         trainer.learner.num_skipped = state["num_skipped"]
-        trainer.learner.lr_scale = state["lr_scale"]
+        is_same_rate = state.get("lr", lr) == lr  # checkpoints from before lack it
+        trainer.learner.lr_scale = state["lr_scale"] if is_same_rate else 1.0
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
         trainer.worth.restore(state.get("worth", {}))  # checkpoints from before lack it
@@ -322,6 +324,12 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         traces_again=len(again & found.keys()),
         traces_again_gone=len(again - found.keys()),
     )
+    if not is_same_rate and state["lr_scale"] != 1.0:
+        trainer.journal.event(
+            "rate_reset",
+            text=f"trainer.lr is {lr:g}, where it was {state['lr']:g} and had been scaled by "
+            f"{state['lr_scale']:g}: the whole of it is taken",
+        )
     if None in saved.damaged:
         trainer.journal.event(
             "not_trained_again",

@@ -34,6 +34,7 @@ from configs.cli import (
 from configs.logs import set_up_logging
 from configs.options import ANYTHING
 from configs.schema import Settings
+from drafters.catalog import chosen
 from drafters.trainable import learning_kinds
 from reporting.catalog import check_writers
 from targets.find import checked_folder
@@ -225,7 +226,9 @@ def _settings(
     Raises:
         typer.Exit: see ``settings_from_cli``; or with code 2 if there is nothing to train.
     """
-    settings = settings_from_cli(config, set_, print_config, unknown=unknown)
+    settings = settings_from_cli(
+        config, set_, print_config, unknown=unknown, check=lambda found: chosen(found.drafter)
+    )
     if settings.drafter.kind not in learning_kinds():
         typer.echo(
             f"drafter.kind is {settings.drafter.kind!r}: there is nothing to train. Set it to one "

@@ -29,6 +29,14 @@ _TOKENS_AT_ONCE = 8192
 """Positions of one batch of held-out samples."""
 
 
+_HOPELESS = 0.25
+"""Share of the incumbent's kept tokens a step below which a candidate is given up."""
+_WORTH_KEEPING = 0.1
+"""Kept tokens a step of an incumbent that has learnt anything."""
+_ENOUGH_TRACES = 4
+"""Held-out traces without which that may be chance."""
+
+
 @dataclass(frozen=True, slots=True)
 class Speeds:
     """Simulated speeds relative to plain decoding, each drafter at the K that is best for it."""
@@ -72,6 +80,15 @@ class Judgement:
     """``None`` where step times are unknown; then tokens_per_step decides."""
     domains: Mapping[str, DomainSpeeds] = field(default_factory=dict)
     """Of the newest and earlier held-out traces."""
+
+    @property
+    def is_hopeless(self) -> bool:
+        """The candidate, which began as the incumbent, has so few proposals kept that its weights
+        must have gone wrong: finite, but of no use, and few updates would lead back."""
+        if self.candidate is None or self.incumbent is None or self.num_traces < _ENOUGH_TRACES:
+            return False
+        kept, wanted = self.candidate - 1, self.incumbent - 1
+        return wanted >= _WORTH_KEEPING and kept < _HOPELESS * wanted
 
     @property
     def relative_error(self) -> float | None:

@@ -207,6 +207,7 @@ _TEXTS = {
         "acceptance of version %(version)d has fallen on live traffic (learning was paused: "
         "%(woke)s)",
     ),
+    "rate_reset": (logging.INFO, "%(text)s"),
     "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
     "checkpoint": (logging.DEBUG, "checkpoint %(name)s: %(bytes)d bytes in %(seconds).1f s"),
     "checkpoint_failed": (logging.ERROR, "the checkpoint could not be written: %(text)s"),

@@ -89,7 +89,7 @@ class Trainer:
     worth: Worth
     """What learning costs and brings, and whether to go on."""
     restored: bool = False
-    """Weights were restored from a checkpoint, and no update was finite since."""
+    """Weights were restored, and no candidate was judged sound since."""
     updates: UpdateLog = field(default_factory=UpdateLog)
     """Updates that are not in the journal yet."""
 
@@ -219,8 +219,12 @@ class Trainer:
         )
         if content is not None:
             self._publish(judgement, content)
+        elif judgement.is_hopeless:
+            self.pace.begin()
+            self._restore_from(None, "the candidate is far behind the incumbent")
         else:
             self.pace.refused_in_row += 1
+        self.restored = self.restored and judgement.is_hopeless
         seconds = time.monotonic() - started
         self.pace.judged(judgement.relative_error, judgement.verdict.lacks, seconds)
         self.worth.spend(seconds)
@@ -342,6 +346,7 @@ class Trainer:
             **self.identity(),
             "step": self.learner.step,
             "num_skipped": self.learner.num_skipped,
+            "lr": self.settings.trainer.lr,
             "lr_scale": self.learner.lr_scale,
             "steps_since_judged": self.pace.steps_since_judged,
             "refused_in_row": self.pace.refused_in_row,
@@ -359,6 +364,13 @@ class Trainer:
         """Restore the last checkpoint or, if that did not help, the last published version."""
         self.report_checkpoint(wait=True)
         saved = None if self.restored else self._last_checkpoint()
+        self._restore_from(saved, f"{MAX_SKIPS} updates in a row were not finite")
+
+    def _restore_from(self, saved: Checkpoint | None, why: str) -> None:
+        """
+        Args:
+            saved: ``None``: restore the last published version.
+        """
         if saved is None:
             self.learner.load_weights(self.judge.incumbent.state_dict())
         else:
@@ -369,7 +381,7 @@ class Trainer:
             "restored",
             step=self.learner.step,
             source="checkpoint" if saved else f"version {self.published.version}",
-            text=f"{MAX_SKIPS} updates in a row were not finite; learning rate halved",
+            text=f"{why}; learning rate halved",
             lr_scale=self.learner.lr_scale,
         )
 
@@ -406,8 +418,6 @@ class Trainer:
         for report in reports:
             self.updates.add(report)
             self.pace.saw(report)
-            if not report.skipped:
-                self.restored = False
         if reports and self.learner.skips_in_row >= MAX_SKIPS:
             self._restore_weights()
         if self.updates.is_due():

@@ -1,8 +1,10 @@
 """Access control. Each route declares its scope as a dependency; the app is not built if one does
 not.
 
-No decision depends on the path or the Host header: forged ones can bypass a prefix check
-(CVE-2026-48710), but not a dependency.
+No decision depends on the path, and the Host header opens nothing: forged ones can bypass a prefix
+check (CVE-2026-48710), but not a dependency. A Host that is not this machine closes pages and admin
+routes that need no key: a web page whose name was made to lead to 127.0.0.1 (DNS rebinding) is of
+the same origin as this server to a browser, and may read what it answers.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ import binascii
 import hashlib
 import hmac
 import ipaddress
+import re
+import socket
+from functools import cache
 from typing import Annotated, Any, Literal
 
 from fastapi import Depends
@@ -41,6 +46,7 @@ async def require_user(request: Request, _: _Documented) -> None:
 
 async def require_page(request: Request, _: _Documented) -> None:
     """Scope ``page``: read-only pages; a browser may send the key as the Basic password."""
+    _require_own_host(request)
     key = _bearer_key(request)
     _require_key(request, key if key is not None else _basic_password(request), "Basic")
 
@@ -57,6 +63,8 @@ OPEN = [Depends(allow_everybody)]
 USER = [Depends(require_user)]
 PAGE = [Depends(require_page)]
 ADMIN = [Depends(require_admin)]
+
+_HOST = re.compile(r"(?:\[([0-9a-f:.]+)\]|([^\[\]:/@]+))(?::[0-9]*)?")
 
 _SCOPES: dict[Any, Scope] = {
     allow_everybody: "open",
@@ -109,12 +117,44 @@ def _require_local_program(request: Request) -> None:
     client = request.client
     if client is None or not is_loopback(client.host):
         raise ApiError(403, "Admin routes need server.api_key.", code="key_required")
-    if "origin" in request.headers:
+    if "origin" in request.headers or request.headers.get("sec-fetch-site", "none") != "none":
         raise ApiError(
             403,
             "Admin routes do not answer web pages unless server.api_key is set.",
             code="web_page",
         )
+    _require_own_host(request)
+
+
+def _require_own_host(request: Request) -> None:
+    """Refuse a name that is not this machine's, unless a key decides. A browser always sends the
+    one that its page came from; programs of old may send none."""
+    server = context_of(request).settings.server
+    if server.api_key is not None:
+        return
+    own = {server.host.lower(), *_own_names()}
+    for host in map(_host_of, request.headers.getlist("host")):
+        if not is_loopback(host) and host not in own:
+            raise ApiError(
+                403,
+                "The Host header names another machine. Use 127.0.0.1, localhost or this machine's "
+                "name, or set server.api_key.",
+                code="foreign_host",
+            )
+
+
+def _host_of(header: str) -> str:
+    """The host in a Host header, without port and brackets; empty if it is none."""
+    found = _HOST.fullmatch(header.strip().lower())
+    return "" if found is None else (found[1] or found[2]).removesuffix(".")
+
+
+@cache
+def _own_names() -> frozenset[str]:
+    """What this machine calls itself, without asking a name server."""
+    name = socket.gethostname().lower()
+    short = name.partition(".")[0]
+    return frozenset((name, short, f"{short}.local", "localhost.localdomain")) - {""}
 
 
 def _credentials(request: Request, scheme: bytes) -> bytes | None:

@@ -294,6 +294,10 @@ class GuardedProtocol(H11Protocol):
         super().data_received(data)
         self._watch_headers()
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: the request is answered as if it had not asked (RFC 9110, Section 7.8), and
+        uvicorn's advice to install something would not change that."""
+
     def send_400_response(self, msg: str) -> None:
         """Refuse malformed HTTP in the usual error format, unless a response has begun."""
         if self.cycle is not None and not self.cycle.response_complete:

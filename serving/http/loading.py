@@ -18,7 +18,7 @@ from starlette.responses import Response
 from serving.http.boundary import MAX_HEAD_BYTES
 from serving.http.connections import ACCEPTS, is_near_limit
 from serving.http.errors import ApiError
-from serving.http.response_bodies import Health
+from serving.http.response_bodies import Health, Readiness
 from serving.http.responses import json_answer
 
 _HEAD_S = 10.0
@@ -99,10 +99,20 @@ def _response(head: bytes) -> bytes:
     words = head.partition(b"\r\n")[0].split(b" ")
     path = words[1].partition(b"?")[0] if len(words) > 1 else b""
     is_health = path in (b"/health", b"/health/")
-    answer = json_answer(Health(status="alive")) if is_health else _not_yet()
+    if is_health:
+        answer = json_answer(Health(status="alive"))
+    else:
+        answer = _not_ready() if path in (b"/ready", b"/ready/") else _not_yet()
     reason = b"200 OK" if is_health else b"503 Service Unavailable"
     lines = [b"HTTP/1.1 " + reason, *(b": ".join(header) for header in answer.raw_headers)]
     return b"\r\n".join([*lines, b"connection: close", b"", bytes(answer.body)])
+
+
+def _not_ready() -> Response:
+    """``/ready`` has one shape, whatever it says."""
+    answer = json_answer(Readiness(status="not ready", reason="the model is being loaded"))
+    answer.headers["Retry-After"] = "1"
+    return answer
 
 
 def _not_yet() -> Response:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jinja2
 
 from serving.engine.vocabulary import Vocabulary
-from serving.http.errors import invalid
+from serving.http.errors import failed, invalid
 
 T = TypeVar("T")
 
@@ -42,7 +42,7 @@ class PromptEncoder:
 
         Raises:
             ApiError: 400, the target has no chat template, or its template refuses the messages or
-                fails on them.
+                fails on them; 500, the template is not valid.
         """
         if not self._tokenizer.chat_template:
             raise invalid(
@@ -52,6 +52,12 @@ class PromptEncoder:
             )
         try:
             text = await self._run(lambda: self._chat_text(messages))
+        except jinja2.TemplateSyntaxError as error:
+            raise failed(
+                f"the target's chat template is not valid (line {error.lineno}: {error.message}); "
+                f"use /v1/completions",
+                code="chat_template",
+            ) from None
         except jinja2.TemplateError as error:
             raise invalid(
                 f"the target's chat template refuses these messages: {error.message}",

@@ -246,7 +246,7 @@ class RollbackRequest(Body):
 class TargetUpdateRequest(Body):
     """Body of POST /admin/target/update."""
 
-    path: str = Field(min_length=1, max_length=4096)
+    path: str = Field(min_length=1, max_length=4096, pattern=VISIBLE)
     """Folder on the server's machine with config.json and safetensors of the same model."""
 
 

@@ -15,8 +15,7 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from buffer.interface import ServiceAwayError
-from buffer.weights_store import WeightsStore
+from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
 from policies.rollback import Action, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
@@ -57,7 +56,10 @@ class Shelf:
         self._expected = expected
         self._denied_written: set[int] | None = None
         with contextlib.suppress(OSError):
-            self._denied_written = set(store.read_denied())
+            try:
+                self._denied_written = set(store.read_denied())
+            except StoreDamagedError:  # left as it is until there is something to add
+                self._denied_written = set()
         self._failed: dict[int, Hashable] = {}
         self._mark_due_s = 0.0
         self._outage = Outage("record which versions are in use or rolled back")
@@ -128,7 +130,7 @@ class Shelf:
         """Published versions; none while the store does not say."""
         try:
             return self.store.versions()
-        except ServiceAwayError:
+        except OSError:  # of a disk, or a service that is away
             return []
 
     def note_failure(self, version: int, mark: Hashable) -> None:
@@ -241,7 +243,7 @@ class Swapper:
     def _swap(self, version: int | None, timeout_s: float) -> dict[str, Any]:
         try:
             published = self._shelf.store.versions()
-        except ServiceAwayError as error:
+        except OSError as error:
             raise ValueError(f"the published versions cannot be read at present: {error}") from None
         known = [v for v in published if v not in self._force.denied]
         if version is None and not known:

@@ -205,3 +205,40 @@ def test_folders_that_a_reader_makes_are_their_owners_alone_too(tmp_path):
         os.umask(before)
     for folder in (root, root / "groups", root / "groups" / "trainer"):
         assert folder.stat().st_mode & 0o777 == 0o700, folder
+
+
+@pytest.mark.parametrize(("num_bytes", "num_left"), [(0, 0), (10, 0), (400, 3), (1000, 7)])
+def test_what_is_cut_off_an_open_segment_is_missing(tmp_path, num_bytes, num_left):
+    root = tmp_path / "traces"
+    with SegmentWriter(root, LIMITS) as writer:
+        for number in range(10):
+            writer.append(payload(number))
+        writer.sync()
+        (path,) = (root / writer.name).glob("*.seg")
+        assert writer.counts.missing == 0
+        os.truncate(path, num_bytes)
+        assert len(frame_count(path)) == num_left
+        writer.append(payload(10))  # behind the hole it would be lost, too
+        writer.sync()
+        counts = writer.counts
+        assert (counts.durable, counts.missing, counts.doubtful) == (11, 10 - num_left, 0)
+        assert [path.name for path in sorted(path.parent.glob("*.seg"))] == [
+            "000000.seg",
+            "000001.seg",
+        ]
+    reader = SegmentReader(root)
+    found = [int.from_bytes(one.payload[:8], "little") for one in reader.read(100)]
+    assert found == [*range(num_left), 10]
+
+
+def test_what_is_cut_off_before_it_was_acknowledged_is_lost_and_counted(tmp_path):
+    with SegmentWriter(tmp_path, replace(LIMITS, sync_interval_s=60.0)) as writer:
+        writer.append(payload(0))
+        writer.sync()
+        writer.append(payload(1))
+        (path,) = (tmp_path / writer.name).glob("*.seg")
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(FileNotFoundError, match="cut it off"):
+            writer.sync()
+        counts = writer.counts
+        assert (counts.durable, counts.missing, counts.doubtful) == (1, 0, 1)

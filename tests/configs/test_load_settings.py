@@ -263,6 +263,23 @@ def test_the_password_of_a_url_is_never_printed(user):
         load_settings([], [f"buffer.url=redis://{user}:********@host"], {})
 
 
+@pytest.mark.parametrize("key", ["run_dir", "target", "device", "server.host"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_a_variable_of_the_shell_that_is_not_set_stands_for_no_folder(key, value):
+    kind = "a path" if key == "run_dir" else "str"
+    said = f"{key!r} must be {kind}, got nothing; leave it out for the default"
+    assert problem(overrides=[f"{key}={value}"]) == f"--set: {said}"
+    name = f"SLIPSTREAM_{key.upper().replace('.', '__')}"
+    assert problem(env={name: value}) == f"{name}: {said}"
+
+
+def test_an_empty_path_in_a_file_is_an_error_and_the_current_folder_is_none(mine):
+    said = "mine.yaml: 'target_cache' must be a path or None, got nothing"
+    assert problem(files=[mine("target_cache: ''\n")]).startswith(said)
+    assert load_settings([], ["target_cache="], {}).target_cache is None
+    assert load_settings([], ["run_dir=."], {}).run_dir == Path()
+
+
 def test_a_policy_may_name_a_drafter_beside_the_main_one():
     keys = ["policy.kind=fixed", "policy.drafter=mtp", "drafter.beside=[{kind: mtp}]"]
     assert load_settings([], keys, {}).drafter.beside[0].kind == "mtp"

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
 import pytest
 
-from configs.logs import Outage
+from configs.logs import FORMAT, OneRecord, Outage
 from oracles.support import REPOSITORY
 
 SPEAK = """
@@ -41,6 +42,28 @@ def test_level_of_our_lines_and_of_libraries(level: str, ours: list[str], theirs
     assert [text for name, text in lines if name == "serving.build:"] == ours
     assert [text for name, text in lines if name == "library:"] == theirs
     assert done.stdout == ""
+
+
+def test_what_a_client_sent_forges_no_line_and_steers_no_terminal():
+    formatter = OneRecord(FORMAT)
+    sent = "/x\n2026-11-29 INFO serving.http: fake \x1b[31m\r\x00\u202egnp\x85\u2028\ud800 é\t√"
+    record = logging.LogRecord("serving", logging.INFO, "", 0, "%s is no folder", (sent,), None)
+    first, second = formatter.format(record).split("\n")
+    assert first.endswith("INFO serving: /x")
+    assert second == (
+        r"    2026-11-29 INFO serving.http: fake \x1b[31m\r\x00\u202egnp\x85\u2028\ud800 é"
+        "\t√ is no folder"
+    )
+    assert len(formatter.format(record).splitlines()) == 2
+
+
+def test_a_traceback_stays_as_it_is():
+    try:
+        raise ValueError("no")
+    except ValueError:
+        record = logging.LogRecord("a", logging.ERROR, "", 0, "failed", None, sys.exc_info())
+    text = OneRecord(FORMAT).format(record)
+    assert "a: failed\nTraceback (most recent call last):\n  File" in text
 
 
 class Clock:

@@ -45,6 +45,14 @@ def test_the_environment_is_read():
     assert result.stdout == "batch 9\n"
 
 
+@pytest.mark.parametrize("room", [serving.cli, trainer.cli])
+def test_what_a_command_would_refuse_is_not_printed_either(room):
+    command = ["launch", "--set", "drafter.kind=eagle", "--print-config"]
+    result = CliRunner().invoke(room.app, command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("drafter.kind 'eagle' is unknown; known: ")
+
+
 def test_a_mistake_is_printed_to_stderr_with_exit_code_2():
     result = CliRunner().invoke(app, ["--set", "engine.max_batc=1"])
     assert result.exit_code == 2

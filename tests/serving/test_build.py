@@ -42,6 +42,49 @@ def test_a_target_in_memory_serves_as_the_one_of_the_folder(tiny_target_dir, tmp
     assert services[1].model.vocab_size == loaded.model.config.vocab_size
 
 
+def _loop(path):
+    path.symlink_to(path.name)
+
+
+def _junk(path):
+    path.parent.mkdir(parents=True)
+    path.write_text("junk")
+
+
+@pytest.mark.parametrize(
+    ("place", "damage", "said"),
+    [
+        (".", _loop, "Too many levels of symbolic links"),
+        ("traces", _loop, "Too many levels of symbolic links"),
+        ("traces/KEYCHECK", lambda path: path.mkdir(parents=True), "it is a folder"),
+        ("weights/7", lambda path: path.mkdir(parents=True), "no version in"),
+        ("weights/HIGHEST", _junk, "HIGHEST must hold"),
+        ("weights/EPOCH", _junk, "EPOCH must hold"),
+        ("weights/DENIED.json", _junk, "DENIED.json must be a list"),
+    ],
+)
+def test_whatever_lies_in_the_run_folder_the_server_answers(
+    tiny_target_dir, tmp_path, caplog, place, damage, said
+):
+    run_dir = tmp_path / "run"
+    if place != ".":
+        run_dir.mkdir()
+    damage(run_dir / place)
+    service = build_service(settings_for(tiny_target_dir, run_dir))
+    assert said in caplog.text
+    assert len(run(service.engine, [request_of("0", [40, 41, 42], 4)])["0"].token_ids) == 4
+    service.start()
+    service.stop()
+    if place == "weights/DENIED.json":
+        assert (run_dir / place).read_text() == "junk"  # what it said may yet be found out
+
+
+def test_a_name_that_no_disk_takes_stops_no_server(tiny_target_dir, tmp_path, caplog):
+    service = build_service(settings_for(tiny_target_dir, tmp_path / ("x" * 300)))
+    assert "File name too long" in caplog.text
+    assert len(run(service.engine, [request_of("0", [40, 41, 42], 4)])["0"].token_ids) == 4
+
+
 GIB = 1 << 30
 
 

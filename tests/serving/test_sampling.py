@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from oracles.support import REPOSITORY
+from oracles.support import REPOSITORY, tiny_tokenizer
+from serving.engine.inbox import Sequences
 from serving.http.request_bodies import ChatRequest, CompletionRequest
 from serving.http.sampling_body import sampling_params
+from serving.requests import Request
 from serving.sampling import (
     LANE_INTEGERS,
     LANE_REALS,
@@ -20,6 +23,7 @@ from serving.sampling import (
     trace_values,
 )
 from specops.lanes import Field
+from specops.rng import Stream, uniforms
 
 
 def integers_of(**params) -> dict[str, int]:
@@ -104,9 +108,31 @@ def test_every_field_reaches_the_parameters():
     assert {*asked, "max_tokens", "logprobs"} == set(TABLE)
 
 
-def test_seeds_of_choices_stay_in_63_bits():
-    body = CompletionRequest(prompt="hi", seed=2**63 - 1)
-    assert sampling_params(body, 1, max_tokens=1, logprobs=None).seed == 0
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62, -(2**62), 2**63 - 1, -(2**63), 1 - 2**63])
+def test_every_signed_64_bit_seed_is_a_seed_of_its_own(seed):
+    """Bit 63 was dropped: 0 drew what -2**63 did."""
+    body = CompletionRequest(prompt="hi", seed=seed)
+    first, second = (sampling_params(body, i, max_tokens=1, logprobs=None).seed for i in (0, 1))
+    assert first == seed
+    assert second == (seed + 1 if seed < 2**63 - 1 else -(2**63))
+
+
+def test_the_sign_of_a_seed_reaches_the_random_numbers():
+    sequences = Sequences(tiny_tokenizer(), frozenset(), seed=1)
+
+    def drawn(seed):
+        body = CompletionRequest(prompt="hi", seed=seed)
+        params = sampling_params(body, 0, max_tokens=1, logprobs=None)
+        request = Request("a", (1,), params)
+        key = np.array([sequences.new(request, lambda output: None).key], np.uint64)
+        zeros = np.zeros(1, np.int64)
+        return float(uniforms(key, zeros[:, None], zeros, Stream.TARGET)[0, 0])
+
+    assert [drawn(seed) for seed in (0, 7, 2**62 - 1)] == [
+        0.3567725724792479, 0.8306474237224872, 0.7198987113553456,
+    ]  # fmt: skip # answers to these seeds never change
+    numbers = [drawn(seed) for seed in (0, 1, -1, 2**62, -(2**62), 2**63 - 1, -(2**63), 1 - 2**63)]
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_temperatures_that_would_overflow_are_greedy():

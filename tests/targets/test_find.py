@@ -15,9 +15,11 @@ from transformers import BloomConfig, GPT2Config
 
 from buffer.fingerprint import target_fingerprint
 from oracles.support import EOS, tiny_qwen3_config, tiny_tokenizer
+from targets.config import load_config
 from targets.find import checked_folder
 from targets.fits import check_tokenizer, num_positions
-from targets.load import load_model
+from targets.load import load_model, load_served_model
+from targets.surplus import surplus_of
 from tests.serving.http.live import environment
 
 
@@ -68,6 +70,16 @@ def test_weights_that_are_cut_off_are_refused(target: Path, num_bytes: int, said
     with pytest.raises(ValueError, match="download the target again") as refused:
         checked_folder(str(target))
     assert str(refused.value).startswith(f"{file} {said}")
+
+
+def test_weights_that_are_too_long_are_refused_with_both_sizes(target: Path):
+    file = target / "model.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes() + bytes(10))
+    with pytest.raises(ValueError) as caught:
+        checked_folder(str(target))
+    said = f"is damaged: by its header it holds {size} bytes, but it has {size + 10};"
+    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -127,6 +139,54 @@ def test_weights_that_are_missing_or_misshapen_are_no_random_ones(target: Path):
     save_file({**tensors, name: tensors[name][:-1].clone()}, file, {"format": "pt"})
     with pytest.raises(ValueError, match=rf"{name} has the shape \(63, 32\).*needs \(64, 32\)"):
         load_model(target, torch.float32, torch.device("cpu"))
+
+
+def test_a_layer_that_the_config_denies_is_refused(target: Path):
+    """Its absence would change every answer, and nobody would know why."""
+    file = target / "config.json"
+    read = json.loads(file.read_text())
+    read["num_hidden_layers"] -= 1
+    read["layer_types"] = read["layer_types"][:-1]
+    file.write_text(json.dumps(read))
+    with pytest.raises(ValueError) as caught:
+        load_served_model(target, load_config(target), torch.float32, torch.device("cpu"))
+    assert "has 11 weights that the model of its config.json has not: " in str(caught.value)
+    assert ": model.layers.3.input_layernorm.weight; weights and" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_refused"),
+    [
+        ("model.layers.0.self_attn.q_proj.bias", True),
+        ("model.layers.4.mlp.up_proj.weight", True),
+        ("lm_head.bias", True),
+        ("something.weight", True),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("mtp.layers.0.mlp.up_proj.weight", False),
+        ("model.mtp_layers.0.norm.weight", False),
+        ("model.layers.0.self_attn.k_scale", False),
+        ("model.vision_tower.encoder.layers.0.weight", False),
+        ("v_head.summary.weight", False),
+    ],
+)
+def test_only_weights_that_do_not_matter_may_be_left_over(
+    target: Path, name: str, is_refused: bool
+):
+    file = target / "model.safetensors"
+    save_file({**load_file(file), name: torch.ones(2)}, file, {"format": "pt"})
+    if is_refused:
+        with pytest.raises(ValueError, match=f"config.json has not: {name}; "):
+            load_model(target, torch.float32, torch.device("cpu"))
+    else:
+        load_model(target, torch.float32, torch.device("cpu"))
+
+
+def test_a_head_beside_a_tied_one_and_layers_that_predict_are_left_over():
+    tied, own = config(300, tie_word_embeddings=True), config(300, tie_word_embeddings=False)
+    assert surplus_of(["lm_head.weight"], tied) == []
+    assert surplus_of(["lm_head.weight"], own) == ["lm_head.weight"]
+    names = [f"model.layers.{i}.mlp.up_proj.weight" for i in (6, 5, 4)]
+    assert surplus_of(names, config(300, num_nextn_predict_layers=2)) == names[:1]
 
 
 # ---- tokenizer and positions ---------------------------------------------------------------------

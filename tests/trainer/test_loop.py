@@ -239,6 +239,59 @@ def test_an_absurd_learning_rate_publishes_nothing(world: World, tmp_path: Path)
     assert events(tmp_path, "restored")
 
 
+def test_finite_weights_that_lost_everything_are_given_up_at_the_gate(
+    world: World, tmp_path: Path
+) -> None:
+    """A checkpoint may hold weights of a far too high rate: finite, and of no use."""
+    write_traces(tmp_path, world.traces)
+    train(settings_for(tmp_path, world.target, max_steps=50, gate_confidence=0.5))
+    trainer = build(settings_for(tmp_path, world.target))
+    trainer.take_in_traces()
+    published = trainer.published.version
+    assert published > 0
+    with torch.no_grad():
+        for one in (trainer.learner.model, trainer.learner.average):
+            for weight in one.parameters():
+                weight.copy_(torch.randn_like(weight) * 1e3)
+    trainer.judge_candidate()
+
+    *_, gate = events(tmp_path, "gate")
+    assert gate["candidate"] < 1.05 < 1.3 < gate["incumbent"]
+    [restored] = events(tmp_path, "restored")
+    assert restored["source"] == f"version {published}"
+    assert restored["text"] == "the candidate is far behind the incumbent; learning rate halved"
+    state = trainer.learner.model.state_dict()
+    assert all(t.equal(state[n]) for n, t in trainer.judge.incumbent.state_dict().items())
+    assert (trainer.learner.lr_scale, trainer.pace.refused_in_row) == (0.5, 0)
+    trainer.update()
+    trainer.judge_candidate()  # the incumbent's own weights, and one update
+    assert len(events(tmp_path, "restored")) == 1
+    assert not trainer.restored
+
+
+@pytest.mark.parametrize(("factor", "wanted"), [(1, 0.25), (0.5, 1.0)])
+def test_a_learning_rate_that_was_halved_is_whole_again_when_it_is_another(
+    world: World, tmp_path: Path, factor: float, wanted: float
+) -> None:
+    write_traces(tmp_path, world.traces)
+    settings = settings_for(tmp_path, world.target)
+    trainer = build(settings)
+    trainer.take_in_traces()
+    trainer.update()
+    trainer.learner.lr_scale = 0.25
+    trainer.finish()
+
+    lr = settings.trainer.lr * factor
+    again = build(settings_for(tmp_path, world.target, lr=lr))
+
+    assert again.learner.lr_scale == wanted
+    told = [event["text"] for event in events(tmp_path, "rate_reset")]
+    assert told == ([] if factor == 1 else [
+        f"trainer.lr is {lr:g}, where it was {settings.trainer.lr:g} and had been scaled by 0.25: "
+        f"the whole of it is taken"
+    ])  # fmt: skip
+
+
 @pytest.mark.parametrize("margin", [0.5, 1.0, 1.005])
 def test_weights_that_are_published_already_are_no_new_version(
     world: World, tmp_path: Path, margin: float

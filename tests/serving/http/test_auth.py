@@ -152,6 +152,52 @@ def test_without_a_key_admin_is_for_local_programs_not_for_web_pages(server: Liv
         assert (answer.status_code, answer.json()["error"]["code"]) == (403, "web_page")
 
 
+OWN_HOSTS = [
+    "127.0.0.1", "127.0.0.1:8000", "127.9.9.9:1", "localhost", "LocalHost:8000", "localhost.:80",
+    "[::1]:8000", "[::ffff:127.0.0.1]", socket.gethostname(), f"{socket.gethostname()}:8000",
+]  # fmt: skip
+FOREIGN_HOSTS = [
+    "evil.com:8114", "evil.com", "127.0.0.1.evil.com", "localhost.evil.com", "10.0.0.1", "",
+    "[::2]:80", "127.0.0.1@evil.com", "user:127.0.0.1", "127.0.0.1:80:80", "[127.0.0.1",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", ["/admin/drafter", "/dashboard", "/dashboard/data"])
+def test_a_web_page_whose_name_leads_here_is_refused(server: LiveServer, path):
+    """To a browser it is of the same origin, and sends no Origin with GET."""
+    for host in FOREIGN_HOSTS:
+        answer = httpx.get(server.url + path, headers={"Host": host})
+        assert (answer.status_code, answer.json()["error"]["code"]) == (403, "foreign_host"), host
+    for host in OWN_HOSTS:
+        assert httpx.get(server.url + path, headers={"Host": host}).status_code == 200, host
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/health", "/ready", "/metrics", "/version"])
+def test_other_routes_answer_under_every_name(server: LiveServer, path):
+    for host in ("evil.com:8114", "model.internal"):
+        assert httpx.get(server.url + path, headers={"Host": host}).status_code == 200
+
+
+def test_a_request_without_a_host_is_no_browsers(server: LiveServer):
+    with socket.create_connection(("127.0.0.1", server.port), timeout=10) as link:
+        link.sendall(b"GET /admin/drafter HTTP/1.0\r\n\r\n")
+        assert b" 200 " in link.recv(65536)
+
+
+@pytest.mark.parametrize("site", ["cross-site", "same-site", "same-origin"])
+def test_admin_is_not_for_web_pages_that_send_no_origin(server: LiveServer, site):
+    answer = httpx.get(f"{server.url}/admin/drafter", headers={"Sec-Fetch-Site": site})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (403, "web_page")
+    typed = httpx.get(f"{server.url}/admin/drafter", headers={"Sec-Fetch-Site": "none"})
+    assert typed.status_code == 200
+
+
+def test_with_a_key_the_key_alone_decides(locked_server: LiveServer):
+    headers = {"Host": "model.example.com", "Authorization": f"Bearer {KEY}"}
+    for path in ("/admin/drafter", "/dashboard"):
+        assert httpx.get(locked_server.url + path, headers=headers).status_code == 200
+
+
 def test_a_form_of_a_web_page_cannot_post(server: LiveServer):
     for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data", ""):
         answer = httpx.post(

@@ -71,7 +71,6 @@ def test_a_template_may_refuse_messages_and_says_why(messages, reason):
         ("{{ '{:d}'.format(messages[0].content) }}", "ValueError"),
         ("{{ messages[0].content.split('=')[1].strip() }}", None),
         ("{{ messages[0].nothing.at_all }}", None),
-        ("{% for %}", None),
     ],
 )
 def test_a_template_that_fails_is_the_requests_error_and_quotes_no_message(template, fault):
@@ -81,6 +80,20 @@ def test_a_template_that_fails_is_the_requests_error_and_quotes_no_message(templ
     assert (caught.value.status, error.code) == (400, "chat_template")
     assert fault is None or f"({fault})" in error.message
     assert "'hi'" not in error.message
+
+
+@pytest.mark.parametrize(
+    "template", ["{% for x in %}", "a\n{{ 'hi' | no_such_filter }}", "{% if %"]
+)
+def test_a_template_that_is_not_valid_is_the_servers_error(template):
+    """Its messages are as good as any, and another try fails as well."""
+    with pytest.raises(ApiError) as caught:
+        text_of(template, USER)
+    error = caught.value.body.error
+    assert (caught.value.status, error.code, error.param) == (500, "chat_template", None)
+    line = template.count("\n") + 1
+    assert error.message.startswith(f"the target's chat template is not valid (line {line}: ")
+    assert caught.value.headers == {"x-should-retry": "false"}
 
 
 def test_developer_is_the_newer_name_of_system(server: LiveServer):

@@ -138,3 +138,11 @@ def test_requests_sent_at_once_are_answered_in_their_order(server: LiveServer):
 def test_json_is_utf_8_however_its_type_is_written(server: LiveServer, kind, status):
     answer = httpx.post(f"{server.url}/v1/completions", content=ASK, headers={"Content-Type": kind})
     assert answer.status_code == status
+
+
+def test_a_request_that_would_upgrade_is_answered_and_needs_no_package(server: LiveServer):
+    for protocol in ("websocket", "h2c"):
+        headers = {"Connection": "Upgrade", "Upgrade": protocol}
+        assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+    assert "pip install" not in server.log
+    assert "upgrade" not in server.log.lower()

@@ -80,6 +80,36 @@ def test_no_alternative_is_lost_to_another_of_the_same_text():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("num_top", [0, 2, 3])
+def test_the_token_that_was_drawn_is_among_the_most_probable_ones(num_top):
+    """As in OpenAI's and vLLM's completions; a chat gives as many as it was asked for."""
+    tokens = ids("sentencepiece", "▁the", "a", "the")
+    likely = tuple((token, -1.0 - place) for place, token in enumerate(tokens))[:num_top]
+    entry = TokenLogprob(tokens[2], -3.0, likely)
+    vocabulary = VOCABULARIES["sentencepiece"]
+    offsets_ = TextOffsets(vocabulary, Request("r", (5,), SamplingParams()))
+    (top,) = completion_logprobs([entry], vocabulary, offsets_).top_logprobs
+    wanted = {" the": -1.0, "a": -2.0, "the": -3.0}
+    assert top == (wanted if num_top else {"the": -3.0})
+    assert list(top)[-1] == "the"
+    (chat,) = chat_logprobs([entry], vocabulary, skip_special=True).content
+    assert len(chat.top_logprobs) == num_top
+
+
+def test_the_names_of_tokens_add_up_to_the_text_where_it_begins():
+    """A prompt of special tokens alone is no text: the space of the first token is left out."""
+    prompt, tokens = ids("sentencepiece", "</s>"), ids("sentencepiece", "▁the", "▁the", ".")
+    vocabulary = VOCABULARIES["sentencepiece"]
+    likely = ((tokens[0], -1.0), (ids("sentencepiece", "the")[0], -2.0))
+    entries = [TokenLogprob(token, -1.0, likely) for token in tokens]
+    offsets_ = TextOffsets(vocabulary, Request("r", tuple(prompt), SamplingParams()))
+    got = completion_logprobs(entries, vocabulary, offsets_)
+    assert (got.tokens, got.text_offset) == (["the", " the", "."], [0, 3, 7])
+    first, second, _ = got.top_logprobs
+    assert list(first) == ["the", f"token_id:{likely[1][0]}"]  # both would begin the same text
+    assert list(second) == [" the", "the"]
+
+
 def test_names_are_told_apart_even_if_the_tokenizer_has_one_for_both():
     tokenizer = kinds.word_pieces(cleanup=True)
     vocabulary = Vocabulary(tokenizer)

@@ -198,7 +198,8 @@ def test_streamed_log_probabilities_are_the_same(client):
 def test_zero_alternatives_still_report_the_token(client):
     logprobs = client.completions.create(**GREEDY, logprobs=0).choices[0].logprobs
     assert len(logprobs.token_logprobs) == 24
-    assert set(map(len, logprobs.top_logprobs)) == {0}
+    pairs = zip(logprobs.tokens, logprobs.token_logprobs, strict=True)
+    assert logprobs.top_logprobs == [{token: logprob} for token, logprob in pairs]
 
 
 def test_a_prompt_seen_before_is_cached(client):

@@ -134,9 +134,10 @@ def test_while_the_model_loads_every_request_is_answered_at_once(tmp_path: Path)
             odd.shutdown(socket.SHUT_WR)
             assert odd.recv(4096).startswith(b"HTTP/1.1 503 ")
         assert time.monotonic() - began < 3
+    assert large.json()["error"]["code"] == "loading"
+    assert ready.json() == {"status": "not ready", "reason": "the model is being loaded"}
     for answer in (ready, large):
         assert answer.status_code == 503
-        assert answer.json()["error"]["code"] == "loading"
         assert answer.headers["retry-after"] == "1"
     assert (health.status_code, health.json()) == (200, {"status": "alive"})
     held.close()

@@ -52,3 +52,12 @@ def test_only_the_operator_may_see_or_change_the_target(
     assert unknown.status_code == 401
     page = httpx.request(method, f"{server.url}{path}", headers={"Origin": "https://a.example"})
     assert (page.status_code, page.json()["error"]["code"]) == (403, "web_page")
+
+
+@pytest.mark.parametrize("path", ["/tmp/x\n2026-11-29 INFO fake", "/tmp/\x1b[31m", "/tmp/\x00"])
+def test_a_path_that_no_terminal_shows_is_refused(server: LiveServer, path: str):
+    with server.client() as client:
+        answer = client.post(URL, json={"path": path})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (400, "path")
+    assert "fake" not in server.log

@@ -81,7 +81,8 @@ def test_a_stream_says_what_the_answer_says(client, tokens, stop):
 def test_every_alternative_is_reported(client):
     body = asked(logprobs=20, temperature=2, seed=5, max_tokens=40)
     choice = client.completions.create(**body).choices[0]
-    assert {len(top) for top in choice.logprobs.top_logprobs} == {20}
+    # the token that was drawn is there too, at this temperature often as the 21st
+    assert {len(top) for top in choice.logprobs.top_logprobs} == {20, 21}
 
 
 def test_offsets_point_at_the_tokens(client):
