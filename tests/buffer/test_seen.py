@@ -12,9 +12,6 @@ from hypothesis import strategies as st
 from buffer import seen as seen_module
 from buffer.seen import SeenTraces
 
-pytestmark = pytest.mark.filterwarnings("ignore:Do not use the .random. module")
-"""Threads of Kafka clients that other tests have left draw pauses before they reconnect."""
-
 
 def through_json(seen):
     return SeenTraces.from_json(json.loads(json.dumps(seen.to_json())))
