@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
+import time
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -21,6 +22,8 @@ from buffer.kafka_sender import Sender
 from buffer.small_json import is_whole, parse_small_json
 
 _COMPACTED = {"cleanup.policy": "compact"}
+_UNSEEN_S = 0.02
+"""Between two looks for a message that the brokers have acknowledged."""
 """The newest message of a tenant stays."""
 
 
@@ -62,9 +65,13 @@ class DeletionLog:
             message = json.dumps({"tenant": digest, "until_ms": until_ms}).encode()
             sent = self._sender.send(digest.encode(), message)
             offset = sent.get(self._link.options.timeout_s).offset
+            until_s = time.monotonic() + self._link.options.timeout_s
             self._follow()
-            if self._next <= offset:
-                raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+            while self._next <= offset:
+                if time.monotonic() > until_s:
+                    raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+                time.sleep(_UNSEEN_S)
+                self._follow()
 
     def _follow(self) -> Deletions:
         if self._consumer is None:

@@ -30,6 +30,7 @@ import contextlib
 import json
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ _OWNERS = 64  # remembered, so that one who was taken over at once learns its ow
 _SHORTEN_AT = 1000  # messages in the log at which pruning also shortens it
 _AT_ONCE = 16  # pieces on their way
 _WATCH_MS = 500
+_UNSEEN_S = 0.02  # between two looks for a message that the brokers have acknowledged
 _MOST_BYTES = 64 << 20
 """Of a message of the log that is looked at; a broker takes less unless told otherwise."""
 
@@ -196,10 +198,14 @@ class VersionLog:
             OSError: the topic cannot be created.
         """
         offset = self._sender.send(None, json.dumps(message).encode()).get(self._timeout_s).offset
-        state = self.follow()
-        if self._next is None or self._next <= offset:
-            raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
-        return state
+        until_s = time.monotonic() + self._timeout_s
+        while True:
+            state = self.follow()
+            if self._next is not None and self._next > offset:
+                return state
+            if time.monotonic() > until_s:
+                raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+            time.sleep(_UNSEEN_S)
 
     def shorten(self) -> None:
         """Delete old messages if there are many.
