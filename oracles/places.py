@@ -159,6 +159,9 @@ _LACKS: dict[Kind, dict[str, str]] = {
         ),
     },
     "noida": {
+        "test_two_trainers_learn_a_replayed_trace_once_between_them": (
+            "Tansu shows it; noida cuts answers short now and then, which ends the client's thread"
+        ),
         "test_old_records_vanish_though_no_server_runs": _NO_RETENTION,
         "test_two_members_share_the_records_of_two_writers": (
             "a group of several members does not always settle in noida"

@@ -101,7 +101,10 @@ def test_nothing_secret_is_in_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     everything = b"".join(path.read_bytes() for path in files)
     assert b"trainer/loss" in everything
-    assert [c for c in (*canaries, os.uname().nodename) if c.encode() in everything] == []
+    node = os.uname().nodename
+    if len(node) >= 6:  # a shorter name stands in random ids and digests now and then
+        canaries.append(node)
+    assert [canary for canary in canaries if canary.encode() in everything] == []
 
 
 def test_only_domains_of_the_settings_are_named() -> None:
