@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-import time
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaTimeoutError
 
 from buffer.deletions import Deletions
+from buffer.kafka_fetch import wait_until_shown
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_sender import Sender
 from buffer.small_json import is_whole, parse_small_json
 
 _COMPACTED = {"cleanup.policy": "compact"}
-_UNSEEN_S = 0.02
-"""Between two looks for a message that the brokers have acknowledged."""
 """The newest message of a tenant stays."""
 
 
@@ -64,14 +62,13 @@ class DeletionLog:
                 self._sender = Sender(self._link, "deleted", _COMPACTED)
             message = json.dumps({"tenant": digest, "until_ms": until_ms}).encode()
             sent = self._sender.send(digest.encode(), message)
-            offset = sent.get(self._link.options.timeout_s).offset
-            until_s = time.monotonic() + self._link.options.timeout_s
-            self._follow()
-            while self._next <= offset:
-                if time.monotonic() > until_s:
-                    raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
-                time.sleep(_UNSEEN_S)
+            offset: int = sent.get(self._link.options.timeout_s).offset
+
+            def is_shown() -> bool:
                 self._follow()
+                return self._next > offset
+
+            wait_until_shown(is_shown, self._link.options.timeout_s)
 
     def _follow(self) -> Deletions:
         if self._consumer is None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from kafka import KafkaConsumer, TopicPartition
@@ -12,6 +13,7 @@ from kafka.errors import KafkaTimeoutError, OffsetOutOfRangeError
 from buffer.kafka_link import KafkaLink, close_consumer
 
 _MOST_OF_A_BATCH = 1 << 20  # messages
+_UNSEEN_S = 0.02  # between two looks for a message
 
 
 def held_ends(
@@ -86,6 +88,24 @@ def fetch_at(
         if not ready or ready[0].offset != offset:
             return
         yield ready.popleft()
+
+
+def wait_until_shown(is_shown: Callable[[], bool], timeout_s: float) -> None:
+    """Look again and again for a message that the brokers have acknowledged: it may show a moment
+    later.
+
+    Args:
+        is_shown: follows the topic, and says whether the message was there.
+        timeout_s: longest time, seconds.
+
+    Raises:
+        KafkaError: the brokers do not answer, or do not show it in this time.
+    """
+    until_s = time.monotonic() + timeout_s
+    while not is_shown():
+        if time.monotonic() > until_s:
+            raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
+        time.sleep(_UNSEEN_S)
 
 
 def _poll_one(consumer: KafkaConsumer, partition: TopicPartition, timeout_s: float) -> list[Any]:

@@ -30,7 +30,6 @@ import contextlib
 import json
 import logging
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,7 +38,7 @@ from typing import Any
 from kafka import KafkaConsumer, TopicPartition
 from kafka.errors import KafkaError, KafkaTimeoutError
 
-from buffer.kafka_fetch import fetch_at
+from buffer.kafka_fetch import fetch_at, wait_until_shown
 from buffer.kafka_link import KafkaLink, close_consumer
 from buffer.kafka_sender import Sender
 from buffer.sealed import Content, Sealed, plain
@@ -56,7 +55,6 @@ _OWNERS = 64  # remembered, so that one who was taken over at once learns its ow
 _SHORTEN_AT = 1000  # messages in the log at which pruning also shortens it
 _AT_ONCE = 16  # pieces on their way
 _WATCH_MS = 500
-_UNSEEN_S = 0.02  # between two looks for a message that the brokers have acknowledged
 _MOST_BYTES = 64 << 20
 """Of a message of the log that is looked at; a broker takes less unless told otherwise."""
 
@@ -197,15 +195,15 @@ class VersionLog:
             KafkaError: it may or may not have been stored.
             OSError: the topic cannot be created.
         """
-        offset = self._sender.send(None, json.dumps(message).encode()).get(self._timeout_s).offset
-        until_s = time.monotonic() + self._timeout_s
-        while True:
-            state = self.follow()
-            if self._next is not None and self._next > offset:
-                return state
-            if time.monotonic() > until_s:
-                raise KafkaTimeoutError("the brokers do not show what they have acknowledged")
-            time.sleep(_UNSEEN_S)
+        sent = self._sender.send(None, json.dumps(message).encode())
+        offset: int = sent.get(self._timeout_s).offset
+
+        def is_shown() -> bool:
+            self.follow()
+            return self.end > offset
+
+        wait_until_shown(is_shown, self._timeout_s)
+        return self._state
 
     def shorten(self) -> None:
         """Delete old messages if there are many.

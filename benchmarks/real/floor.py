@@ -32,6 +32,7 @@ import typer
 
 from benchmarks.border.servers import BenchServer
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
+from benchmarks.real.cells import Cell
 from examples.arms import Setup
 from examples.clients import Sampling, Server
 from examples.connections import RequestError
@@ -47,18 +48,6 @@ CLIENTS_EACH = 16
 PLAIN, POLICY = 0, 1
 """The arms; an arm is a number that processes share."""
 OVER = -1
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """One number of clients at one temperature."""
-
-    clients: int
-    temperature: float
-
-    @property
-    def name(self) -> str:
-        return f"{self.clients} clients, temperature {self.temperature:g}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +197,7 @@ def rows_of(cells: Sequence[dict[str, Any]], about: str) -> list[Row]:
     """The claims, with their goals."""
     return [
         at_least(
-            f"{about}, {Cell(cell['clients'], cell['temperature']).name}",
+            f"{about}, {Cell(cell['temperature'], cell['clients']).name}",
             "tokens/s, policy with a drafter of random weights over no drafts, through HTTP",
             cell["policy_over_plain"],
             GOAL,
@@ -234,7 +223,7 @@ def main(
     """Compare both arms at each number of clients and temperature."""
     until = time.monotonic() + budget_s
     base = with_seed(real_settings() if target == "real" else DemoSettings(), seed)
-    cells = [Cell(int(c), float(t)) for t in temperatures.split(",") for c in clients.split(",")]
+    cells = [Cell(float(t), int(c)) for t in temperatures.split(",") for c in clients.split(",")]
     most = max(cell.clients for cell in cells)
     settings = replace(
         base,
