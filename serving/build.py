@@ -9,7 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -64,6 +64,8 @@ log = logging.getLogger(__name__)
 _PROFILE_REPEATS = 5
 _CPU_PROFILE_REPEATS = 3  # a step takes ten times as long there
 _PROFILE_CONTEXT = 128
+KERNELS_FILE = "kernels.json"
+"""In the run folder: the kernels that the last start needed."""
 _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
 tenth as long, and the rest of the ring is how far the recorder may fall behind."""
@@ -228,10 +230,11 @@ def _make_parts(
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
     with _timed("fused weights and made pages and lanes"):
-        fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
+        is_own = fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
+        choices = replace(choices, is_own=is_own)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
     with torch.inference_mode(), _timed("made all programs", "making all programs"):
-        parts.programs.capture_all(e.draft_at_start)
+        parts.programs.capture_all(e.draft_at_start, settings.run_dir / KERNELS_FILE)
     return parts, flat
 
 

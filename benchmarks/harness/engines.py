@@ -207,5 +207,7 @@ def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> flo
 
 
 def making_programs(engine: Engine) -> dict[str, Any]:
-    """Number of programs, and the seconds spent on first runs, captures and timings."""
-    return asdict(engine.programs.graphs.spent)
+    """Number of programs, and the seconds spent on kernels, first runs, captures and timings; empty
+    on a CPU."""
+    captures = engine.programs.graphs.captures
+    return {} if captures is None else asdict(captures.spent)

@@ -1,0 +1,57 @@
+"""Kernels are compiled before the programs that launch them are made, and read from the disk at the
+next start. The kernels are real ones, for an H100; see ``captured_kernels``."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+NUM_LAUNCHES = 6
+"""Of three programs: each searches parts of rows, and joins what it finds."""
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kernels")
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    command = [sys.executable, "-m", "tests.serving.engine.captured_kernels", folder]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
+    return json.loads(found.stdout)
+
+
+def test_a_first_start_looks_through_all_programs_and_lets_workers_compile(starts):
+    first, work = starts["first"], starts["first"]["work"]
+    assert first["calls"] == ["begin", "record", *["look"] * 3, *["record"] * 3]
+    assert work["num_compiled"] == first["loaded"] == 3
+    assert work["num_by_workers"] == 2, "one tells that the disk has none"
+    assert work["num_read"] == 2, "this process looks kernels up where workers put them"
+    assert first["launched"] == NUM_LAUNCHES
+
+
+def test_a_second_start_reads_all_kernels_and_records_each_program_once(starts):
+    second = starts["second"]
+    assert second["calls"] == ["begin", *["record"] * 3]
+    assert (second["work"]["num_compiled"], second["work"]["num_read"]) == (0, 3)
+    assert second["launched"] == NUM_LAUNCHES
+
+
+@pytest.mark.parametrize("which", ["edited", "damaged"])
+def test_a_list_of_other_kernels_is_passed_over(starts, which):
+    found = starts[which]
+    assert "look" not in found["calls"], "the disk has them"
+    assert found["calls"].count("record") > 3, "what a program needs is found by recording it"
+    assert found["work"]["num_read"] == 3 and found["launched"] == NUM_LAUNCHES
+    assert ("cannot be made beforehand" in found["log"]) == (which == "damaged")
+
+
+def test_a_device_that_refuses_is_given_programs_that_have_run(starts):
+    found = starts["breaks"]
+    assert found["calls"][-6:] == ["run", "record"] * 3
+    assert found["launched"] == NUM_LAUNCHES
+    assert "cannot be recorded before it has run; each program is run before" in found["log"]
