@@ -29,6 +29,11 @@ from typing import Annotated, Any
 import typer
 
 _PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
+_PROGRAMS = re.compile(
+    r"(?P<num>\d+) programs are ready after [0-9.]+ s, (?P<left>\d+) are left for later"
+)
+_WITHIN = "programs, "
+"""Begins the name of a part of another part."""
 _POLL_S = 0.02
 _GIVE_UP_S = 600.0
 
@@ -37,6 +42,7 @@ def main(
     config: Annotated[list[str] | None, typer.Option(help="settings files or names")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c")] = None,
     trials: Annotated[int, typer.Option(min=1, help="first and second starts")] = 1,
+    linger_s: Annotated[float, typer.Option(min=0, help="seconds that it runs once ready")] = 0,
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Print one line of JSON for each start, and a summary."""
@@ -45,7 +51,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             for which in ("first", "second"):
                 found = {"start": which, "trial": trial} | one_start(
-                    Path(folder), config or ["demo"], set_ or []
+                    Path(folder), config or ["demo"], set_ or [], linger_s
                 )
                 starts.append(found)
                 print(json.dumps(found), flush=True)
@@ -62,13 +68,17 @@ def main(
         out.write_text(json.dumps({"cores": cores, "median": summary, "starts": starts}, indent=1))
 
 
-def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, Any]:
+def one_start(
+    home: Path, configs: list[str], chosen: list[str], linger_s: float = 0.0
+) -> dict[str, Any]:
     """Start a server, wait until it is ready, and stop it.
 
     Args:
         home: folder for the run and the caches.
         configs: settings files or names, in order.
         chosen: single settings, as ``a.b=c``.
+        linger_s: it runs for so long once it is ready, and makes the programs that it has left for
+            later.
 
     Raises:
         RuntimeError: it ended before it was ready, or is not ready after ten minutes.
@@ -81,6 +91,7 @@ def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, An
     env = os.environ | {
         "TRITON_CACHE_DIR": str(home / "kernels"),
         "SLIPSTREAM_TARGET_CACHE": str(home / "targets"),
+        "CUDA_CACHE_PATH": str(home / "driver"),  # what the driver compiles, if anything
     }
     log = home / "log.txt"
     with log.open("wb") as opened:
@@ -89,13 +100,23 @@ def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, An
         try:
             ready_s = _until_ready(server, port, started_s, log)
             processor_s = _processor_s(server.pid)
+            time.sleep(linger_s)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(60)
+    said, _, said_later = log.read_text().partition("ready: serving")
+    phases_s = _phases(said)
+    named_s = sum(took_s for what, took_s in phases_s.items() if not what.startswith(_WITHIN))
+    programs = _PROGRAMS.search(said)
     return {
         "ready_s": round(ready_s, 2),
         "processor_s": None if processor_s is None else round(processor_s, 2),
-        "phases_s": _phases(log.read_text()),
+        "phases_s": phases_s | {"all else": round(ready_s - named_s, 2)},
+        "programs": {name: int(num) for name, num in programs.groupdict().items()}
+        if programs
+        else None,
+        "made_later": [line for line in said_later.splitlines() if " more programs in " in line],
+        "warnings": [line for line in (said + said_later).splitlines() if " WARNING " in line],
     }
 
 
@@ -129,7 +150,7 @@ def _children(pid: int) -> list[str]:
 
 
 def _phases(text: str) -> dict[str, float]:
-    """Seconds of each part of start-up, as the server's log says."""
+    """Seconds of each part of start-up until it was ready, as the server's log says."""
     found = {}
     for line in text.splitlines():
         if matched := _PHASE.search(line):

@@ -77,7 +77,9 @@ def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) 
     """
     with tempfile.TemporaryDirectory() as folder:
         where = [] if device is None else [f"device={device}"]
-        settings = load_settings([config], [f"run_dir={folder}", *where, *chosen], {})
+        # Each K is measured from the first step on.
+        own = [f"run_dir={folder}", "engine.draft_at_start=null"]
+        settings = load_settings([config], [*own, *where, *chosen], {})
         built = Built(*build(settings), torch.device(settings.device))
         try:
             yield built

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from buffer.files import read_regular, write_atomically
 from serving.engine.recorder import Program, Recorder
+from serving.phases import took
 
 if TYPE_CHECKING:
     from specops.compiling import Kernels, Wanted
@@ -116,12 +117,12 @@ class Captures:
                 "%d kernels were compiled, %.1f s of all workers together; %d were on the disk",
                 work.num_compiled, work.worker_s, work.num_read - work.num_by_workers,
             )  # fmt: skip
-            log.info("compiled kernels in %.2f s", work.compile_s)
-            log.info("read kernels in %.2f s", work.read_s)
-        log.info("looked for kernels in %.2f s", spent.look_s)
-        log.info("ran programs before capture in %.2f s", spent.first_runs_s)
-        log.info("captured programs in %.2f s", spent.capture_s)
-        log.info("timed programs in %.2f s", spent.timing_s)
+            took("programs, compiling kernels", work.compile_s)
+            took("programs, reading kernels", work.read_s)
+        took("programs, looking for kernels", spent.look_s)
+        took("programs, running them before capture", spent.first_runs_s)
+        took("programs, capturing", spent.capture_s)
+        took("programs, timing them", spent.timing_s)
 
     def _make(self, wanted: Sequence[Wanted]) -> None:
         """Load kernels. If the first one had to be compiled, the others are compiled together, and
@@ -144,7 +145,7 @@ class Captures:
             return []
         log.info("the disk lacks compiled kernels; looking through %d programs ...", len(works))
         started_s, found = time.perf_counter(), []
-        with self._kernels.noted() as wanted:
+        with self._kernels.noted(is_alone=True) as wanted:
             for _ in self.recorder.look_through(works):
                 self._kernels.begin(wanted[len(found) :])
                 found = list(wanted)
@@ -159,7 +160,7 @@ class Captures:
         try:
             for _ in range(_MOST_TRIES):
                 started_s = time.perf_counter()
-                with self._kernels.noted() as wanted:
+                with self._kernels.noted(is_alone=not self.recorder.is_serving) as wanted:
                     program, num_kept = self.recorder.record(work)
                 self.spent.capture_s += time.perf_counter() - started_s
                 if num_kept:

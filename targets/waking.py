@@ -1,0 +1,27 @@
+"""Wakes a GPU while other things are imported: its context and libraries take about a second, most
+of it without Python."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import torch
+
+log = logging.getLogger(__name__)
+
+
+def wake(device: torch.device) -> None:
+    """Begin to make the context of a GPU, on another thread. Does nothing for a CPU."""
+    if device.type == "cuda":
+        threading.Thread(target=_use, args=(device,), name="waking", daemon=True).start()
+
+
+def _use(device: torch.device) -> None:
+    try:
+        with torch.inference_mode():
+            one = torch.ones((16, 16), dtype=torch.bfloat16, device=device)
+            torch.nn.functional.linear(one, one)
+            torch.cuda.synchronize(device)
+    except RuntimeError:  # whoever needs the device says what is wrong with it
+        log.debug("the device cannot be woken", exc_info=True)
