@@ -1,12 +1,14 @@
-"""Seconds from starting a server to /ready, for a first and a second start, with processor time.
+r"""Seconds from starting a server to /ready, for a first and a second start, with processor time.
 
 python -m benchmarks.start                                   # the bundled target on this CPU
-python -m benchmarks.start --config one_gpu --set target=FOLDER --out FILE
+python -m benchmarks.start --config real --config one_gpu --linger-s 20 --goals 25 12 \
+    --row "SmolLM2-135M on a card" --out benchmarks/results/start_gpu.json
 
 The first start of a trial finds an empty run folder and empty caches of tokenizers and compiled
 kernels, the second one what the first has left. Python's compiled modules are there for both, as
 after any start of this installation. Processor time (user and system, of the server and of what it
-started) says what a start costs also where the machine is busy with other work.
+started) says what a start costs also where the machine is busy with other work. Where the seconds
+went is read from the server's log; parts of "made all programs" are called "programs, ...".
 """
 
 from __future__ import annotations
@@ -28,6 +30,8 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.results import Row, at_most, write_result, write_rows
+
 _PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
 _PROGRAMS = re.compile(
     r"(?P<num>\d+) programs are ready after [0-9.]+ s, (?P<left>\d+) are left for later"
@@ -43,6 +47,10 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c")] = None,
     trials: Annotated[int, typer.Option(min=1, help="first and second starts")] = 1,
     linger_s: Annotated[float, typer.Option(min=0, help="seconds that it runs once ready")] = 0,
+    row: Annotated[
+        str | None, typer.Option(help="publish the medians as rows of this name")
+    ] = None,
+    goals: Annotated[tuple[float, float], typer.Option(help="s, first and second start")] = (6, 6),
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Print one line of JSON for each start, and a summary."""
@@ -64,8 +72,17 @@ def main(
     }
     print(json.dumps(summary), flush=True)
     if out is not None:
-        cores = os.cpu_count()
-        out.write_text(json.dumps({"cores": cores, "median": summary, "starts": starts}, indent=1))
+        write_result(out, {"cores": os.cpu_count(), "median": summary, "starts": starts})
+    if row is not None:
+        source = " ".join(["python -m benchmarks.start", *(f"--config {c}" for c in config or [])])
+        write_rows("start", _rows(row, summary, goals), source)
+
+
+def _rows(row: str, summary: dict[str, Any], goals: tuple[float, float]) -> list[Row]:
+    return [
+        at_most(f"{row}, {which} start", "seconds to ready", summary[which]["ready_s"], goal)
+        for which, goal in zip(("first", "second"), goals, strict=True)
+    ]
 
 
 def one_start(

@@ -27,6 +27,7 @@ from concurrent.futures import TimeoutError as NotInTime
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pkgutil import iter_modules
 from typing import Any
 
 import triton
@@ -34,11 +35,15 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+import specops
+
 log = logging.getLogger(__name__)
 
 _MOST_WORKERS = 32
 _GIVE_UP_S = 180.0
 """Workers that have not compiled a kernel after so long are not waited for."""
+_KERNEL_MODULE = "_triton"
+"""Ends the names of modules with kernels."""
 _KEPT_PACKAGE = "specops."
 """A list on disk may name kernels of this package only."""
 _PR_SET_PDEATHSIG = 1
@@ -96,6 +101,7 @@ class Kernels:
         self._known: dict[Wanted, None] = {}
         """All that were made, in order."""
         self.work = Work()
+        _fix_keys()
 
     @property
     def known(self) -> Collection[Wanted]:
@@ -170,7 +176,9 @@ class Kernels:
             self._known[one] = None
 
     def close(self) -> None:
-        """End the workers; what is still pending is compiled when it is needed."""
+        """Do without workers from now on: a server that answers requests does not fork. What is
+        still pending is compiled when it is needed."""
+        self._num_workers = 0
         if self._pool is not None:
             self._pool.shutdown(wait=False, cancel_futures=True)
             self._pool = None
@@ -227,7 +235,7 @@ class Kernels:
     def _give_up(self, error: BaseException) -> None:
         """Do without workers from now on."""
         log.warning("kernels are compiled one after another, because workers failed: %r", error)
-        pool, self._num_workers = self._pool, 0
+        pool = self._pool
         self.close()
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.kill()
@@ -269,6 +277,21 @@ class _Nothing:
     @staticmethod
     def run(*_: Any) -> None:
         return None
+
+
+def _fix_keys() -> None:
+    """Let Triton compute the key of every kernel's source, in one order in all processes.
+
+    A key depends on whether the keys of the functions that the kernel calls were computed before
+    (Triton 3.6 and 3.7: ``DependenciesFinder`` takes over their global constants before it asks for
+    their key), so a process that computes keys in another order does not find on the disk what this
+    one has compiled.
+    """
+    names = [f"specops.{module.name}" for module in iter_modules(specops.__path__)]
+    for name in sorted(name for name in names if name.endswith(_KERNEL_MODULE)):
+        for found in vars(importlib.import_module(name)).values():
+            if isinstance(found, JITFunction):
+                _ = found.cache_key
 
 
 def _made_for() -> str:

@@ -1,5 +1,5 @@
-"""Prints as JSON what making three programs took at several starts: kernels compiled, read and
-loaded, recordings, launches, and the log.
+"""Prints as JSON what making four programs, the last one late, took at several starts: kernels
+compiled, read and loaded, recordings, launches, and the log.
 
 Kernels are really compiled, for an H100; the device that records and launches is none. Runs in its
 own process, without the interpreter. Argument: a folder for lists of kernels.
@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton.runtime.jit import JITFunction
 
 from serving.engine.captures import Captures
 from serving.engine.recorder import Program
+from specops import laws_triton, verify_logits_triton
 from specops.best_ids_triton import _best_of_part, _join_best, best_ids
 from specops.compiling import Kernels
 from tests.specops.no_device import NoDevice, use_no_device
@@ -73,17 +75,37 @@ def start(
     captures = Captures(recorder)
     works = [partial(best, 8, torch.bfloat16), partial(best, 2, torch.bfloat16)]
     works.append(partial(best, 2, torch.float32))
-    captures.begin(kernels, works, listed)
+    late = partial(best, 2, torch.float16)
+    captures.begin(kernels, [*works, late], listed)
     programs = [captures.capture(work) for work in works]
     captures.end()
     captures.keep_list(listed)
+    num_compiled = kernels.work.num_compiled
+    recorder.is_serving = True
+    programs.append(captures.capture(late))
     device.num_launched = 0
     for program in programs:
         program()
     return {
         "calls": recorder.calls, "work": asdict(kernels.work), "loaded": device.num_loaded,
         "launched": device.num_launched, "log": said.getvalue(),
+        "compiled_late": kernels.work.num_compiled - num_compiled,
     }  # fmt: skip
+
+
+def keys_in_any_order() -> list[str]:
+    """The key of a kernel that calls others, asked for before and after those of the others."""
+    modules = (laws_triton, verify_logits_triton)
+    kernels = [f for one in modules for f in vars(one).values() if isinstance(f, JITFunction)]
+    keys = []
+    for others in ([], kernels):
+        for kernel in kernels:
+            kernel.hash, kernel.used_global_vals = None, {}
+        Kernels(num_workers=0)
+        for kernel in others:
+            _ = kernel.cache_key
+        keys.append(verify_logits_triton._stop.cache_key)
+    return keys
 
 
 def main() -> None:
@@ -99,7 +121,7 @@ def main() -> None:
     damaged.write_text('{"made_for": 3, "kernels"')
     found |= {"edited": begin(edited), "damaged": begin(damaged)}
     found["breaks"] = begin(folder / "none.json", breaks=True)
-    json.dump(found, sys.stdout)
+    json.dump({"starts": found, "keys": keys_in_any_order()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ import sys
 
 import pytest
 
-NUM_LAUNCHES = 6
-"""Of three programs: each searches parts of rows, and joins what it finds."""
+NUM_LAUNCHES = 8
+"""Of four programs: each searches parts of rows, and joins what it finds."""
 
 
 @pytest.fixture(scope="module")
-def starts(tmp_path_factory):
+def found(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kernels")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
@@ -25,19 +25,25 @@ def starts(tmp_path_factory):
     return json.loads(found.stdout)
 
 
+@pytest.fixture(scope="module")
+def starts(found):
+    return found["starts"]
+
+
 def test_a_first_start_looks_through_all_programs_and_lets_workers_compile(starts):
     first, work = starts["first"], starts["first"]["work"]
-    assert first["calls"] == ["begin", "record", *["look"] * 3, *["record"] * 3]
-    assert work["num_compiled"] == first["loaded"] == 3
-    assert work["num_by_workers"] == 2, "one tells that the disk has none"
-    assert work["num_read"] == 2, "this process looks kernels up where workers put them"
+    assert first["calls"] == ["begin", "record", *["look"] * 4, *["record"] * 4]
+    assert work["num_compiled"] == first["loaded"] == 4
+    assert work["num_by_workers"] == 3, "one tells that the disk has none"
+    assert work["num_read"] == 3, "this process looks kernels up where workers put them"
+    assert first["compiled_late"] == 0, "a server that answers requests does not compile"
     assert first["launched"] == NUM_LAUNCHES
 
 
 def test_a_second_start_reads_all_kernels_and_records_each_program_once(starts):
     second = starts["second"]
-    assert second["calls"] == ["begin", *["record"] * 3]
-    assert (second["work"]["num_compiled"], second["work"]["num_read"]) == (0, 3)
+    assert second["calls"] == ["begin", *["record"] * 4]
+    assert (second["work"]["num_compiled"], second["work"]["num_read"]) == (0, 4)
     assert second["launched"] == NUM_LAUNCHES
 
 
@@ -45,13 +51,18 @@ def test_a_second_start_reads_all_kernels_and_records_each_program_once(starts):
 def test_a_list_of_other_kernels_is_passed_over(starts, which):
     found = starts[which]
     assert "look" not in found["calls"], "the disk has them"
-    assert found["calls"].count("record") > 3, "what a program needs is found by recording it"
-    assert found["work"]["num_read"] == 3 and found["launched"] == NUM_LAUNCHES
+    assert found["calls"].count("record") > 4, "what a program needs is found by recording it"
+    assert found["work"]["num_read"] == 4 and found["launched"] == NUM_LAUNCHES
     assert ("cannot be made beforehand" in found["log"]) == (which == "damaged")
 
 
 def test_a_device_that_refuses_is_given_programs_that_have_run(starts):
     found = starts["breaks"]
-    assert found["calls"][-6:] == ["run", "record"] * 3
+    assert found["calls"][-8:] == ["run", "record"] * 4
     assert found["launched"] == NUM_LAUNCHES
     assert "cannot be recorded before it has run; each program is run before" in found["log"]
+
+
+def test_what_one_process_compiles_another_finds(found):
+    before, after = found["keys"]
+    assert before == after, "Triton's key of a kernel depends on which keys were computed before"
