@@ -119,7 +119,7 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
             from targets.waking import wake
 
             device = pick_device(settings.device)
-            wake(device)
+            waking = wake(device)
         with timed("imported the engine"):
             from serving.border.processes import Spawner
             from serving.border.server import num_processes
@@ -127,6 +127,8 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
 
             spawner = Spawner(num_processes(settings, device.type == "cuda"), bound)
         stack.callback(spawner.close)
+        with timed("woke the device"):
+            waking.join()
         return _Loaded(bound, build_service(settings), folder, spawner)
 
 

@@ -11,13 +11,17 @@ import torch
 log = logging.getLogger(__name__)
 
 
-def wake(device: torch.device) -> None:
-    """Begin to make the context of a GPU, on another thread. Does nothing for a CPU."""
-    if device.type == "cuda":
-        threading.Thread(target=_use, args=(device,), name="waking", daemon=True).start()
+def wake(device: torch.device) -> threading.Thread:
+    """Begin to make the context of a GPU, on another thread, which ends at once for a CPU. To be
+    joined before programs are captured: a capture forbids what the thread does."""
+    thread = threading.Thread(target=_use, args=(device,), name="waking", daemon=True)
+    thread.start()
+    return thread
 
 
 def _use(device: torch.device) -> None:
+    if device.type != "cuda":
+        return
     try:
         with torch.inference_mode():
             one = torch.ones((16, 16), dtype=torch.bfloat16, device=device)

@@ -304,7 +304,8 @@ def _holds(stored: dict[str, str]) -> bool:
     if not stored["module"].startswith(_KEPT_PACKAGE) or not isinstance(stored["data"], str):
         raise TypeError(f"no kernel of {_KEPT_PACKAGE}*: {stored['module']}")
     one = Wanted(stored["module"], stored["name"], stored["data"])
-    return one.kernel().cache_key == stored["source"]
+    key: str = one.kernel().cache_key
+    return key == stored["source"]
 
 
 # ---- workers ------------------------------------------------------------------------------------

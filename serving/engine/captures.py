@@ -32,6 +32,9 @@ log = logging.getLogger(__name__)
 
 _TELL_EVERY_S = 10.0
 _MOST_TRIES = 4
+_REFUSALS = (RuntimeError, TypeError, ValueError)
+"""Of the device, or of Triton to describe a launch. A fault of the work comes up again when it is
+run."""
 _MOST_LIST_BYTES = 16 << 20
 
 
@@ -88,7 +91,7 @@ class Captures:
             self.recorder.begin()
             if listed is not None:
                 self._make(_read_list(kernels, listed))
-        except RuntimeError:
+        except _REFUSALS:
             self._run_from_now_on("kernels cannot be made beforehand")
 
     def end(self) -> None:
@@ -144,7 +147,8 @@ class Captures:
         if not works:
             return []
         log.info("the disk lacks compiled kernels; looking through %d programs ...", len(works))
-        started_s, found = time.perf_counter(), []
+        started_s = time.perf_counter()
+        found: list[Wanted] = []
         with self._kernels.noted(is_alone=True) as wanted:
             for _ in self.recorder.look_through(works):
                 self._kernels.begin(wanted[len(found) :])
@@ -172,7 +176,7 @@ class Captures:
                     return program
                 self._spoilt = program
                 self._make(wanted)
-        except RuntimeError:
+        except _REFUSALS:
             self._run_from_now_on("a program cannot be recorded before it has run")
             return None
         self._run_from_now_on("a program needs other kernels each time that it is recorded")
