@@ -133,7 +133,11 @@ def one_start(
         if programs
         else None,
         "made_later": [line for line in said_later.splitlines() if " more programs in " in line],
-        "warnings": [line for line in (said + said_later).splitlines() if " WARNING " in line],
+        "warnings": [
+            line
+            for line in (said + said_later).splitlines()
+            if " WARNING " in line and ": draining: " not in line
+        ],
     }
 
 
