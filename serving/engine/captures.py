@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buffer.files import read_regular, write_atomically
-from serving.engine.recorder import Program, Recorder
+from serving.engine.graph_recorder import GraphRecorder, Program
 from serving.phases import took
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Spent:
 class Captures:
     """What has to be there before work can be recorded, and where the time goes."""
 
-    def __init__(self, recorder: Recorder) -> None:
+    def __init__(self, recorder: GraphRecorder) -> None:
         self.recorder = recorder
         self.spent = Spent()
         self._kernels: Kernels | None = None

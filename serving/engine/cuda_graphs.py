@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.captures import Captures
-from serving.engine.recorder import CudaRecorder, Program
+from serving.engine.graph_recorder import CudaGraphRecorder, Program
 
 
 def buckets(most: int) -> list[int]:
@@ -50,7 +50,7 @@ class Graphs:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.captures = Captures(CudaRecorder(device)) if device.type == "cuda" else None
+        self.captures = Captures(CudaGraphRecorder(device)) if device.type == "cuda" else None
         """``None`` on a CPU."""
         self.are_real = self.captures is not None
 

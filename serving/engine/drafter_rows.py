@@ -24,8 +24,8 @@ from torch import Tensor
 from drafters.protocol import NeuralDrafter
 from serving.engine.cuda_graphs import Graphs, fitting
 from serving.engine.drafts import Drafts, drafted
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, upload
-from serving.engine.recorder import Program
 from serving.engine.sequence import Sequence
 from specops.attention import DecodePass
 from specops.device import places_of

@@ -19,8 +19,8 @@ from serving.engine.commit import Scored
 from serving.engine.cuda_graphs import Graphs, Landing, fitting
 from serving.engine.drafter_rows import BLOCK, FeatureStore, cut
 from serving.engine.drafting import Drafting
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import Lanes, requests_of, upload
-from serving.engine.recorder import Program
 from serving.engine.scheduler import Chunk
 from serving.requests import TokenLogprob
 from specops.device import (

@@ -20,11 +20,11 @@ from serving.engine.captures import uncollected
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import Lanes
 from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
-from serving.engine.recorder import Program
 from serving.engine.rounds import Rounds
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target

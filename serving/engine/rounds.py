@@ -36,11 +36,11 @@ from serving.engine.cuda_graphs import Graphs, Landing, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.drafts import Drafts, given
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Decoded, Proposed, Verified
-from serving.engine.recorder import Program
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch

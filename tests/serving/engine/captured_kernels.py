@@ -21,7 +21,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from serving.engine.captures import Captures
-from serving.engine.recorder import Program
+from serving.engine.graph_recorder import Program
 from specops import laws_triton, verify_logits_triton
 from specops.best_ids_triton import _best_of_part, _join_best, best_ids
 from specops.compiling import Kernels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 
 import pytest
@@ -67,6 +68,36 @@ def test_programs_that_have_never_run_compute_the_same(tmp_path, monkeypatch):
         assert graphs.captures.spent.first_runs_s == 0, "none was run before it was captured"
         for x, out in zip(inputs, outs, strict=True):
             assert torch.equal(out, torch.nn.functional.linear(x, weight).argmax(-1))
+
+
+@pytest.mark.gpu
+def test_the_thread_that_serves_makes_programs_later(caplog):
+    """It has not used cuBLAS yet, which allocates a handle for each thread."""
+    weight, x = (torch.randn(96, 96, device="cuda").bfloat16() for _ in range(2))
+    out = torch.zeros_like(x)
+
+    def work():
+        torch.mm(x, weight, out=out)
+
+    graphs = Graphs(torch.device("cuda"))
+    graphs.captures.begin(Kernels(num_workers=0), [work])
+    first = graphs.capture(work)
+    graphs.captures.end()
+    made = []
+
+    def make():
+        graphs.will_serve()
+        made.append(graphs.capture(work))
+
+    thread = threading.Thread(target=make)
+    thread.start()
+    thread.join()
+    for program in (first, *made):
+        out.zero_()
+        program()
+        torch.cuda.synchronize()
+        torch.testing.assert_close(out, x @ weight)
+    assert len(made) == 1 and not caplog.text
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
@@ -14,7 +15,7 @@ log = logging.getLogger(__name__)
 Program = Callable[[], None]
 
 
-class Recorder(Protocol):
+class GraphRecorder(Protocol):
     """Turns work into one launch. For one thread."""
 
     is_serving: bool
@@ -41,7 +42,7 @@ class Recorder(Protocol):
         """Run work where it will be recorded, and make room for recording it."""
 
 
-class CudaRecorder:
+class CudaGraphRecorder:
     """Records CUDA graphs. Their memory is overwritten by whichever of them is replayed next."""
 
     def __init__(self, device: torch.device) -> None:
@@ -50,10 +51,18 @@ class CudaRecorder:
         self._memory = torch.cuda.graph_pool_handle()
         # One stream for all: memory is cached per stream, so each program reuses the others'.
         self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._prepared: int | None = None
+        """The thread whose libraries are started."""
 
     def begin(self) -> None:
-        """Let cuBLAS allocate what it may not allocate during a capture."""
         torch.cuda.empty_cache()  # a capture cannot use what is cached outside its pool
+        self._prepare_thread()
+
+    def _prepare_thread(self) -> None:
+        """Let cuBLAS allocate what a capture forbids: a handle for each thread."""
+        if self._prepared == threading.get_ident():
+            return
+        self._prepared = threading.get_ident()
         with torch.cuda.stream(self._side):
             for dtype in (torch.bfloat16, torch.float16, torch.float32):
                 one = torch.ones((16, 16), dtype=dtype, device=self._device)
@@ -64,6 +73,7 @@ class CudaRecorder:
         # cuBLAS keeps a workspace for each stream. A run has allocated one in ordinary memory,
         # which any code may free (the compiler's graphs do so each time they record). Without one,
         # the capture allocates its own from the graphs' pool, which stays.
+        self._prepare_thread()
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
