@@ -27,6 +27,7 @@ from concurrent.futures import TimeoutError as NotInTime
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -100,6 +101,7 @@ class Kernels:
         self._pending: dict[Wanted, Future[float]] = {}
         self._known: dict[Wanted, None] = {}
         """All that were made, in order."""
+        self._is_bare = not _holds_any(Path(knobs.cache.dir))
         self.work = Work()
         _fix_keys()
 
@@ -109,9 +111,9 @@ class Kernels:
         return self._known
 
     @property
-    def has_compiled(self) -> bool:
-        """The disk lacked a kernel, so it may lack others."""
-        return self.work.num_compiled > 0
+    def are_new(self) -> bool:
+        """The disk held no kernel at first, or has lacked one since, so it may lack others."""
+        return self._is_bare or self.work.num_compiled > 0
 
     @contextmanager
     def noted(self, *, is_alone: bool = False) -> Iterator[list[Wanted]]:
@@ -277,6 +279,10 @@ class _Nothing:
     @staticmethod
     def run(*_: Any) -> None:
         return None
+
+
+def _holds_any(folder: Path) -> bool:
+    return folder.is_dir() and any(folder.iterdir())
 
 
 def _fix_keys() -> None:

@@ -2,8 +2,8 @@
 
 Work that consists of our own operations is recorded without having run before: its launches whose
 kernels are not loaded yet are noted and left out, those kernels are made, and it is recorded again.
-If the first of them had to be compiled, all work that is expected is looked through in the same
-way, and worker processes compile what it needs while this goes on (``specops.compiling``).
+If the disk lacks the first of them, all work that is expected is looked through in the same way,
+and worker processes compile what it needs while this goes on (``specops.compiling``).
 
 Any other work is run once before it is recorded, which compiles and loads its kernels one after
 another. So is all work once recording without a run has failed.
@@ -128,12 +128,13 @@ class Captures:
         took("programs, timing them", spent.timing_s)
 
     def _make(self, wanted: Sequence[Wanted]) -> None:
-        """Load kernels. If the first one had to be compiled, the others are compiled together, and
-        those of all expected work with them."""
+        """Load kernels. If the disk lacks the first one, all are compiled together, and with them
+        those of all expected work."""
         assert self._kernels is not None
         started_s, looked_s = time.perf_counter(), self.spent.look_s
-        self._kernels.make(wanted[:1])
-        if self._kernels.has_compiled:
+        if not self._kernels.are_new:
+            self._kernels.make(wanted[:1])
+        if self._kernels.are_new:
             self._kernels.begin(wanted)
             wanted = [*wanted, *self._look_ahead()]
         self._kernels.make(wanted)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from serving.engine.captures import Captures
@@ -69,7 +70,8 @@ def start(
     """Make the programs as a process does that has loaded no kernel yet, and run them."""
     for kernel in (_best_of_part, _join_best):
         kernel.device_caches.clear()
-    said.truncate(0)
+    said.seek(0)
+    said.truncate()
     device.num_loaded = device.num_launched = 0
     recorder, kernels = CallsOnly(breaks=breaks), Kernels(num_workers=2)
     captures = Captures(recorder)
@@ -121,6 +123,10 @@ def main() -> None:
     damaged.write_text('{"made_for": 3, "kernels"')
     found |= {"edited": begin(edited), "damaged": begin(damaged)}
     found["breaks"] = begin(folder / "none.json", breaks=True)
+    with knobs.cache.scope():
+        knobs.cache.dir = str(folder / "other")
+        (folder / "other" / "ANOTHER").mkdir(parents=True)
+        found["other"] = begin(folder / "none.json")
     json.dump({"starts": found, "keys": keys_in_any_order()}, sys.stdout)
 
 

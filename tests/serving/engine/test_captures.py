@@ -32,12 +32,18 @@ def starts(found):
 
 def test_a_first_start_looks_through_all_programs_and_lets_workers_compile(starts):
     first, work = starts["first"], starts["first"]["work"]
-    assert first["calls"] == ["begin", "record", *["look"] * 4, *["record"] * 4]
-    assert work["num_compiled"] == first["loaded"] == 4
-    assert work["num_by_workers"] == 3, "one tells that the disk has none"
-    assert work["num_read"] == 3, "this process looks kernels up where workers put them"
+    assert first["calls"] == ["begin", *["look"] * 4, *["record"] * 4]
+    assert work["num_compiled"] == work["num_by_workers"] == first["loaded"] == 4
+    assert work["num_read"] == 4, "this process looks kernels up where workers put them"
     assert first["compiled_late"] == 0, "a server that answers requests does not compile"
     assert first["launched"] == NUM_LAUNCHES
+
+
+def test_a_disk_that_has_other_kernels_is_asked_for_one_first(starts):
+    other, work = starts["other"], starts["other"]["work"]
+    assert other["calls"] == ["begin", "record", *["look"] * 4, *["record"] * 4]
+    assert work["num_compiled"] == 4 and work["num_by_workers"] == 3
+    assert other["launched"] == NUM_LAUNCHES
 
 
 def test_a_second_start_reads_all_kernels_and_records_each_program_once(starts):
