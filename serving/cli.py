@@ -128,7 +128,8 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
             spawner = Spawner(num_processes(settings, device.type == "cuda"), bound)
         stack.callback(spawner.close)
         with timed("woke the device"):
-            waking.join()
+            for thread in waking:
+                thread.join()
         return _Loaded(bound, build_service(settings), folder, spawner)
 
 
