@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
@@ -110,6 +112,20 @@ def keys_in_any_order() -> list[str]:
     return keys
 
 
+def with_killed_workers() -> list[int]:
+    """How many kernels are made here, and by workers, if these die."""
+    for kernel in (_best_of_part, _join_best):
+        kernel.device_caches.clear()
+    kernels = Kernels(num_workers=2)
+    with kernels.noted() as wanted:
+        best(8, torch.bfloat16)
+    kernels.begin(wanted)
+    for pid in list(kernels._pool._processes):
+        os.kill(pid, signal.SIGKILL)
+    kernels.make(wanted)
+    return [kernels.work.num_compiled, kernels.work.num_by_workers]
+
+
 def main() -> None:
     folder, said = Path(sys.argv[1]), StringIO()
     logging.basicConfig(stream=said, level=logging.INFO)
@@ -127,7 +143,10 @@ def main() -> None:
         knobs.cache.dir = str(folder / "other")
         (folder / "other" / "ANOTHER").mkdir(parents=True)
         found["other"] = begin(folder / "none.json")
-    json.dump({"starts": found, "keys": keys_in_any_order()}, sys.stdout)
+        knobs.cache.dir = str(folder / "third")
+        killed = with_killed_workers()
+    found = {"starts": found, "killed": killed, "killed_log": said.getvalue()}
+    json.dump(found | {"keys": keys_in_any_order()}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -72,3 +72,8 @@ def test_a_device_that_refuses_is_given_programs_that_have_run(starts):
 def test_what_one_process_compiles_another_finds(found):
     before, after = found["keys"]
     assert before == after, "Triton's key of a kernel depends on which keys were computed before"
+
+
+def test_kernels_are_compiled_without_workers_if_these_die(found):
+    assert found["killed"] == [2, 0]
+    assert "one after another, because workers failed: BrokenProcessPool" in found["killed_log"]
