@@ -362,6 +362,9 @@ def set_up_process(settings: Settings) -> None:
     which slow products down. To be called before CUDA is used."""
     os.nice(settings.trainer.nice)
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")  # below normal, which is 0
+    if settings.trainer.gpu_share < 1:
+        percentage = f"{100 * settings.trainer.gpu_share:g}"
+        os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", percentage)
     if settings.trainer.cpu_threads is not None:
         torch.set_num_threads(settings.trainer.cpu_threads)
     torch.set_flush_denormal(True)

@@ -1,8 +1,9 @@
-"""What a trainer on the same GPU costs the server, by its duty.
+"""What a trainer on the same GPU costs the server, by its duty and its share of the GPU.
 
     python -m benchmarks.real.sharing --run-dir runs/real/sharing
 
-Starts the demo's server and, for one ``trainer.duty`` after another, a trainer on the same card.
+Starts the demo's server and, for one ``trainer.duty`` or (under MPS) ``trainer.gpu_share`` after
+another, a trainer on the same card.
 Clients send chat requests without pause, which are decoded without drafts, so that what is learned
 changes no speed. The trainer is suspended and resumed in turn (SIGSTOP, SIGCONT); tokens are those
 of the server's own counter. A figure is the median, over pairs of adjacent windows, of the tokens
@@ -132,30 +133,39 @@ def wait_until_learning(
 
 
 def rows_of(found: Sequence[dict[str, Any]], clients: int, mps: bool) -> list[Row]:
-    """The claims, with the goal for the default duty."""
-    default = load_settings([], [], {}).trainer.duty
-    return [
-        at_least(
-            f"shared card{', CUDA MPS' if mps else ''}, {clients} clients, duty {one['duty']:g}",
-            "serving with a trainer over serving without, tokens/s",
-            one["ratio"],
-            GOAL if one["duty"] == default else None,
-        )
-        for one in found
-    ]
+    """The claims, with the goal for the default duty and share."""
+    default = load_settings([], [], {}).trainer
+    rows = []
+    for one in found:
+        way = f"duty {one['duty']:g}"
+        if mps:
+            way += f", {one['gpu_share']:.0%} of the multiprocessors"
+        row = f"shared card{', CUDA MPS' if mps else ''}, {clients} clients, {way}"
+        usual = (one["duty"], one["gpu_share"]) == (default.duty, default.gpu_share)
+        rows += [
+            at_least(
+                row,
+                "serving with a trainer over serving without, tokens/s",
+                one["ratio"],
+                GOAL if usual else None,
+            ),
+            Row(row, "rows trained per second meanwhile", one["rows_per_s"], None, None),
+        ]
+    return rows
 
 
 def carry_out(
     settings: DemoSettings,
     children: list[Child],
-    duties: Sequence[float],
+    ways: Sequence[tuple[float, float]],
     pairs: int,
     seconds: float,
     out: Path,
     *,
     mps: bool,
 ) -> None:
-    """Start the server, keep it busy, and measure each duty; writes what is known after each."""
+    """Start the server, keep it busy, and measure each pair of a duty and a share of the GPU;
+    writes what is known after each."""
     children.append(begin_server(settings))
     texts = gather_texts(settings)
     server = wait_for_server(settings, children)
@@ -166,15 +176,18 @@ def carry_out(
     traffic.start()
     found: list[dict[str, Any]] = []
     try:
-        for duty in duties:
+        for duty, gpu_share in ways:
             since, _ = trained(settings.run_dir)
-            own = (*settings.overrides, f"trainer.duty={duty}")
+            chosen = (f"trainer.duty={duty}", f"trainer.gpu_share={gpu_share}")
+            own = (*settings.overrides, *chosen)
             children.append(begin_trainer(replace(settings, overrides=own)))
             wait_until_learning(settings.run_dir, children, since, 20, patience_s=150.0)
             figures = compare(server, settings.run_dir, children[-1], pairs, seconds)
             stop([children.pop()])
-            found.append({"duty": duty, "clients": settings.num_clients, **figures})
-            say(f"duty {duty:g}: {figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s")
+            way = {"duty": duty, "gpu_share": gpu_share, "clients": settings.num_clients}
+            found.append({**way, **figures})
+            speed = f"{figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s"
+            say(f"duty {duty:g}, share {gpu_share:g}: {speed}")
             write_result(out, {"mps": mps, "rows": found, "failures": traffic.failures[:3]})
             source = f"{SOURCE} --mps" if mps else SOURCE
             write_rows("learning", rows_of(found, settings.num_clients, mps), source)
@@ -186,12 +199,14 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="folder of the run, the benchmark's own")],
     out: Out = RESULTS / "sharing.json",
     target: Literal["bundled", "real"] = "real",
-    duties: str = "1,0.5,0.25",
+    duties: Annotated[str, typer.Option(help="values of trainer.duty")] = "1,0.5,0.25",
+    gpu_shares: Annotated[str, typer.Option(help="trainer.gpu_share, for each duty")] = "1",
     pairs: int = 7,
     window_s: Annotated[float, typer.Option(help="seconds of a window")] = 2.5,
     mps: Annotated[bool, typer.Option("--mps", help="both run under CUDA MPS")] = False,
 ) -> None:
-    """Compare serving with and without a trainer, at each duty."""
+    """Compare serving with and without a trainer, at each duty and share of the GPU."""
+    ways = [(float(d), float(s)) for d in duties.split(",") for s in gpu_shares.split(",")]
     settings = real_settings() if target == "real" else DemoSettings()
     settings = replace(
         settings,
@@ -207,15 +222,7 @@ def main(
     children: list[Child] = []
     with own_folder(run_dir), shared_gpu.mps() if mps else contextlib.nullcontext():
         try:
-            carry_out(
-                settings,
-                children,
-                [float(duty) for duty in duties.split(",")],
-                pairs,
-                window_s,
-                out,
-                mps=mps,
-            )
+            carry_out(settings, children, ways, pairs, window_s, out, mps=mps)
         finally:
             stop(children)
 
