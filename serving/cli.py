@@ -112,7 +112,7 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
         from serving.border.processes import Spawner
         from serving.border.server import num_processes
         from serving.build import build_service
-        from targets.load import pick_device
+        from targets.device import pick_device
 
         log.info("imported torch in %.1f s", time.perf_counter() - started_s)
         on_gpu = pick_device(settings.device).type == "cuda"
