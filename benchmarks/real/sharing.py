@@ -7,7 +7,9 @@ another, a trainer on the same card.
 Clients send chat requests without pause, which are decoded without drafts, so that what is learned
 changes no speed. The trainer is suspended and resumed in turn (SIGSTOP, SIGCONT); tokens are those
 of the server's own counter. A figure is the median, over pairs of adjacent windows, of the tokens
-per second with the trainer relative to those without. With ``--mps`` both run under CUDA MPS.
+per second with the trainer relative to those without. Beside them, four streams measure the gaps
+between the tokens of an answer. With ``--mps`` both run under CUDA MPS; with ``--own-gpu`` the
+trainer has a second GPU.
 
 Writes ``sharing.json`` and rows of ``rows/learning.json`` in ``benchmarks/results``.
 """
@@ -25,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from benchmarks.harness.results import (
@@ -32,10 +35,12 @@ from benchmarks.harness.results import (
     Out,
     Row,
     at_least,
+    at_most,
     say,
     write_result,
     write_rows,
 )
+from benchmarks.harness.streams import Streams
 from configs.load import load_settings
 from examples import shared_gpu
 from examples.clients import Server, Traffic
@@ -46,12 +51,14 @@ from examples.demo import (
     own_folder,
     wait_for_server,
 )
-from examples.plan import DemoSettings, real_settings
+from examples.plan import TWO_GPU, DemoSettings, real_settings
 from examples.processes import Child, check_alive, stop
 from examples.traffic.prompts import Prompt
 
 SOURCE = "python -m benchmarks.real.sharing"
 GOAL = 0.95
+SHARED, OWN = "shared card", "own card"
+NUM_STREAMS = 4
 SETTLE_S = 0.4
 """After a signal: updates that were launched before it end."""
 TOKENS = "generation_tokens_total"
@@ -85,12 +92,13 @@ def window(server: Server, seconds: float) -> float:
 
 
 def compare(
-    server: Server, run_dir: Path, trainer: Child, pairs: int, seconds: float
+    server: Server, streams: Streams, run_dir: Path, trainer: Child, pairs: int, seconds: float
 ) -> dict[str, Any]:
     """Windows with and without the trainer, in turn."""
     with_trainer: list[float] = []
     without: list[float] = []
     rows_per_s: list[float] = []
+    gaps: dict[bool, list[list[float]]] = {True: [], False: []}
     try:
         for number in range(pairs):
             # The first of a pair is the other one each time, so that drift affects both alike.
@@ -98,7 +106,9 @@ def compare(
                 trainer.process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
                 time.sleep(SETTLE_S)
                 _, rows = trained(run_dir)
+                began_s = time.perf_counter()
                 speed = window(server, seconds)
+                gaps[runs].append(streams.gaps(began_s, time.perf_counter()))
                 (with_trainer if runs else without).append(speed)
                 if runs:
                     rows_per_s.append((trained(run_dir)[1] - rows) / seconds)
@@ -111,7 +121,21 @@ def compare(
         "ratios": ratios,
         "ratio": statistics.median(ratios),
         "rows_per_s": statistics.median(rows_per_s),
+        "num_gaps": sum(len(one) for ways in gaps.values() for one in ways),
+        **{
+            f"gap_p{q}_ms": {
+                name: _median_percentile_ms(gaps[runs], q)
+                for name, runs in (("with_trainer", True), ("without", False))
+            }
+            for q in (50, 99)
+        },
     }
+
+
+def _median_percentile_ms(windows: Sequence[Sequence[float]], q: int) -> float | None:
+    """Of the windows in which a stream had gaps."""
+    found = [float(np.percentile(window, q)) for window in windows if window]
+    return 1000 * statistics.median(found) if found else None
 
 
 def wait_until_learning(
@@ -132,15 +156,32 @@ def wait_until_learning(
         time.sleep(0.2)
 
 
-def rows_of(found: Sequence[dict[str, Any]], clients: int, mps: bool) -> list[Row]:
+def bodies(server: Server, prompts: Sequence[Prompt], settings: DemoSettings) -> list[Any]:
+    """The same requests, to be streamed."""
+    return [
+        {
+            "model": server.model,
+            "max_tokens": settings.sampling.max_tokens,
+            "temperature": settings.sampling.temperature,
+            "seed": prompt.seed(settings.sampling.seed),
+        }
+        | (
+            {"prompt": prompt.prompt}
+            if prompt.messages is None
+            else {"messages": [message.model_dump() for message in prompt.messages]}
+        )
+        for prompt in prompts[:256]
+    ]
+
+
+def rows_of(found: Sequence[dict[str, Any]], clients: int, way_shared: str) -> list[Row]:
     """The claims, with the goal for the default duty and share."""
     default = load_settings([], [], {}).trainer
     rows = []
     for one in found:
-        way = f"duty {one['duty']:g}"
-        if mps:
-            way += f", {one['gpu_share']:.0%} of the multiprocessors"
-        row = f"shared card{', CUDA MPS' if mps else ''}, {clients} clients, {way}"
+        row = f"{way_shared}, {clients} clients, duty {one['duty']:g}"
+        if one["gpu_share"] < 1:
+            row += f", {one['gpu_share']:.0%} of the multiprocessors"
         usual = (one["duty"], one["gpu_share"]) == (default.duty, default.gpu_share)
         rows += [
             at_least(
@@ -149,8 +190,18 @@ def rows_of(found: Sequence[dict[str, Any]], clients: int, mps: bool) -> list[Ro
                 one["ratio"],
                 GOAL if usual else None,
             ),
-            Row(row, "rows trained per second meanwhile", one["rows_per_s"], None, None),
+            at_least(
+                row,
+                "rows trained per second meanwhile",
+                one["rows_per_s"],
+                1e5 if way_shared == OWN else None,
+            ),
         ]
+        for q in (50, 99):
+            gap = one[f"gap_p{q}_ms"]
+            measure = f"p{q} of the gap between two tokens, with a trainer over without"
+            ratio = gap["with_trainer"] and gap["without"] and gap["with_trainer"] / gap["without"]
+            rows.append(at_most(row, measure, ratio, 1.01 if way_shared == OWN else None))
     return rows
 
 
@@ -162,7 +213,8 @@ def carry_out(
     seconds: float,
     out: Path,
     *,
-    mps: bool,
+    way_shared: str,
+    option: str,
 ) -> None:
     """Start the server, keep it busy, and measure each pair of a duty and a share of the GPU;
     writes what is known after each."""
@@ -173,7 +225,9 @@ def carry_out(
     traffic = Traffic(
         server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
     )
+    streams = Streams(server.url, bodies(server, prompts, settings), NUM_STREAMS)
     traffic.start()
+    streams.start()
     found: list[dict[str, Any]] = []
     try:
         for duty, gpu_share in ways:
@@ -182,16 +236,18 @@ def carry_out(
             own = (*settings.overrides, *chosen)
             children.append(begin_trainer(replace(settings, overrides=own)))
             wait_until_learning(settings.run_dir, children, since, 20, patience_s=150.0)
-            figures = compare(server, settings.run_dir, children[-1], pairs, seconds)
+            figures = compare(server, streams, settings.run_dir, children[-1], pairs, seconds)
             stop([children.pop()])
             way = {"duty": duty, "gpu_share": gpu_share, "clients": settings.num_clients}
             found.append({**way, **figures})
             speed = f"{figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s"
             say(f"duty {duty:g}, share {gpu_share:g}: {speed}")
-            write_result(out, {"mps": mps, "rows": found, "failures": traffic.failures[:3]})
-            source = f"{SOURCE} --mps" if mps else SOURCE
-            write_rows("learning", rows_of(found, settings.num_clients, mps), source)
+            failures = traffic.failures[:3] + streams.failures[:3]
+            write_result(out, {"way": way_shared, "rows": found, "failures": failures})
+            rows = rows_of(found, settings.num_clients, way_shared)
+            write_rows("learning", rows, f"{SOURCE}{option}")
     finally:
+        streams.stop()
         traffic.stop()
 
 
@@ -204,12 +260,16 @@ def main(
     pairs: int = 7,
     window_s: Annotated[float, typer.Option(help="seconds of a window")] = 2.5,
     mps: Annotated[bool, typer.Option("--mps", help="both run under CUDA MPS")] = False,
+    own_gpu: Annotated[bool, typer.Option("--own-gpu", help="trainer on a second GPU")] = False,
 ) -> None:
     """Compare serving with and without a trainer, at each duty and share of the GPU."""
     ways = [(float(d), float(s)) for d in duties.split(",") for s in gpu_shares.split(",")]
     settings = real_settings() if target == "real" else DemoSettings()
+    way_shared = OWN if own_gpu else SHARED + ", CUDA MPS" * mps
+    option = " --own-gpu" * own_gpu + " --mps" * mps
     settings = replace(
         settings,
+        configs=(*settings.configs, TWO_GPU) if own_gpu else settings.configs,
         run_dir=run_dir,
         overrides=(
             *settings.overrides,
@@ -222,7 +282,16 @@ def main(
     children: list[Child] = []
     with own_folder(run_dir), shared_gpu.mps() if mps else contextlib.nullcontext():
         try:
-            carry_out(settings, children, ways, pairs, window_s, out, mps=mps)
+            carry_out(
+                settings,
+                children,
+                ways,
+                pairs,
+                window_s,
+                out,
+                way_shared=way_shared,
+                option=option,
+            )
         finally:
             stop(children)
 
