@@ -261,7 +261,8 @@ def _weights(settings: Settings, backend: Backend, line: str) -> WeightsStore:
 
 
 def _capture_updates(trainer: Trainer) -> None:
-    """Capture all updates in CUDA graphs before traces come. Does nothing on a CPU."""
+    """Capture all updates in CUDA graphs, and run what judges candidates, before traces come. Does
+    nothing on a CPU."""
     learner, expected = trainer.learner, trainer.intake.expected
     if learner.fixed_shape is None:
         return
@@ -270,6 +271,9 @@ def _capture_updates(trainer: Trainer) -> None:
     learner.store.allocate(len(expected.layer_ids) + 1, expected.hidden_size, dtype)
     learner.capture_all()
     log.info("captured all updates in %.1f s", time.monotonic() - started_s)
+    started_s = time.monotonic()
+    trainer.judge.warm_up(trainer.settings.trainer.max_sequence)
+    log.info("warmed the gate up in %.1f s", time.monotonic() - started_s)
 
 
 def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
