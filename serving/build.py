@@ -52,9 +52,10 @@ from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
+from targets.device import pick_device
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
-from targets.load import load_served_model, pick_device, pick_dtype
+from targets.load import load_served_model, pick_dtype
 from targets.target import Target
 from targets.tokenizer import served_tokenizer
 from targets.update import TargetWeights

@@ -115,7 +115,7 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
         with timed("imported torch"):
             import torch  # noqa: F401
         with timed("looked for the device"):
-            from targets.load import pick_device
+            from targets.device import pick_device
             from targets.waking import wake
 
             device = pick_device(settings.device)
