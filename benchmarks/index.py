@@ -120,7 +120,7 @@ class Traffic:
         rng = random.Random(0)
         for one in self.running:  # not all begin at once
             one.at = rng.randrange(one.at, len(one.text) - _K)
-        self.news = [[] for _ in self.running]
+        self.news: list[list[int]] = [[] for _ in self.running]
         self.ended: list[Running] = []
         self.begun = list(self.running)
 
@@ -236,8 +236,10 @@ def rows_of(result: dict[str, Any]) -> Iterator[Row]:
     median, p99 = result["compiled_step_median_us"] / 1e3, result["compiled_step_p99_us"] / 1e3
     most = _MOST_MS.get(batch)
     measure = "milliseconds of a step, median"
-    yield Row(case, measure, median, None, None) if most is None else at_most(
-        case, measure, median, most
+    yield (
+        Row(case, measure, median, None, None)
+        if most is None
+        else at_most(case, measure, median, most)
     )
     yield Row(case, "milliseconds of a step, p99", p99, None, None)
     times = result["python_step_median_us"] / result["compiled_step_median_us"]

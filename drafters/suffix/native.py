@@ -8,11 +8,11 @@ Positions only increase, so nothing is ever deleted.
 
 Finished traffic has chains for every length; a lookup bisects the length and follows at most
 ``MAX_WALK`` links of each chain, which bounds its time for any traffic. A request has chains for
-some lengths, *rungs*, such as 2, 3, 4 and 8: that of the longest rung with an occurrence is followed
-to its end, or until ``MAX_VOTES`` of the longest possible are found, so the answer is exact. That
-takes a third of the memory, which matters more than the steps: the texts of 128 requests stay in a
-core's cache. The multiplier of these hashes is secret, so that nobody can write a prompt whose
-n-grams all fall into one chain.
+some lengths, *rungs*, such as 2, 3, 4 and 8: that of the longest rung with an occurrence is
+followed to its end, or until ``MAX_VOTES`` of the longest possible are found, so the answer is
+exact. That takes a third of the memory, which matters more than the steps: the texts of 128
+requests stay in a core's cache. The multiplier of these hashes is secret, so that nobody can write
+a prompt whose n-grams all fall into one chain.
 
 The functions keep the interpreter's lock: a call takes microseconds, and a thread that gives the
 lock away may wait milliseconds to get it back. ``compiled`` imports this module, because it knows

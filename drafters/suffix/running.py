@@ -199,4 +199,3 @@ class RunningTexts:
 
     def _forget_last(self) -> None:
         self._last = [], np.zeros(0, np.int64)
-

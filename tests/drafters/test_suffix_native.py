@@ -130,7 +130,7 @@ def test_the_same_after_positions_have_begun_again(monkeypatch):
 
 
 def test_chains_that_are_longer_than_a_lookup_follows_end_it_alike():
-    """Two tenants with one text each: the other's occurrences use up the links that are followed."""
+    """Two tenants in one chain: the other's occurrences use up the links that are followed."""
     both, rng = Both((2, 12), 20_000), random.Random(2)
     # These two names have the same CRC-32, hence the same chains.
     for turn in range(120):
@@ -167,4 +167,6 @@ def test_many_requests_move_while_they_grow():
         assert index.observe(keys) == plain.observe(keys)
         assert index.propose(keys, [4] * 150) == plain.propose(keys, [4] * 150)
     texts = [index._texts.tokens(index._texts.row(key)) for key in keys]
-    assert all(np.array_equal(t, plain._own(k).text.tokens) for k, t in zip(keys, texts, strict=True))
+    assert all(
+        np.array_equal(t, plain._own(k).text.tokens) for k, t in zip(keys, texts, strict=True)
+    )
