@@ -9,7 +9,9 @@ the tokens that the last one committed, asks for the kinds of match, and for up 
 for each request; those that the text goes on with are kept, and one more. Requests that are
 through finish and make room for others.
 
-The two alternate at every step, in changing order, and their proposals are compared.
+The two alternate at every step, in changing order, and their proposals are compared. Each finds
+the caches full of the other's arrays, so the compiled one is also measured *alone*; beside a
+server's other work it is between the two.
 ``time.thread_time`` counts, so other work on the machine matters only by the caches that it spoils.
 ``step`` is what a round waits for: telling, looking and proposing. ``between`` is what finishing
 and beginning requests adds, per step; a server does this while the device works. ``parts`` split
@@ -187,8 +189,10 @@ def measure(
         matched += sum(kind > 0 for kind in kinds)
     parts = _parts(indexes, traffic, num_steps // 2)
     for index in indexes.values():
+        traffic.change(index)
         for one in traffic.running:
             index.finish(one.key, keep=False)
+    times["alone"] = alone(indexes["compiled"], texts, batch, num_steps)
     return {
         "batch": batch,
         "matched": matched / (batch * (_WARM_UPS + num_steps)),
@@ -205,6 +209,22 @@ def measure(
             )
         },
     }
+
+
+def alone(index: Index, texts: Iterator[list[int]], batch: int, num_steps: int) -> Times:
+    """Time steps of one index with nothing but its own traffic in between."""
+    traffic, times = Traffic(texts, batch), Times()
+    for number in range(_WARM_UPS + num_steps):
+        between, _ = timed(lambda: traffic.change(index))
+        step, (_, drafts) = timed(lambda: traffic.step(index))
+        if number >= _WARM_UPS:
+            times.step.append(step)
+            times.between.append(between)
+        traffic.go_on(drafts)
+    traffic.change(index)
+    for one in traffic.running:
+        index.finish(one.key, keep=False)
+    return times
 
 
 def _parts(indexes: dict[str, Index], traffic: Traffic, num_steps: int) -> dict[str, float]:
@@ -233,15 +253,16 @@ def rows_of(result: dict[str, Any]) -> Iterator[Row]:
         f"suffix index in a round, {batch} requests, K = {_K}, {_RECENT_TOKENS:,} recent tokens, "
         "thread time"
     )
-    median, p99 = result["compiled_step_median_us"] / 1e3, result["compiled_step_p99_us"] / 1e3
     most = _MOST_MS.get(batch)
-    measure = "milliseconds of a step, median"
-    yield (
-        Row(case, measure, median, None, None)
-        if most is None
-        else at_most(case, measure, median, most)
-    )
-    yield Row(case, "milliseconds of a step, p99", p99, None, None)
+    for name, where in (("compiled", "beside the one in Python"), ("alone", "alone")):
+        measure, median = f"milliseconds of a step, {where}", result[f"{name}_step_median_us"] / 1e3
+        yield (
+            Row(case, f"{measure}, median", median, None, None)
+            if most is None
+            else at_most(case, f"{measure}, median", median, most)
+        )
+        p99 = result[f"{name}_step_p99_us"] / 1e3
+        yield Row(case, f"{measure}, p99", p99, None, None)
     times = result["python_step_median_us"] / result["compiled_step_median_us"]
     yield at_least(case, "times as fast as in Python, median, one run", times, 1.0)
     yield Row(

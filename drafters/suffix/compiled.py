@@ -23,6 +23,7 @@ import threading
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 
@@ -121,12 +122,12 @@ def _imported(where: Path) -> ModuleType:
     """The module, with every function compiled or loaded."""
     import numba
 
-    former = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(where)
+    config: Any = numba.config
+    former, config.CACHE_DIR = config.CACHE_DIR, str(where)
     try:
         from drafters.suffix import native
     finally:
-        numba.config.CACHE_DIR = former
+        config.CACHE_DIR = former
     _call_all(native)
     if not (where / _DONE).exists():
         (where / _DONE).touch()

@@ -30,6 +30,8 @@ worth, ``kinds`` [7, 4] int64 see ``kinds.table``.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -66,7 +68,8 @@ from drafters.suffix.layout import (
     VOTES,
 )
 
-_entry, _inner = njit(cache=True), njit(cache=True, _nrt=False)
+_any_njit: Any = njit  # its type leaves out the option
+_entry, _inner = njit(cache=True), _any_njit(cache=True, _nrt=False)
 
 # ---- called from Python --------------------------------------------------------------------------
 
