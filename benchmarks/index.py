@@ -192,22 +192,26 @@ def measure(
         traffic.change(index)
         for one in traffic.running:
             index.finish(one.key, keep=False)
-    times["alone"] = alone(indexes["compiled"], texts, batch, num_steps)
     return {
         "batch": batch,
         "matched": matched / (batch * (_WARM_UPS + num_steps)),
         "tokens_per_step": statistics.mean(kept),
         "python_parts_us": parts,
-        **{
-            f"{name}_{what}_us": value
-            for name, own in times.items()
-            for what, value in (
-                ("step_median", statistics.median(own.step)),
-                ("step_p99", sorted(own.step)[int(0.99 * len(own.step))]),
-                ("step_mean", statistics.mean(own.step)),
-                ("between_mean", statistics.mean(own.between)),
-            )
-        },
+        **figures(times),
+    }
+
+
+def figures(times: dict[str, Times]) -> dict[str, float]:
+    """JSON-ready."""
+    return {
+        f"{name}_{what}_us": value
+        for name, own in times.items()
+        for what, value in (
+            ("step_median", statistics.median(own.step)),
+            ("step_p99", sorted(own.step)[int(0.99 * len(own.step))]),
+            ("step_mean", statistics.mean(own.step)),
+            ("between_mean", statistics.mean(own.between)),
+        )
     }
 
 
@@ -294,6 +298,8 @@ def main(
     for size in sizes:
         results.append(measure(indexes, stream, size, num_steps))
         print(rounded(results[-1]), flush=True)
+    for size, result in zip(sizes, results, strict=True):  # afterwards, for only one is told
+        result |= figures({"alone": alone(indexes["compiled"], stream, size, num_steps)})
     write_result(out, {"recent_tokens": _RECENT_TOKENS, "draft_k": _K, "rows": results})
     write_rows(
         "index", [row for one in results for row in rows_of(one)], "python -m benchmarks.index"
