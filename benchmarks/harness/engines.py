@@ -23,6 +23,7 @@ from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.random_targets import publish_drafters, random_target
 from configs.load import load_settings
 from configs.schema import Settings
+from drafters.suffix import compiled
 from policies.interface import DraftPolicy
 from serving.build import LoadedTarget, build_service
 from serving.engine.loop import Engine
@@ -56,7 +57,9 @@ class Built:
 
 
 def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Service, PolicySwitch]:
-    """A service that is not yet started, and the ``PolicySwitch`` its engine plans with."""
+    """A service that is not yet started, and the ``PolicySwitch`` its engine plans with. The
+    compiled search of matches is there."""
+    compiled.wait()
     switches: list[PolicySwitch] = []
 
     def wrap(own: DraftPolicy) -> PolicySwitch:
