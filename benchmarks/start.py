@@ -145,7 +145,9 @@ def _until_ready(server: subprocess.Popen[bytes], port: int, started_s: float, l
     while True:
         passed_s = time.perf_counter() - started_s
         if server.poll() is not None or passed_s > _GIVE_UP_S:
-            raise RuntimeError(f"no server after {passed_s:.0f} s:\n{log.read_text()[-2000:]}")
+            said = log.read_text()
+            said = said if len(said) < 8000 else f"{said[:4000]}\n...\n{said[-4000:]}"
+            raise RuntimeError(f"no server after {passed_s:.0f} s:\n{said}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
                 return time.perf_counter() - started_s

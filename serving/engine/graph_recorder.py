@@ -6,6 +6,7 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -49,6 +50,8 @@ class CudaGraphRecorder:
         self.is_serving = False
         self._device = device
         self._memory = torch.cuda.graph_pool_handle()
+        self._holder: Any = None
+        """A recording that keeps the memory: it ends with the last one, and cannot begin again."""
         # One stream for all: memory is cached per stream, so each program reuses the others'.
         self._side: Any = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._prepared: int | None = None
@@ -69,11 +72,21 @@ class CudaGraphRecorder:
                 torch.nn.functional.linear(one, one)
         self._side.synchronize()
 
+    def _hold_memory(self) -> None:
+        """Recordings that are thrown away, because they failed or have launches left out, must not
+        be the last ones."""
+        if self._holder is None:
+            one = torch.ones(1, device=self._device)
+            torch.cuda.synchronize(self._device)
+            self._holder = torch.cuda.CUDAGraph()
+            self._capture(self._holder, partial(one.fill_, 0), self._memory)
+
     def record(self, work: Program) -> tuple[Program, int]:
         # cuBLAS keeps a workspace for each stream. A run has allocated one in ordinary memory,
         # which any code may free (the compiler's graphs do so each time they record). Without one,
         # the capture allocates its own from the graphs' pool, which stays.
         self._prepare_thread()
+        self._hold_memory()
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
