@@ -159,7 +159,7 @@ class Vocabulary:
         if token is None:
             return b""
         if self._is_byte_level:
-            return _byte_level_bytes(token)
+            return byte_level_bytes(token)
         byte = self._byte_of(token)
         if byte is not None:
             return byte
@@ -258,7 +258,7 @@ _SYMBOLS = _byte_symbols()
 _BYTES = {symbol: byte for byte, symbol in enumerate(_SYMBOLS)}
 
 
-def _byte_level_bytes(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
     """Bytes of a token in a byte-level vocabulary; added tokens may be spelled in plain text."""
     try:
         return bytes([_BYTES[symbol] for symbol in token])
