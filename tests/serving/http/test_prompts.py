@@ -21,7 +21,8 @@ from tests.serving.http.live import MODEL, LiveServer
 BUNDLED = load_tokenizer(REPOSITORY / "examples" / "target")
 CHARACTERS = [
     *"aeit \n\t.,0-=▁<>|xé漢🙂ᾂ가ﬁ`K", " " * 40, "e\u0301", "\u0323\u0307", "the tree ", "def ",
-    "<|assistant|>", "<|endoftext|>", "<|end|>", "<0xE4>", "\u1112\u1161\u11ab", "</s>", "Ġ", "<|wide token|>",
+    "<|assistant|>", "<|endoftext|>", "<|end|>", "<0xE4>", "\u1112\u1161\u11ab", "</s>", "Ġ",
+    "<|wide token|>",
 ]  # fmt: skip
 
 
@@ -53,11 +54,6 @@ def whole_words():
     return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
 
-def metaspace_bpe(scheme):
-    tokenizer = changed(kinds.sentencepiece(), normalizer=normalizers.Sequence([]))
-    return changed(tokenizer, pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=scheme))
-
-
 def split(behavior):
     """A byte-level tokenizer that treats spaces by itself."""
     steps = [pre_tokenizers.Split(" ", behavior), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -79,9 +75,9 @@ KNOWN = {
     "gemma": kinds.sentencepiece(strips_first_space=False),
     "an added token that is normalized": with_added(kinds.sentencepiece(), normalized=True),
     "an added token that is not": with_added(kinds.sentencepiece(), normalized=False),
-    "metaspace always": metaspace_bpe("always"),
-    "metaspace first": metaspace_bpe("first"),
-    "metaspace never": metaspace_bpe("never"),
+    "metaspace always": kinds.metaspace_bpe("always"),
+    "metaspace first": kinds.metaspace_bpe("first"),
+    "metaspace never": kinds.metaspace_bpe("never"),
     "isolated spaces": split("isolated"),
     "wide spaces": changed(tiny_tokenizer(), normalizer=SPACES),
     "no spaces": changed(tiny_tokenizer(), normalizer=normalizers.Replace(" ", "")),
