@@ -103,6 +103,7 @@ def test_files_that_are_no_weights_are_refused(target: Path, content: bytes, sai
     ("change", "said"),
     [
         pytest.param({"data_offsets": [4, 36_864]}, "tensors overlap", id="a gap"),
+        pytest.param({"data_offsets": [4, 36_868]}, "tensors overlap", id="an overlap"),
         pytest.param(
             {"data_offsets": [36_864, 0]}, "tensors overlap", id="an end before its start"
         ),
