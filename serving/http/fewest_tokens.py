@@ -115,7 +115,7 @@ def _steps(part: Any, name: str) -> list[dict[str, Any]]:
     if part is None:
         return []
     state = json.loads(part.__getstate__())
-    return state[name] if state["type"] == "Sequence" else [state]  # type: ignore[no-any-return]
+    return state[name] if state["type"] == "Sequence" else [state]
 
 
 def _reads_all(backend: Any) -> bool:

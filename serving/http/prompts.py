@@ -118,10 +118,13 @@ class PromptEncoder:
     def _fewest_tokens(self) -> FewestTokens:
         return FewestTokens(self._tokenizer)
 
+    def _at_least(self, text: str) -> int:
+        return self._fewest_tokens(text)
+
     async def _refuse_long(self, texts: Iterable[str], most: int) -> None:
         for text in texts:
             if len(text) >= LONG_TEXT:
-                at_least = await asyncio.to_thread(lambda text=text: self._fewest_tokens(text))
+                at_least = await asyncio.to_thread(self._at_least, text)
                 if at_least > most:
                     raise TooManyTokensError(at_least)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
@@ -78,13 +78,13 @@ async def prompt_ids(
     Raises:
         ApiError: 400, a text is certainly too long.
     """
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if isinstance(texts[0], str):
-        encode = context.prompts.encode
+    encode = context.prompts.encode
+    if isinstance(prompt, str) or isinstance(prompt[0], str):
+        texts = cast(list[str], [prompt] if isinstance(prompt, str) else prompt)
         return await encoded(context, "prompt", max_tokens, lambda most: encode(texts, most))
     if isinstance(prompt[0], int):
-        return [tuple(prompt)]
-    return [tuple(ids) for ids in prompt]
+        return [tuple(cast(list[int], prompt))]
+    return [tuple(ids) for ids in cast(list[list[int]], prompt)]
 
 
 class CompletionWriter:
