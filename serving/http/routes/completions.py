@@ -83,8 +83,8 @@ async def prompt_ids(
         texts = cast(list[str], [prompt] if isinstance(prompt, str) else prompt)
         return await encoded(context, "prompt", max_tokens, lambda most: encode(texts, most))
     if isinstance(prompt[0], int):
-        return [tuple(cast(list[int], prompt))]
-    return [tuple(ids) for ids in cast(list[list[int]], prompt)]
+        return [tuple(prompt)]
+    return [tuple(ids) for ids in prompt]
 
 
 class CompletionWriter:
