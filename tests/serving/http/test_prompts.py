@@ -178,7 +178,8 @@ SPACES_1024 = " " * 32 * 1024
 
 def test_what_cannot_fit_is_never_tokenized(encoder, watched):
     async def ask():
-        for texts in ([WORDS], ["a", WORDS], [SPACES_1024 + " "]):
+        many = ["a", "漢" * (LONG_TEXT // 2), "漢" * (LONG_TEXT // 2)]  # long together
+        for texts in ([WORDS], ["a", WORDS], [SPACES_1024 + " "], many):
             with pytest.raises(TooManyTokensError) as caught:
                 await encoder.encode(texts, most=1024)
             assert caught.value.at_least > 1024
