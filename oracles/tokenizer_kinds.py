@@ -54,6 +54,30 @@ def metaspace() -> PreTrainedTokenizerFast:
     return _with_special(backend)
 
 
+def metaspace_bpe(scheme: str = "always", split: bool = True) -> PreTrainedTokenizerFast:
+    """The vocabulary of ``sentencepiece``; bytes and spaces are for pre-tokenizer and decoder, as
+    in Mistral's later conversions.
+
+    Args:
+        scheme: where a space is added before a text: always, first or never.
+    """
+    tokenizer = sentencepiece()
+    backend = tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=split)
+    space = decoders.Metaspace(prepend_scheme=scheme, split=split)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), space])
+    return tokenizer
+
+
+def two_spaces_stripped() -> PreTrainedTokenizerFast:
+    """``sentencepiece`` with a decoder that ours does not know: it strips up to two spaces."""
+    tokenizer = sentencepiece()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 2, 0)])
+    return tokenizer
+
+
 def word_pieces(
     kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast,
     cleanup: bool = False,

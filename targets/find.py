@@ -6,7 +6,9 @@ A mistake is told at once, not after the seconds of importing torch and the minu
 from __future__ import annotations
 
 import json
+import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,14 @@ GGUF = ".gguf"
 """Ending of the name of a GGUF file."""
 _MAX_HEADER_BYTES = 100 << 20  # what the safetensors library accepts
 _INDEX = "model.safetensors.index.json"
+_WEIGHT_BYTES = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2}
+"""Types that weights may have, and their sizes in bytes."""
+_ITEM_BYTES = {
+    **_WEIGHT_BYTES, "I64": 8, "U64": 8, "C64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2, "I8": 1,
+    "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
+}  # fmt: skip
+_WEIGHTS = (".weight", ".bias")
+"""Endings of the names of weights."""
 
 
 def target_folder(target: str, cache: Path | None = None) -> Path:
@@ -57,15 +67,18 @@ def checked_folder(target: str, cache: Path | None = None) -> Path:
     """``target_folder``, with all its weights there and whole.
 
     Raises:
-        ValueError: as ``target_folder`` does, or a file is missing, cut off or no safetensors file.
+        ValueError: as ``target_folder`` does, or a file is missing, cut off or no safetensors file,
+            or weights are quantized without a ``quantization_config`` that says how.
     """
     folder = target_folder(target, cache)
     files = weight_files(folder)
-    _read_json(folder / "config.json")
+    config = _read_json(folder / "config.json")
     if (folder / _INDEX).is_file():
         _check_index(folder, {path.name for path in files})
     for path in files:
-        _check_whole(path)
+        entries = _check_whole(path)
+        if config.get("quantization_config") is None:
+            _check_types(path, entries)
     return folder
 
 
@@ -87,28 +100,63 @@ def _check_index(folder: Path, present: set[str]) -> None:
         )
 
 
-def _check_whole(path: Path) -> None:
-    """Compare the size of a safetensors file with what its header says."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
-            raise ValueError(
-                f"{path} is not a safetensors file ({size} bytes); download the target again"
-            )
-        header = file.read(length)
+def _check_whole(path: Path) -> dict[str, Any]:
+    """Compare the size of a safetensors file with what its header says. Returns dtype, shape and
+    offsets of each tensor."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or not 2 <= length <= _MAX_HEADER_BYTES:
+                raise ValueError(
+                    f"{path} is not a safetensors file ({size} bytes); download the target again"
+                )
+            header = file.read(length)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror})") from None
     if len(header) < length:
         raise _cut_off(path, 8 + length, size)
     try:
         entries = json.loads(header)
-        ends = [entry["data_offsets"][1] for n, entry in entries.items() if n != "__metadata__"]
-        last = 8 + length + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        entries.pop("__metadata__", None)
+        last = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        is_sound = _fills_file(entries)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         raise ValueError(
             f"{path} is damaged: its header cannot be read; download the target again"
         ) from None
     if size != last:
         raise _cut_off(path, last, size)
+    if not is_sound:
+        raise ValueError(
+            f"{path} is damaged: by its header, tensors overlap or have another size than their "
+            f"shape; download the target again"
+        )
+    return entries  # type: ignore[no-any-return]
+
+
+def _fills_file(entries: Mapping[str, Any]) -> bool:
+    """True if tensors lie one behind the other and are as large as their shapes."""
+    at = 0
+    for entry in sorted(entries.values(), key=lambda entry: tuple(entry["data_offsets"])):
+        start, end = entry["data_offsets"]
+        each = _ITEM_BYTES.get(entry["dtype"])
+        if start != at or end < start:
+            return False
+        if each is not None and end - start != each * math.prod(entry["shape"]):
+            return False
+        at = end
+    return True
+
+
+def _check_types(path: Path, entries: Mapping[str, Any]) -> None:
+    """Weights of another type would be read as plain numbers, without their scales."""
+    for name, entry in entries.items():
+        if name.endswith(_WEIGHTS) and entry["dtype"] not in _WEIGHT_BYTES:
+            raise ValueError(
+                f"{path}: {name} has the type {entry['dtype']}; weights must be "
+                f"{', '.join(_WEIGHT_BYTES)}. Quantized targets are not supported"
+            )
 
 
 def _cut_off(path: Path, wanted: int, size: int) -> ValueError:

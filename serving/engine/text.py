@@ -19,8 +19,9 @@ from typing import Protocol
 
 from serving.engine.vocabulary import MAX_CHARACTER_BYTES, REPLACEMENT, Vocabulary
 
-_CONTEXT = 8
-"""Tokens before the new ones that an unknown decoder is given."""
+_CONTEXT, _MOST_CONTEXT = 8, 64
+"""Tokens before the new ones that an unknown decoder is given; more if they have no text or begin
+within a character."""
 
 
 class TextReader(Protocol):
@@ -155,7 +156,7 @@ class WindowReader:
     ) -> None:
         self._vocabulary = vocabulary
         self._skip = skip_special
-        self._ids = list(prompt_ids[-_CONTEXT:])
+        self._ids = self._context(prompt_ids)
         """Context, then the tokens that are not read yet."""
         self._num_read = len(self._ids)
 
@@ -177,6 +178,17 @@ class WindowReader:
         now = self._vocabulary.decode(self._ids, self._skip)
         if len(now) <= len(before) or (now.endswith(REPLACEMENT) and not is_final):
             return ""
-        self._ids = self._ids[-_CONTEXT:]
+        self._ids = self._context(self._ids)
         self._num_read = len(self._ids)
         return now[len(before) :]
+
+    def _context(self, token_ids: Sequence[int]) -> list[int]:
+        """The last tokens that stand by themselves: a decoder may drop a space where a text begins,
+        and all bytes that follow half a character."""
+        num = _CONTEXT
+        while num < min(len(token_ids), _MOST_CONTEXT):
+            text = self._vocabulary.decode(token_ids[-num:], self._skip)
+            if text and not text.startswith(REPLACEMENT):
+                break
+            num += 1
+        return list(token_ids[-num:])

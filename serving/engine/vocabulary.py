@@ -147,7 +147,7 @@ class Vocabulary:
             text = data.decode() if data else None
         except UnicodeDecodeError:
             text = None
-        if not text or self._owner_of(text) not in (None, token_id):
+        if not text or self._owner_of(text, token_id) != token_id:
             return f"token_id:{token_id}"
         return text
 
@@ -159,7 +159,7 @@ class Vocabulary:
         if token is None:
             return b""
         if self._is_byte_level:
-            return _byte_level_bytes(token)
+            return byte_level_bytes(token)
         byte = self._byte_of(token)
         if byte is not None:
             return byte
@@ -187,17 +187,26 @@ class Vocabulary:
         text: str = " ".join(tokens) if decoder is None else decoder.decode(tokens)
         return text
 
-    def _owner_of(self, text: str) -> int | None:
-        """Id of the token that is the usual spelling of a text, if there is one."""
-        if not self.is_local:
-            return None
-        if self._is_byte_level:
-            token = "".join(_SYMBOLS[byte] for byte in text.encode())
-        else:
-            token = text.replace(" ", self._space)
+    def _owner_of(self, text: str, token_id: int) -> int | None:
+        """Id of the one token that has a text as its name, if it may be that of ``token_id``: the
+        token that is the usual spelling of the text or, in its absence, any one."""
+        if self._backend is None:
+            return token_id
+        symbols = "".join(_SYMBOLS[byte] for byte in text.encode())
+        if self.is_local:
+            owner = self._id_of(symbols if self._is_byte_level else text.replace(" ", self._space))
+            return token_id if owner is None else owner
+        marked = text.replace(" ", "\u2581")
+        for token in (text, marked, symbols, "\u2581" + marked):
+            owner = self._id_of(token)
+            if owner is not None and self.decode([owner], skip_special=False) == text:
+                return owner
+        return None
+
+    def _id_of(self, token: str) -> int | None:
         assert self._backend is not None
-        owner: int | None = self._backend.token_to_id(token)
-        return owner
+        found: int | None = self._backend.token_to_id(token)
+        return found
 
 
 def _decoder_steps(tokenizer: Any) -> list[dict[str, Any]] | None:
@@ -258,7 +267,7 @@ _SYMBOLS = _byte_symbols()
 _BYTES = {symbol: byte for byte, symbol in enumerate(_SYMBOLS)}
 
 
-def _byte_level_bytes(token: str) -> bytes:
+def byte_level_bytes(token: str) -> bytes:
     """Bytes of a token in a byte-level vocabulary; added tokens may be spelled in plain text."""
     try:
         return bytes([_BYTES[symbol] for symbol in token])

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from fastapi import Header
 from starlette.requests import Request as HttpRequest
 
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, invalid
+from serving.http.prompts import TooManyTokensError
 from serving.http.request_bodies import GenerationBody
 from serving.http.sampling_body import field_outside_vocabulary, sampling_params
 from serving.requests import Request
+
+T = TypeVar("T")
 
 NoCaptureHeader = Annotated[
     Literal["0", "1"],
@@ -59,7 +62,7 @@ def plan_job(
     default_max_tokens: int | None = None,
     logprobs: int | None,
 ) -> Job:
-    """Check the limits that depend on this server and build the requests.
+    """Build the requests of a body that ``check_body`` accepts.
 
     Args:
         no_capture: value of ``NoCaptureHeader``.
@@ -69,11 +72,10 @@ def plan_job(
         logprobs: alternatives for each token, or ``None``.
 
     Raises:
-        ApiError: 400 or 404 that names the field.
+        ApiError: 400 that names the field.
     """
     context = context_of(http_request)
-    num_choices = 1 if body.n is None else body.n
-    check_limits(context, body, num_choices, len(prompts))
+    num_choices = _num_choices(body)
     job_id = f"{id_prefix}-{uuid.uuid4().hex}"
     capture = body.capture is not False and no_capture != "1"
     drafters = _drafters(context, body)
@@ -104,8 +106,13 @@ def plan_job(
     )
 
 
-def check_model(context: Context, body: GenerationBody) -> None:
-    """Raise ApiError 404 for a model that is not served. ``None`` is the served one."""
+def check_body(context: Context, body: GenerationBody, num_prompts: int = 1) -> None:
+    """Check what does not depend on the tokens of a prompt.
+
+    Raises:
+        ApiError: 404 for a model that is not served (``None`` is the served one); 400 if a field
+            exceeds what the settings or the target allow.
+    """
     if body.model not in (None, context.server.model.model_name):
         raise ApiError(
             404,
@@ -113,6 +120,34 @@ def check_model(context: Context, body: GenerationBody) -> None:
             param="model",
             code="model_not_found",
         )
+    check_limits(context, body, _num_choices(body), num_prompts)
+
+
+async def encoded(
+    context: Context,
+    prompt_field: PromptField,
+    max_tokens: int | None,
+    encode: Callable[[int], Awaitable[T]],
+) -> T:
+    """Tokens of prompts, unless one is certainly too long.
+
+    Args:
+        max_tokens: see ``plan_job``.
+        encode: called with the number of tokens that a prompt may have.
+
+    Raises:
+        ApiError: 400, prompt and completion exceed the target's length.
+    """
+    room = context.server.model.max_model_len - (1 if max_tokens is None else max_tokens)
+    try:
+        return await encode(room)
+    except TooManyTokensError as error:
+        told = f"at least {error.at_least} tokens"
+        raise _too_long(context, prompt_field, told, max_tokens) from None
+
+
+def _num_choices(body: GenerationBody) -> int:
+    return 1 if body.n is None else body.n
 
 
 def check_limits(
@@ -178,18 +213,24 @@ def _max_tokens(
     Raises:
         ApiError: 400, prompt and completion exceed the target's length.
     """
-    most = context.server.model.max_model_len
-    room = most - num_prompt
+    room = context.server.model.max_model_len - num_prompt
     if room < (1 if wanted is None else wanted):
-        completion = (
-            " and at least one of a completion" if wanted is None else f" and max_tokens {wanted}"
-        )
-        raise invalid(
-            f"{prompt_field}: {num_prompt} tokens{completion}, together at most "
-            f"engine.max_model_len ({most})",
-            param=prompt_field,
-            code="context_length_exceeded",
-        )
+        raise _too_long(context, prompt_field, f"{num_prompt} tokens", wanted)
     if wanted is not None:
         return wanted
     return room if default is None else min(room, default)
+
+
+def _too_long(
+    context: Context, prompt_field: PromptField, prompt: str, wanted: int | None
+) -> ApiError:
+    """The refusal of a prompt that does not fit; ``prompt`` says how long it is."""
+    completion = (
+        " and at least one of a completion" if wanted is None else f" and max_tokens {wanted}"
+    )
+    return invalid(
+        f"{prompt_field}: {prompt}{completion}, together at most "
+        f"engine.max_model_len ({context.server.model.max_model_len})",
+        param=prompt_field,
+        code="context_length_exceeded",
+    )

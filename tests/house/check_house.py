@@ -49,6 +49,9 @@ EXCEPTIONS: dict[str, str] = {
     "serving/http/request_bodies.py: spells the drafter kind 'suffix'": (
         "OpenAI's field of that name"
     ),
+    "serving/http/fewest_tokens.py: spells the drafter kind 'suffix'": (
+        "a property of BPE in the library tokenizers"
+    ),
     "benchmarks/by_match.py: spells the drafter kind 'eagle3'": (
         "judges chains of that drafter's training at every position of a trace"
     ),

@@ -99,6 +99,76 @@ def test_files_that_are_no_weights_are_refused(target: Path, content: bytes, sai
         checked_folder(str(target))
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        pytest.param({"data_offsets": [4, 36_864]}, "tensors overlap", id="a gap"),
+        pytest.param({"data_offsets": [4, 36_868]}, "tensors overlap", id="an overlap"),
+        pytest.param(
+            {"data_offsets": [36_864, 0]}, "tensors overlap", id="an end before its start"
+        ),
+        pytest.param({"shape": [287, 32]}, "another size than their shape", id="a row too few"),
+        pytest.param({"dtype": "F64"}, "another size than their shape", id="numbers too wide"),
+        pytest.param({"shape": ["a"]}, "another size than their shape", id="no shape"),
+        pytest.param({"shape": None}, "its header cannot be read", id="none at all"),
+        pytest.param({"data_offsets": [0, "9"]}, "its header cannot be read", id="no numbers"),
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(target: Path, change: dict, said: str):
+    """The library raises errors of its own for it, once the server has begun to load."""
+    path = target / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    first = next(n for n, e in header.items() if e.get("data_offsets", [1])[0] == 0)
+    assert header[first]["data_offsets"] == [0, 36_864]
+    header[first] |= change
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+
+    with pytest.raises(ValueError, match=said) as caught:
+        checked_folder(str(target))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "name"),
+    [
+        (torch.int8, "I8"),
+        (torch.uint8, "U8"),
+        (torch.float8_e4m3fn, "F8_E4M3"),
+        (torch.bool, "BOOL"),
+        (torch.int32, "I32"),
+        (torch.complex64, "C64"),
+    ],
+)
+def test_quantized_weights_are_no_plain_numbers(target: Path, dtype: torch.dtype, name: str):
+    """Without their scales they are nonsense."""
+    path = target / "model.safetensors"
+    tensors = load_file(path)
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    save_file(tensors | {layer: tensors[layer].to(dtype)}, path, {"format": "pt"})
+
+    with pytest.raises(ValueError, match=f"{layer} has the type {name}; weights must be F64, F32"):
+        checked_folder(str(target))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_may_have_any_type_of_plain_numbers(target: Path, dtype: torch.dtype):
+    """And what is no weight may have any type."""
+    path = target / "model.safetensors"
+    tensors = {n: tensor.to(dtype) for n, tensor in load_file(path).items()}
+    save_file(tensors | {"position_ids": torch.arange(9)}, path, {"format": "pt"})
+    assert checked_folder(str(target)) == target
+
+
+def test_a_folder_in_place_of_weights_is_refused(target: Path):
+    (target / "model.safetensors").unlink()
+    (target / "model.safetensors").mkdir()
+    with pytest.raises(ValueError, match=r"model.safetensors cannot be read \(Is a directory\)"):
+        checked_folder(str(target))
+
+
 def test_a_split_target_needs_all_its_files_whole(target: Path):
     split(target)
     assert checked_folder(str(target)) == target

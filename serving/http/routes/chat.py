@@ -15,7 +15,7 @@ from serving.http.chunks import chunk_events
 from serving.http.context import Context, context_of
 from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
-from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
+from serving.http.jobs import Job, NoCaptureHeader, check_body, encoded, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
 from serving.http.request_bodies import ChatMessage, ChatRequest
 from serving.http.response_bodies import (
@@ -48,17 +48,22 @@ async def create_chat_completion(
 ) -> Response:
     """Answer a conversation, rendered with the target's own chat template."""
     context = context_of(request)
-    check_model(context, body)
+    check_body(context, body)
+    most_tokens, logprobs = max_tokens(body), num_logprobs(body)
     messages = [{"role": _role(message), "content": message.content} for message in body.messages]
+    encode = context.prompts.encode_chat
+    prompt_ids = await encoded(
+        context, "messages", most_tokens, lambda most: encode(messages, most)
+    )
     job = plan_job(
         request,
         body,
         no_capture,
-        [await context.prompts.encode_chat(messages)],
+        [prompt_ids],
         id_prefix="chatcmpl",
         prompt_field="messages",
-        max_tokens=max_tokens(body),
-        logprobs=num_logprobs(body),
+        max_tokens=most_tokens,
+        logprobs=logprobs,
     )
     generation = Generation(context, job, request.state.request_id)
     await generation.submit()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, cast
 
 from fastapi import APIRouter, Depends
 from starlette.requests import Request
@@ -15,7 +15,7 @@ from serving.http.chunks import chunk_events
 from serving.http.context import Context, context_of
 from serving.http.errors import documented
 from serving.http.generation import Generation
-from serving.http.jobs import Job, NoCaptureHeader, check_model, plan_job, wants_usage
+from serving.http.jobs import Job, NoCaptureHeader, check_body, encoded, plan_job, wants_usage
 from serving.http.logprobs import TextOffsets, completion_logprobs
 from serving.http.request_bodies import CompletionRequest, Prompt
 from serving.http.response_bodies import CompletionChoice, CompletionResponse
@@ -43,12 +43,12 @@ async def create_completion(
 ) -> Response:
     """Complete one prompt or several."""
     context = context_of(request)
-    check_model(context, body)
+    check_body(context, body, num_prompts(body.prompt))
     job = plan_job(
         request,
         body,
         no_capture,
-        await prompt_ids(context, body.prompt),
+        await prompt_ids(context, body.prompt, body.max_tokens),
         id_prefix="cmpl",
         prompt_field="prompt",
         max_tokens=body.max_tokens,
@@ -66,12 +66,22 @@ async def create_completion(
     return json_answer(writer.response(generation, outputs))
 
 
-async def prompt_ids(context: Context, prompt: Prompt) -> list[tuple[int, ...]]:
-    """Token ids of each prompt, given in any of the four forms."""
-    if isinstance(prompt, str):
-        return await context.prompts.encode([prompt])
-    if isinstance(prompt[0], str):
-        return await context.prompts.encode(prompt)
+def num_prompts(prompt: Prompt) -> int:
+    return 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
+
+
+async def prompt_ids(
+    context: Context, prompt: Prompt, max_tokens: int | None
+) -> list[tuple[int, ...]]:
+    """Token ids of each prompt, given in any of the four forms.
+
+    Raises:
+        ApiError: 400, a text is certainly too long.
+    """
+    encode = context.prompts.encode
+    if isinstance(prompt, str) or isinstance(prompt[0], str):
+        texts = cast(list[str], [prompt] if isinstance(prompt, str) else prompt)
+        return await encoded(context, "prompt", max_tokens, lambda most: encode(texts, most))
     if isinstance(prompt[0], int):
         return [tuple(prompt)]
     return [tuple(ids) for ids in prompt]

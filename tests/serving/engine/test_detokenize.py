@@ -148,3 +148,37 @@ def test_a_stop_string_that_ends_within_a_token_is_kept_up_to_its_end():
     assert len(text) > 2
     assert read([token], text[1], keeps_stop=True) == (text[:2], 1)
     assert read([token], text[1]) == (text[:1], 1)
+
+
+OVER_BYTES = {
+    "sentencepiece": kinds.sentencepiece(),
+    "gemma": kinds.sentencepiece(strips_first_space=False),
+    "metaspace": kinds.metaspace_bpe("first"),
+    "an unknown decoder": kinds.two_spaces_stripped(),
+}
+SMILE = [f"<0x{byte:02X}>" for byte in "🙂".encode()]
+
+
+@pytest.mark.parametrize("name", OVER_BYTES)
+@pytest.mark.parametrize(
+    ("tokens", "stop", "text", "count"),
+    [
+        pytest.param(["a", *SMILE, "b"], "🙂", "a", 5, id="a character of four tokens"),
+        pytest.param(
+            ["a", *SMILE, ASSISTANT], "🙂" + ASSISTANT, "a", 6, id="a special token after"
+        ),
+        pytest.param(["a", ASSISTANT, *SMILE], ASSISTANT + "🙂", "a", 6, id="and before"),
+        pytest.param(["a", *SMILE[:2], ASSISTANT, *SMILE[2:]], "🙂", "a", 6, id="and within it"),
+        pytest.param(["a", ASSISTANT, "▁the"], ASSISTANT + " the", "a", 3, id="a space after it"),
+        pytest.param([*SMILE, "▁the"], "🙂 t", "", 5, id="a space after a character"),
+        pytest.param(["a", "<0x20>", "b"], " b", "a", 3, id="a space that is a byte"),
+        pytest.param(["a", "<0x0A>", "b"], "\nb", "a", 3, id="a line end that is a byte"),
+        pytest.param(["a", "</s>", "b"], "</s>b", "a", 3, id="the end of the text"),
+        pytest.param(["a", *SMILE, "b"], SMILE[0], "a🙂b", 6, id="the name of a byte is no text"),
+    ],
+)
+def test_stop_strings_over_byte_fallback(name, tokens, stop, text, count):
+    tokenizer = OVER_BYTES[name]
+    the, *ids = tokenizer.convert_tokens_to_ids(["▁the", *tokens])
+    assert tokenizer.unk_token_id not in ids
+    assert read(ids, stop, vocabulary=Vocabulary(tokenizer), prompt_ids=[the]) == (text, count)

@@ -22,6 +22,9 @@ TOKENIZERS = {
     "word pieces": kinds.word_pieces(),
     "tidied word pieces": kinds.word_pieces(cleanup=True),
     "no decoder": kinds.without_decoder(),
+    **{f"metaspace {scheme}": kinds.metaspace_bpe(scheme) for scheme in ("always", "first")},
+    "metaspace never": kinds.metaspace_bpe("never", split=False),
+    "an unknown decoder": kinds.two_spaces_stripped(),
 }
 VOCABULARIES = {name: Vocabulary(tokenizer) for name, tokenizer in TOKENIZERS.items()}
 SENTENCEPIECE = TOKENIZERS["sentencepiece"]
@@ -74,10 +77,15 @@ def some_steps(rng: Random, tokens: list[int]) -> list[list[int]]:
 BYTES = set(byte_ids(bytes(range(256))))
 
 
+def rounds_of(name: str) -> int:
+    """The decoder of the library is slow."""
+    return 3000 if VOCABULARIES[name].is_local else 500
+
+
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_pieces_add_up_to_what_the_tokenizer_decodes(name):
     tokenizer, rng = TOKENIZERS[name], Random(0)
-    for _ in range(3000):
+    for _ in range(rounds_of(name)):
         skip = rng.random() < 0.7
         prompt = some_tokens(rng, name, whole=True)
         if "\ufffd" in tokenizer.decode(prompt, skip_special_tokens=skip):
@@ -92,7 +100,7 @@ def test_the_pieces_add_up_to_what_the_tokenizer_decodes(name):
 @pytest.mark.parametrize("name", TOKENIZERS)
 def test_the_text_does_not_depend_on_where_steps_end(name):
     rng = Random(1)
-    for _ in range(3000):
+    for _ in range(rounds_of(name)):
         prompt = some_tokens(rng, name, whole=False)
         completion = some_tokens(rng, name, whole=False)
         steps = some_steps(rng, completion)
@@ -226,6 +234,30 @@ def test_what_a_wrapper_adds_is_kept(tokenizer, texts):
     hi, stop = ids("hi", ".", tokenizer=tokenizer)
     assert pieces(vocabulary, [hi], [[hi], [stop]]) == texts
     assert "".join(pieces(vocabulary, [hi], [[hi, stop]])) == "".join(texts)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "completion", "text"),
+    [
+        pytest.param(["▁the", *["<s>"] * 20], ["▁tree"], " tree", id="special tokens between"),
+        pytest.param(
+            [*"ab", *["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"] * 3], ["a"], "a", id="bytes"
+        ),
+        pytest.param(["<s>"] * 20, ["▁tree"], "tree", id="the text begins"),
+        pytest.param([], ["▁the", *["<s>"] * 20, "▁tree"], "the tree", id="in the completion"),
+        pytest.param(
+            [],
+            ["a", *["<0xF0>", "<0x9F>", "<0x99>", "<0x82>"] * 3, "▁"],
+            "a🙂🙂🙂 ",
+            id="bytes in it",
+        ),
+    ],
+)
+def test_an_unknown_decoder_is_given_what_it_needs(prompt, completion, text):
+    vocabulary = VOCABULARIES["an unknown decoder"]
+    assert isinstance(text_reader(vocabulary, [], True), WindowReader)
+    steps = [[token] for token in ids(*completion)]
+    assert "".join(pieces(vocabulary, ids(*prompt), steps)) == text
 
 
 def test_an_unknown_decoder_may_end_within_a_character():

@@ -20,6 +20,9 @@ TOKENIZERS = {
     "metaspace": kinds.metaspace(),
     "word pieces": kinds.word_pieces(),
     "no decoder": kinds.without_decoder(),
+    **{f"metaspace {scheme}": kinds.metaspace_bpe(scheme) for scheme in ("always", "first")},
+    "metaspace never": kinds.metaspace_bpe("never", split=False),
+    "an unknown decoder": kinds.two_spaces_stripped(),
 }
 
 

@@ -36,7 +36,7 @@ def text_of(template: str, *messages: dict[str, str]) -> str:
     tokenizer.chat_template = template
     encoder = PromptEncoder(tokenizer)
     try:
-        return tokenizer.decode(asyncio.run(encoder.encode_chat(messages)))
+        return tokenizer.decode(asyncio.run(encoder.encode_chat(messages, most=1000)))
     finally:
         encoder.close()
 
