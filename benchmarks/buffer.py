@@ -4,7 +4,8 @@
     python -m benchmarks.buffer --parts redis    # of: log, redis, kafka, hand-over
 
 - **log**: appends of 64 KiB and 1 MiB with a group commit for every 8 MiB, against plain writes and
-  fdatasync of the same bytes; reads of single records at random places, checked, against pread.
+  fdatasync of the same bytes; reads of single records at random places of an index, each checked,
+  against pread into the same memory.
 - **redis**: records of 64 KiB written and read by a group, against redis-py with pipelines of the
   same batches, on one Valkey server that appends to a file and syncs every second.
 - **kafka**: records of 64 KiB written and read without a group, against kafka-python with the same
@@ -32,6 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import redis
 import typer
+from numpy.typing import NDArray
 
 from benchmarks.buffer_kafka import measure_kafka
 from benchmarks.harness.results import (
@@ -137,26 +139,29 @@ def append_plain(root: Path, record: bytes, num_bytes: int) -> float:
 
 
 def read_at_random(root: Path, size: int, num_reads: int, num_turns: int) -> dict[str, Any]:
-    """Single records of one segment in the page cache: ours are checked byte by byte."""
+    """Single records of one segment in the page cache: ours are checked, every byte of them."""
     with SegmentWriter(root, LIMITS) as writer:
         for number in range(LIMITS.segment_bytes // (size + HEAD.size)):
             writer.append(random.Random(number).randbytes(size))
         path = next((root / writer.name).glob("*.seg"))
     descriptor = os.open(path, os.O_RDONLY)
     file_bytes = os.fstat(descriptor).st_size
-    starts = [frame.start for frame in scan(descriptor, file_bytes)]
+    index = [(frame.start, frame.end) for frame in scan(descriptor, file_bytes)]
     luck = random.Random(0)
-    places = [luck.choice(starts) for _ in range(num_reads)]
+    places = [luck.choice(index) for _ in range(num_reads)]
     block = np.empty(size + HEAD.size, np.uint8)
 
+    def take(num_bytes: int) -> NDArray[np.uint8]:
+        return block[:num_bytes]
+
     def ours() -> int:
-        for start in places:
-            frame = read_frame(descriptor, start, file_bytes, lambda num_bytes: block[:num_bytes])
+        for start, end in places:
+            frame = read_frame(descriptor, start, file_bytes, take, end)
             assert frame is not None
         return num_reads * size
 
     def plain() -> int:
-        for start in places:
+        for start, _ in places:
             os.preadv(descriptor, [block], start)
         return num_reads * size
 
