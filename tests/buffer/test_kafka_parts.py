@@ -1,10 +1,14 @@
 """What a Kafka buffer decides without a broker: its URL, the shares of a group, what a log of
 publications means."""
 
+import gc
 import itertools
+import os
 import random
+import threading
 
 import pytest
+from kafka.errors import KafkaError
 
 from buffer.backends import open_backend
 from buffer.kafka_group import share_out
@@ -130,3 +134,27 @@ def test_an_outbox_drops_the_oldest_waiting_and_counts_every_record():
     box.give_up()
     assert box.appended == box.durable + box.dropped + box.doubtful == 7
     assert (box.durable, box.doubtful) == (1, 1)
+
+
+def test_attempts_to_reach_brokers_that_are_away_leave_no_threads_and_no_sockets():
+    """The client's library would leave a thread for each, which tries to connect for ever."""
+
+    def used():
+        gc.collect()
+        threads = [one.name for one in threading.enumerate() if one.name.startswith("kafka")]
+        return threads, len(os.listdir("/proc/self/fd"))
+
+    class Owner:
+        pass
+
+    def attempt():
+        for make in (link.consumer, link.producer, lambda owner: link.admin().__enter__()):
+            with pytest.raises(KafkaError):
+                make(Owner())
+
+    link = KafkaLink(parse_url("kafka://127.0.0.1:1/p?timeout_s=0.1"))
+    attempt()
+    before = used()
+    attempt()
+    assert used() == before
+    assert not before[0]
