@@ -65,7 +65,9 @@ def kafka_clients_end(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = _kafka_threads() - before
     if left and not request.node.stash.get(_HAS_FAILED, False):
-        gc.collect()  # clients are closed with their owner, which may be part of a cycle
+        # A client is closed with its owner, which may be what a fixture has made, or part of a cycle.
+        request.node.funcargs.clear()
+        gc.collect()
         for thread in left:
             thread.join(_CLOSED_S)
         alive = sorted(thread.name for thread in left if thread.is_alive())
