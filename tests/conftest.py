@@ -65,7 +65,7 @@ def kafka_clients_end(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     left = _kafka_threads() - before
     if left and not request.node.stash.get(_HAS_FAILED, False):
-        # A client is closed with its owner, which may be what a fixture has made, or part of a cycle.
+        # Closed with their owner, which may be what a fixture has made, or part of a cycle.
         request.node.funcargs.clear()
         gc.collect()
         for thread in left:
