@@ -116,10 +116,10 @@ def read_frame(
             first, to learn that. ``None`` also if the head says something else.
     """
     if end is None:
-        head = os.pread(descriptor, HEAD.size, start)
-        if len(head) < HEAD.size or not head.startswith(MAGIC):
+        begin = os.pread(descriptor, HEAD.size, start)
+        if len(begin) < HEAD.size or not begin.startswith(MAGIC):
             return None
-        end = start + HEAD.size + HEAD.unpack(head)[4]
+        end = start + HEAD.size + HEAD.unpack(begin)[4]
         if end > size:
             return None
         if end - start > _TRUSTED_BYTES and not _is_sound(descriptor, start, end):
