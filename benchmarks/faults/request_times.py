@@ -95,8 +95,16 @@ FIGURES: dict[str, Figure] = {
 
 
 def figures_of(pairs: Sequence[Pair]) -> dict[str, Any]:
-    """By figure: seconds ``without`` and ``with`` faults, their ``ratio``, and its ``interval``."""
-    return {name: _compared(figure, pairs) for name, figure in FIGURES.items()}
+    """By figure: seconds ``without`` and ``with`` faults, their ``ratio``, and its ``interval``.
+    Pairs with a window in which no request ended are left out.
+
+    Raises:
+        ValueError: there is no other pair.
+    """
+    whole = [pair for pair in pairs if pair.quiet.taken_s and pair.faulty.taken_s]
+    if not whole:
+        raise ValueError("no two windows have requests; make them longer")
+    return {name: _compared(figure, whole) for name, figure in FIGURES.items()}
 
 
 def _compared(figure: Figure, pairs: Sequence[Pair]) -> dict[str, Any]:

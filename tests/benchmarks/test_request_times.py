@@ -48,6 +48,13 @@ def test_the_interval_is_as_wide_as_pairs_differ():
     assert 0.85 < least < 1.1 < most < 1.25
 
 
+def test_a_window_in_which_no_request_ended_says_nothing():
+    pair = Pair(faulty=window(0.6), quiet=window(0.5))
+    assert figures_of([pair, Pair(Window(), window(0.1)), pair]) == figures_of([pair, pair])
+    with pytest.raises(ValueError, match="make them longer"):
+        figures_of([Pair(window(0.5), Window())])
+
+
 def test_a_threads_clock_counts_its_own_work_and_not_its_sleep():
     works, ends = threading.Event(), threading.Event()
 
