@@ -131,16 +131,19 @@ def read_frame(
     if magic != MAGIC or length != end - start - HEAD.size:
         return None
     head, payload = block[_CHECKED_FROM : HEAD.size], block[HEAD.size :]
-    is_deleted = version == VERSION and flags == _DELETED
-    if is_deleted:
-        payload = payload[:0]
-    if version == VERSION:
-        is_sound = checksum == _checksum(head, payload)
-    else:
-        is_sound = version == _CRC_VERSION and checksum == zlib.crc32(payload, zlib.crc32(head))
-    if is_sound:
-        return Frame(start, end, number, unix_ms, payload, is_deleted)
-    if not is_deleted and _is_deleted(descriptor, start):  # while it was read
+    if version == VERSION and flags == 0:  # first, for it is nearly always so
+        if checksum == xxh3_64_intdigest(payload, xxh3_64_intdigest(head)) & 0xFFFF_FFFF:
+            return Frame(start, end, number, unix_ms, payload)
+    elif version == VERSION:
+        is_deleted = flags == _DELETED
+        payload = payload[:0] if is_deleted else payload
+        if checksum == _checksum(head, payload):
+            return Frame(start, end, number, unix_ms, payload, is_deleted)
+        if is_deleted:
+            return None
+    elif version == _CRC_VERSION and checksum == zlib.crc32(payload, zlib.crc32(head)):
+        return Frame(start, end, number, unix_ms, payload)
+    if _is_deleted(descriptor, start):  # while it was read
         return read_frame(descriptor, start, size, allocate)
     return None
 
