@@ -1,6 +1,6 @@
 # make demo         the whole loop on this machine: serve, learn, swap, report; BUFFER=redis keeps
 #                   traces and weights in a Valkey server that it starts, BUFFER=kafka in Tansu;
-#                   MPS=1 shares the GPU by CUDA MPS
+#                   MPS=1 shares the GPU by CUDA MPS, OWN_GPU=1 gives the trainer a second one
 # make test         all tests; ARGS=... is passed to pytest
 # make check        lint, format, types, import order, house rules
 # make real         fetches a real target, SmolLM2-135M-Instruct, and says how to serve it
@@ -30,7 +30,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DELETE_ON_ERROR:
 
 demo: setup
-	$(BIN)/python -m examples.demo $(if $(BUFFER),--buffer $(BUFFER)) $(if $(MPS),--mps)
+	$(BIN)/python -m examples.demo $(if $(BUFFER),--buffer $(BUFFER)) $(if $(MPS),--mps) $(if $(OWN_GPU),--own-gpu)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)

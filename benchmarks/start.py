@@ -1,12 +1,14 @@
-"""Seconds from starting a server to /ready, for a first and a second start, with processor time.
+r"""Seconds from starting a server to /ready, for a first and a second start, with processor time.
 
 python -m benchmarks.start                                   # the bundled target on this CPU
-python -m benchmarks.start --config one_gpu --set target=FOLDER --out FILE
+python -m benchmarks.start --config real --config one_gpu --linger-s 20 --goals 25 12 \
+    --row "SmolLM2-135M on a card" --out benchmarks/results/start_gpu.json
 
 The first start of a trial finds an empty run folder and empty caches of tokenizers and compiled
 kernels, the second one what the first has left. Python's compiled modules are there for both, as
 after any start of this installation. Processor time (user and system, of the server and of what it
-started) says what a start costs also where the machine is busy with other work.
+started) says what a start costs also where the machine is busy with other work. Where the seconds
+went is read from the server's log; parts of "made all programs" are called "programs, ...".
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from typing import Annotated, Any
 
 import typer
 
+from benchmarks.harness.results import Row, at_most, write_result, write_rows
+
 _PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
+_PROGRAMS = re.compile(
+    r"(?P<num>\d+) programs are ready after [0-9.]+ s, (?P<left>\d+) are left for later"
+)
+_WITHIN = "programs, "
+"""Begins the name of a part of another part."""
 _POLL_S = 0.02
 _GIVE_UP_S = 600.0
 
@@ -37,6 +46,11 @@ def main(
     config: Annotated[list[str] | None, typer.Option(help="settings files or names")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c")] = None,
     trials: Annotated[int, typer.Option(min=1, help="first and second starts")] = 1,
+    linger_s: Annotated[float, typer.Option(min=0, help="seconds that it runs once ready")] = 0,
+    row: Annotated[
+        str | None, typer.Option(help="publish the medians as rows of this name")
+    ] = None,
+    goals: Annotated[tuple[float, float], typer.Option(help="s, first and second start")] = (6, 6),
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Print one line of JSON for each start, and a summary."""
@@ -45,7 +59,7 @@ def main(
         with tempfile.TemporaryDirectory() as folder:
             for which in ("first", "second"):
                 found = {"start": which, "trial": trial} | one_start(
-                    Path(folder), config or ["demo"], set_ or []
+                    Path(folder), config or ["demo"], set_ or [], linger_s
                 )
                 starts.append(found)
                 print(json.dumps(found), flush=True)
@@ -58,17 +72,30 @@ def main(
     }
     print(json.dumps(summary), flush=True)
     if out is not None:
-        cores = os.cpu_count()
-        out.write_text(json.dumps({"cores": cores, "median": summary, "starts": starts}, indent=1))
+        write_result(out, {"cores": os.cpu_count(), "median": summary, "starts": starts})
+    if row is not None:
+        source = " ".join(["python -m benchmarks.start", *(f"--config {c}" for c in config or [])])
+        write_rows("start", _rows(row, summary, goals), source)
 
 
-def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, Any]:
+def _rows(row: str, summary: dict[str, Any], goals: tuple[float, float]) -> list[Row]:
+    return [
+        at_most(f"{row}, {which} start", "seconds to ready", summary[which]["ready_s"], goal)
+        for which, goal in zip(("first", "second"), goals, strict=True)
+    ]
+
+
+def one_start(
+    home: Path, configs: list[str], chosen: list[str], linger_s: float = 0.0
+) -> dict[str, Any]:
     """Start a server, wait until it is ready, and stop it.
 
     Args:
         home: folder for the run and the caches.
         configs: settings files or names, in order.
         chosen: single settings, as ``a.b=c``.
+        linger_s: it runs for so long once it is ready, and makes the programs that it has left for
+            later.
 
     Raises:
         RuntimeError: it ended before it was ready, or is not ready after ten minutes.
@@ -81,6 +108,7 @@ def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, An
     env = os.environ | {
         "TRITON_CACHE_DIR": str(home / "kernels"),
         "SLIPSTREAM_TARGET_CACHE": str(home / "targets"),
+        "CUDA_CACHE_PATH": str(home / "driver"),  # what the driver compiles, if anything
     }
     log = home / "log.txt"
     with log.open("wb") as opened:
@@ -89,13 +117,27 @@ def one_start(home: Path, configs: list[str], chosen: list[str]) -> dict[str, An
         try:
             ready_s = _until_ready(server, port, started_s, log)
             processor_s = _processor_s(server.pid)
+            time.sleep(linger_s)
         finally:
             server.send_signal(signal.SIGINT)
             server.wait(60)
+    said, _, said_later = log.read_text().partition("ready: serving")
+    phases_s = _phases(said)
+    named_s = sum(took_s for what, took_s in phases_s.items() if not what.startswith(_WITHIN))
+    programs = _PROGRAMS.search(said)
     return {
         "ready_s": round(ready_s, 2),
         "processor_s": None if processor_s is None else round(processor_s, 2),
-        "phases_s": _phases(log.read_text()),
+        "phases_s": phases_s | {"all else": round(ready_s - named_s, 2)},
+        "programs": {name: int(num) for name, num in programs.groupdict().items()}
+        if programs
+        else None,
+        "made_later": [line for line in said_later.splitlines() if " more programs in " in line],
+        "warnings": [
+            line
+            for line in (said + said_later).splitlines()
+            if " WARNING " in line and ": draining: " not in line
+        ],
     }
 
 
@@ -103,7 +145,9 @@ def _until_ready(server: subprocess.Popen[bytes], port: int, started_s: float, l
     while True:
         passed_s = time.perf_counter() - started_s
         if server.poll() is not None or passed_s > _GIVE_UP_S:
-            raise RuntimeError(f"no server after {passed_s:.0f} s:\n{log.read_text()[-2000:]}")
+            said = log.read_text()
+            said = said if len(said) < 8000 else f"{said[:4000]}\n...\n{said[-4000:]}"
+            raise RuntimeError(f"no server after {passed_s:.0f} s:\n{said}")
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=5):
                 return time.perf_counter() - started_s
@@ -129,7 +173,7 @@ def _children(pid: int) -> list[str]:
 
 
 def _phases(text: str) -> dict[str, float]:
-    """Seconds of each part of start-up, as the server's log says."""
+    """Seconds of each part of start-up until it was ready, as the server's log says."""
     found = {}
     for line in text.splitlines():
         if matched := _PHASE.search(line):

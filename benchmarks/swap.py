@@ -64,7 +64,7 @@ from serving.build import build_service
 from serving.service import Service
 from serving.swap.flat_weights import Staged
 from serving.swap.in_force import WeightsInForce
-from targets.load import pick_device
+from targets.device import pick_device
 from trainer.publish import Publisher, bundle_content
 
 SOURCE = "python -m benchmarks.swap"

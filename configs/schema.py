@@ -299,6 +299,10 @@ class TrainerSettings(Section):
     """Largest share of time in which the trainer works on updates and candidates. On a GPU that it
     shares with a server, less of it slows the server less. 1: it never rests while it has traces to
     train on."""
+    gpu_share: float = Field(1.0, gt=0, le=1)
+    """Under CUDA MPS: share of the GPU's multiprocessors that the trainer may use, the others being
+    the server's alone. Without MPS it has no effect. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` in the
+    trainer's environment takes its place."""
     memory_fraction: float = Field(0.1, gt=0, lt=1)
     """Share of the GPU's memory for the hidden rows of all traces that are held, which are uploaded
     once. If they do not fit, fewer traces are held."""

@@ -460,6 +460,7 @@ def main(
         str, typer.Option(help=f"where traces and weights are: {', '.join(('log', *SERVICES))}")
     ] = "log",
     mps: Annotated[bool, typer.Option("--mps", help="share the GPU by CUDA MPS")] = False,
+    own_gpu: Annotated[bool, typer.Option("--own-gpu", help="trainer on a second GPU")] = False,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="setting of server and trainer"),
@@ -467,7 +468,7 @@ def main(
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
     signal.signal(signal.SIGTERM, interrupt)
-    settings = with_seed(default_settings(), seed)
+    settings = with_seed(default_settings(own_gpu=own_gpu), seed)
     overrides = (*settings.overrides, *(set_ or ()))
     settings = replace(settings, run_dir=run_dir, overrides=overrides)
     if config:

@@ -84,12 +84,19 @@ class DemoSettings:
 
 REAL_CONFIGS = tuple(Path("configs", f"{name}.yaml") for name in ("real", "one_gpu", "compare"))
 """In this order: ``real`` alone is for two CPU cores, and ``one_gpu`` replaces what that needs."""
+TWO_GPU = Path("configs", "two_gpu.yaml")
 
 
-def default_settings() -> DemoSettings:
+def default_settings(*, own_gpu: bool = False) -> DemoSettings:
     """The demo of this machine: a real target where there is a GPU and ``make real`` has fetched
-    it, else the bundled one."""
-    return real_settings() if real_target_is_here() and hardware()["gpu"] else DemoSettings()
+    it, else the bundled one.
+
+    Args:
+        own_gpu: the trainer uses a second GPU.
+    """
+    real = real_target_is_here() and hardware()["gpu"]
+    settings = real_settings() if real else DemoSettings()
+    return replace(settings, configs=(*settings.configs, TWO_GPU)) if own_gpu else settings
 
 
 def real_target_is_here() -> bool:

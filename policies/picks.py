@@ -23,9 +23,10 @@ import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple, Self
 
-from policies.acceptance import AcceptanceModel
+from policies.acceptance import AcceptanceModel, Floats
 from policies.interface import DrafterTraits, DraftRecord, Pick, StepObs
 
 _BUDGET = 0.01
@@ -128,9 +129,13 @@ class Picker:
         self.account = _START_TOKENS
         """Tokens that trying may still lose."""
         self._acceptance = acceptance
-        self._explore = explore
+        self._chances = min(explore, 0.5), min(explore * _EAGER, 0.5)
+        """With which a drafter that is known for a request, and one that is hardly known, is
+        tried."""
         self._rng = random.Random(seed)
         self._counts: Counter[tuple[str, str]] = Counter()
+        self._tables: dict[str, tuple[Floats, list[list[float]]]] = {}
+        """Expected tokens, and what ``_kept`` made of them, by drafter."""
 
     def pick(self, obs: StepObs, mix: str, k: int) -> tuple[Pick, ...]:
         """Who drafts for each request of a step.
@@ -139,47 +144,82 @@ class Picker:
             mix: the members are its drafters.
             k: draft length of the step.
         """
-        members = self.mixes[mix]
-        kept = {kind: (self._acceptance.expected_tokens(kind) - 1).tolist() for kind in members}
+        kept = [(kind, kind in self.matching, self._kept(kind)) for kind in self.mixes[mix]]
         nothing: Mapping[str, DraftRecord] = {}
-        records = obs.records or (nothing,) * obs.batch
         picks = []
-        for row, record in enumerate(records):
-            match = 0 if obs.matches is None else obs.matches[row]
-            values = {
-                kind: kept[kind][match][k]
-                if kind in self.matching
-                else expected_kept(kept[kind][match], k, record.get(kind))
-                for kind in members
-                if match or kind not in self.matching
-            }
-            picks.append(self._pick(values, record))
-        self._counts.update((one.drafter, one.reason) for one in picks)
+        for match, record in zip(
+            (0,) * obs.batch if obs.matches is None else obs.matches,
+            obs.records or (nothing,) * obs.batch,
+            strict=True,
+        ):
+            # One frame for the whole batch: a call for each member takes as long as its sums.
+            names: list[str] = []
+            values: list[float] = []
+            for kind, needs_match, by_match in kept:
+                usual = by_match[match]
+                if needs_match:
+                    if not match:
+                        continue
+                    value = usual[k]
+                elif (own := record.get(kind)) is None:
+                    value = usual[k]
+                else:
+                    value = expected_kept(usual, k, own)
+                names.append(kind)
+                values.append(value)
+            picks.append(self._pick(names, values, record))
+        for one, count in Counter(picks).items():
+            self._counts[one.drafter, one.reason] += count
         return tuple(picks)
 
-    def _pick(self, values: Mapping[str, float], record: Mapping[str, DraftRecord]) -> Pick:
-        best = max(values, key=values.__getitem__)
-        self.account = min(self.account + _BUDGET * (1 + values[best]), _MOST_TOKENS)
-        chances = {
-            kind: self._chance(record.get(kind)) / (len(values) - 1)
-            for kind, value in values.items()
-            if kind != best and values[best] - value <= self.account
-        }
-        luck = self._rng.random()
-        for kind, chance in chances.items():
-            if luck < chance:
-                self.account -= values[best] - values[kind]
-                return Pick(kind, chance, "try")
-            luck -= chance
-        return Pick(best, 1 - sum(chances.values()), "best")
+    def _kept(self, kind: str) -> list[list[float]]:
+        """[B][K + 1] draft tokens that a drafter keeps of any request, by kind of match."""
+        expected = self._acceptance.expected_tokens(kind)
+        known = self._tables.get(kind)
+        if known is None or known[0] is not expected:
+            table: list[list[float]] = (expected - 1).tolist()
+            known = self._tables[kind] = expected, table
+        return known[1]
 
-    def _chance(self, record: DraftRecord | None) -> float:
-        is_new = record is None or record.num_rounds < _FEW_ROUNDS
-        return min(self._explore * (_EAGER if is_new else 1.0), 0.5)
+    def _pick(
+        self, names: list[str], values: list[float], record: Mapping[str, DraftRecord]
+    ) -> Pick:
+        luck = self._rng.random()
+        if len(values) == 1:
+            self._save(values[0])
+            return _certain(names[0])
+        most = max(values)
+        best = values.index(most)
+        self._save(most)
+        total = 0.0
+        for number, value in enumerate(values):
+            if number == best or most - value > self.account:
+                continue
+            own = record.get(names[number])
+            is_new = own is None or own.num_rounds < _FEW_ROUNDS
+            chance = self._chances[is_new] / (len(values) - 1)
+            if luck < chance:
+                self.account -= most - value
+                return Pick(names[number], chance, "try")
+            luck -= chance
+            total += chance
+        return Pick(names[best], 1 - total, "best")
+
+    def _save(self, kept: float) -> None:
+        """Save a share of the tokens that a request is expected to keep."""
+        self.account += _BUDGET * (1 + kept)
+        if self.account > _MOST_TOKENS:
+            self.account = _MOST_TOKENS
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready."""
         return {f"{kind}/{reason}": num for (kind, reason), num in sorted(self._counts.items())}
+
+
+@cache
+def _certain(kind: str) -> Pick:
+    """The pick of the only one that can draft."""
+    return Pick(kind, 1.0, "best")
 
 
 def expected_kept(usual: Sequence[float], k: int, record: DraftRecord | None) -> float:
@@ -191,8 +231,10 @@ def expected_kept(usual: Sequence[float], k: int, record: DraftRecord | None) ->
     """
     if record is None or record.num_rounds == 0:
         return usual[k]
-    typical = max(usual[min(round(record.num_verified / record.num_rounds), len(usual) - 1)],
-                  _LEAST_KEPT)  # fmt: skip
+    num_rounds, num_verified, num_accepted = record
+    drafted = round(num_verified / num_rounds)
+    typical = usual[drafted] if drafted < len(usual) else usual[-1]
+    if typical < _LEAST_KEPT:
+        typical = _LEAST_KEPT
     prior = _PRIOR_ROUNDS * typical
-    factor = (prior + record.num_accepted) / (prior + record.num_rounds * typical)
-    return usual[k] * factor
+    return usual[k] * ((prior + num_accepted) / (prior + num_rounds * typical))

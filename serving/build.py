@@ -7,9 +7,8 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -44,6 +43,7 @@ from serving.engine.programs import Sizes, fuse
 from serving.kept_profile import facts_of, kept_or_measured
 from serving.learning import Learning, all_of, first_versions, flat_weights, shapes_of, swappers
 from serving.model_len import model_len, with_model_len
+from serving.phases import timed
 from serving.profile import profile_steps
 from serving.served_model import ServedModel
 from serving.service import Service
@@ -52,9 +52,10 @@ from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
+from targets.device import pick_device
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
-from targets.load import load_served_model, pick_device, pick_dtype
+from targets.load import load_served_model, pick_dtype
 from targets.target import Target
 from targets.tokenizer import served_tokenizer
 from targets.update import TargetWeights
@@ -64,6 +65,8 @@ log = logging.getLogger(__name__)
 _PROFILE_REPEATS = 5
 _CPU_PROFILE_REPEATS = 3  # a step takes ten times as long there
 _PROFILE_CONTEXT = 128
+KERNELS_FILE = "kernels.json"
+"""In the run folder: the kernels that the last start needed."""
 _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
 tenth as long, and the rest of the ring is how far the recorder may fall behind."""
@@ -128,11 +131,11 @@ def build_service(
     redaction = None if redact is None else Redaction(load_redact(redact))
     kinds = chosen(settings.drafter)
     if loaded is None:
-        with _timed("loaded the target", "loading the target"):
+        with timed("loaded the target", "loading the target"):
             loaded = load_target(settings)
     settings = with_model_len(settings, loaded.model.config)
     backend = open_backend(settings.buffer.url, settings.run_dir)
-    with _timed("read and checked the drafter"):
+    with timed("read and checked the drafter"):
         lm_head = loaded.model.get_output_embeddings().weight
         former = former_of(settings.run_dir, loaded.fingerprint)
         facts_of_target = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint, former)
@@ -153,7 +156,7 @@ def build_service(
         mixed = "".join(f"; mixed {name}" for name in mixes(settings.drafter))
         drafting = f"{kinds} {shapes_of(learning)}{mixed}"
         facts = facts_of(settings, loaded.fingerprint, parts.programs.target.device, drafting)
-        with _timed("found step times", "finding step times"):
+        with timed("found step times", "finding step times"):
             policies.calibrate(
                 kept_or_measured(settings.run_dir, facts, lambda: _profile(settings, parts))
             )
@@ -195,15 +198,15 @@ def _make_parts(
     learning: Learning,
 ) -> tuple[EngineParts, dict[str, FlatWeights]]:
     e = settings.engine
-    with _timed("laid out the target"):
+    with timed("laid out the target"):
         taps = [layer for k in kinds for layer in kind_of(k).layer_ids(_weights_of(k, learning))]
         target = Target(loaded.model, tuple(dict.fromkeys(taps)))
     num_pages = _num_pages(settings, target)
-    with _timed("made the drafters"):
+    with timed("made the drafters"):
         hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
         # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
         flat = flat_weights(neural)
-    with _timed("made the capture ring"):
+    with timed("made the capture ring"):
         ring = _ring(settings, target) if kinds else None
     sizes = Sizes(
         e.max_batch, model_len(settings), e.prefill_chunk, e.page_size, num_pages,
@@ -227,11 +230,12 @@ def _make_parts(
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
-    with _timed("fused weights and made pages and lanes"):
-        fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
+    with timed("fused weights and made pages and lanes"):
+        is_own = fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
+        choices = replace(choices, is_own=is_own)
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
-    with torch.inference_mode(), _timed("made all programs", "making all programs"):
-        parts.programs.capture_all(e.draft_at_start)
+    with torch.inference_mode(), timed("made all programs", "making all programs"):
+        parts.programs.capture_all(e.draft_at_start, settings.run_dir / KERNELS_FILE)
     return parts, flat
 
 
@@ -264,21 +268,6 @@ def _make_drafters(
 
 def _weights_of(kind: str, learning: Learning) -> Weights | None:
     return learning[kind].weights if kind in learning else None
-
-
-@contextmanager
-def _timed(what: str, announced: str | None = None) -> Iterator[None]:
-    """Log how long a part of start-up took; work that is still running on the device counts towards
-    the next part.
-
-    Args:
-        announced: logged at the beginning of a part that may take long.
-    """
-    if announced:
-        log.info("%s ...", announced)
-    started = time.perf_counter()
-    yield
-    log.info("%s in %.1f s", what, time.perf_counter() - started)
 
 
 def _service(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import socket
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from policies.catalog import policy_class
 from reporting.catalog import check_writers
 from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
+from serving.phases import seconds_of_life, timed, took
 
 if TYPE_CHECKING:
     from serving.border.processes import Spawner
@@ -66,6 +66,8 @@ def launch(
         forbid_core_dumps()
     set_up_logging(settings.log_level)
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
+    if (begun_s := seconds_of_life()) is not None:
+        took("started Python and read the settings", begun_s)
     with ExitStack() as stack:
         try:
             loaded = _load(settings, stack)
@@ -99,25 +101,35 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
         ValueError, OSError: the server cannot start; the message says why.
     """
     # --help and --print-config skip these imports: FastAPI, torch and transformers take seconds.
-    started_s = time.perf_counter()
-    from serving.http import answering_503, bind
-    from serving.http.connections import raise_limit
-    from targets.find import checked_folder
+    with timed("imported HTTP"):
+        from serving.http import answering_503, bind
+        from serving.http.connections import raise_limit
+        from targets.find import checked_folder
 
     raise_limit()
     bound = bind(settings)
-    folder = checked_folder(settings.target, settings.target_cache)
+    with timed("checked the target's files"):
+        folder = checked_folder(settings.target, settings.target_cache)
     warn_without_disk(settings)
     with answering_503(bound):
-        from serving.border.processes import Spawner
-        from serving.border.server import num_processes
-        from serving.build import build_service
-        from targets.load import pick_device
+        with timed("imported torch"):
+            import torch  # noqa: F401
+        with timed("looked for the device"):
+            from targets.device import pick_device
+            from targets.waking import wake
 
-        log.info("imported torch in %.1f s", time.perf_counter() - started_s)
-        on_gpu = pick_device(settings.device).type == "cuda"
-        spawner = Spawner(num_processes(settings, on_gpu), bound)
+            device = pick_device(settings.device)
+            waking = wake(device)
+        with timed("imported the engine"):
+            from serving.border.processes import Spawner
+            from serving.border.server import num_processes
+            from serving.build import build_service
+
+            spawner = Spawner(num_processes(settings, device.type == "cuda"), bound)
         stack.callback(spawner.close)
+        with timed("woke the device"):
+            for thread in waking:
+                thread.join()
         return _Loaded(bound, build_service(settings), folder, spawner)
 
 

@@ -1,8 +1,7 @@
-"""Load a target: device, dtype and model from their settings and its folder."""
+"""Load a target: dtype and model from their settings and its folder."""
 
 from __future__ import annotations
 
-import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,38 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from configs.choices import SettingsError
 from targets.fused import supports
 from targets.own_config import OwnConfig
 from targets.own_model import load_own_model
 from targets.surplus import surplus_of
-
-_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,4})?")
-
-
-def pick_device(name: str, setting: str = "device") -> torch.device:
-    """Device from its setting; ``auto`` is CUDA if available, else the CPU.
-
-    Args:
-        setting: name of the setting, for the error message.
-
-    Raises:
-        SettingsError: there is no such device, or CUDA is requested but not available.
-    """
-    if not _DEVICE.fullmatch(name):
-        raise SettingsError(f"{setting} must be auto, cpu, cuda or cuda:N, got {name!r}")
-    has_cuda = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_cuda else "cpu")
-    if name.startswith("cuda") and not has_cuda:
-        raise SettingsError(
-            f"{setting} is {name!r}, but no CUDA device is available; set it to cpu or auto"
-        )
-    device = torch.device(name)
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        num = torch.cuda.device_count()
-        raise SettingsError(f"{setting} is {name!r}, but the CUDA devices here are 0..{num - 1}")
-    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -261,7 +261,8 @@ def _weights(settings: Settings, backend: Backend, line: str) -> WeightsStore:
 
 
 def _capture_updates(trainer: Trainer) -> None:
-    """Capture all updates in CUDA graphs before traces come. Does nothing on a CPU."""
+    """Capture all updates in CUDA graphs, and run what judges candidates, before traces come. Does
+    nothing on a CPU."""
     learner, expected = trainer.learner, trainer.intake.expected
     if learner.fixed_shape is None:
         return
@@ -270,6 +271,9 @@ def _capture_updates(trainer: Trainer) -> None:
     learner.store.allocate(len(expected.layer_ids) + 1, expected.hidden_size, dtype)
     learner.capture_all()
     log.info("captured all updates in %.1f s", time.monotonic() - started_s)
+    started_s = time.monotonic()
+    trainer.judge.warm_up(trainer.settings.trainer.max_sequence)
+    log.info("warmed the gate up in %.1f s", time.monotonic() - started_s)
 
 
 def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
@@ -362,6 +366,9 @@ def set_up_process(settings: Settings) -> None:
     which slow products down. To be called before CUDA is used."""
     os.nice(settings.trainer.nice)
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")  # below normal, which is 0
+    if settings.trainer.gpu_share < 1:
+        percentage = f"{100 * settings.trainer.gpu_share:g}"
+        os.environ.setdefault("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", percentage)
     if settings.trainer.cpu_threads is not None:
         torch.set_num_threads(settings.trainer.cpu_threads)
     torch.set_flush_denormal(True)

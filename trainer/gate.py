@@ -19,7 +19,7 @@ from drafters.trainable import Trainable
 from policies.cost_table import SpeedTable, by_tokens
 from policies.gate import GateVerdict, PairedTrace, gain_error, gate
 from targets.head import TargetHead
-from trainer.packing import HeldPiece, Packed, pack
+from trainer.packing import EMPTY_SLOT, HeldPiece, Packed, pack
 from trainer.rows import HeldSample, RowStore
 from trainer.update import batch_dtype
 
@@ -180,6 +180,21 @@ class Judge:
     """The version that the trainer began from, for comparison; ``None``: it is not measured."""
     _known: dict[str, Chains] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
+    _measured: dict[str, Chains] = field(default_factory=dict)
+    """The same of the last candidate."""
+
+    def warm_up(self, longest: int) -> None:
+        """Measure an empty batch. On a GPU, the first batch compiles and loads kernels, which takes
+        more than a second beside a server. The store must be allocated.
+
+        Args:
+            longest: most positions of a piece.
+        """
+        at = np.arange(_TOKENS_AT_ONCE, dtype=np.int32)
+        packed = Packed(np.full_like(at, EMPTY_SLOT), at // longest, at, len(at), longest)
+        batch = self.store.batch(packed, batch_dtype(self.store.device))
+        alphas_RK, _ = self.trainable.acceptance(self.incumbent, self.head, batch, GATE_DRAFT_K)
+        alphas_RK.cpu()  # waits until it is done
 
     def judge(
         self,
@@ -195,7 +210,7 @@ class Judge:
         """
         everything = [*held_out, *older]
         known = self._of_incumbent(everything)
-        measured = self._measure(candidate, everything)
+        measured = self._measured = self._measure(candidate, everything)
         ours, theirs = _join(measured, held_out), _join(known, held_out)
         values = _values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
         before = [values.of(who, _join(x, older)) for who, x in ((0, measured), (1, known))]
@@ -255,10 +270,14 @@ class Judge:
                 found[name] = DomainSpeeds(ours, theirs, theirs_static, len(samples))
         return found
 
-    def promote(self, candidate: nn.Module) -> None:
-        """Make the candidate, which was published, the incumbent."""
+    def promote(self, candidate: nn.Module, *, was_judged: bool = False) -> None:
+        """Make the candidate, which was published, the incumbent.
+
+        Args:
+            was_judged: it is the one that was judged last, and need not be measured again.
+        """
         self.incumbent.load_state_dict(candidate.state_dict())
-        self._known = {}
+        self._known, self._measured = self._measured if was_judged else {}, {}
 
     def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Chains]:
         """The complete chains of each sample, by its key."""

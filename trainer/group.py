@@ -22,7 +22,7 @@ import torch.distributed as dist
 from safetensors.torch import load, save
 from torch import Tensor
 
-from targets.load import pick_device
+from targets.device import pick_device
 
 _PATIENCE = timedelta(hours=1)
 """For which a process waits for the others. One that dies closes its connections, which the others
@@ -129,7 +129,7 @@ def joined(device: str) -> Iterator[Group]:
     own = device_of(device, group)
     backend = "gloo"
     if own.type == "cuda":
-        torch.cuda.set_device(own)
+        torch.cuda.set_device(0)  # NCCL's; there is no other
         backend = "cpu:gloo,cuda:nccl"
     with _in_words():
         dist.init_process_group(backend, timeout=_PATIENCE)
@@ -145,16 +145,7 @@ def device_of(name: str, group: Group) -> torch.device:
     Raises:
         ValueError: see ``pick_device``; or there are fewer GPUs than processes.
     """
-    device = pick_device(name, setting="trainer.device")
-    if device.type != "cuda" or group.size == 1:
-        return device
-    index = (device.index or 0) + group.local_rank
-    if index >= torch.cuda.device_count():
-        raise ValueError(
-            f"process {group.rank} of {group.size} needs GPU {index}, and this host has "
-            f"{torch.cuda.device_count()}; start fewer processes"
-        )
-    return torch.device("cuda", index)
+    return pick_device(name, setting="trainer.device", further=group.local_rank)
 
 
 @contextlib.contextmanager

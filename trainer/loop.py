@@ -277,7 +277,7 @@ class Trainer:
             self.journal.event("publish_failed", text=f"{error}; training continues")
             return
         self.pace.refused_in_row = 0
-        self.judge.promote(self.learner.average)
+        self.judge.promote(self.learner.average, was_judged=True)
         self.journal.event(
             "published",
             step=self.learner.step,

@@ -45,7 +45,8 @@ from benchmarks.harness.loops import clear
 from benchmarks.harness.random_targets import publish_drafters, random_target
 from benchmarks.harness.results import RESULTS, Out, known, write_each
 from policies.fixed import FixedPolicy
-from serving.engine.cuda_graphs import Landing, Program
+from serving.engine.cuda_graphs import Landing
+from serving.engine.graph_recorder import Program
 from serving.engine.loop import Engine
 from serving.requests import Output, Request, SamplingParams
 from specops.lanes import Column, Field, Input

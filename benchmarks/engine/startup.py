@@ -85,7 +85,7 @@ class _Seconds(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         args = record.args
-        if record.msg == "%s in %.1f s" and isinstance(args, tuple):
+        if record.msg == "%s in %.2f s" and isinstance(args, tuple):
             what, seconds = args
             assert isinstance(what, str) and isinstance(seconds, float)
             self.said[what] = seconds

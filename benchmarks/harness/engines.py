@@ -23,6 +23,7 @@ from benchmarks.harness.policy import PolicySwitch
 from benchmarks.harness.random_targets import publish_drafters, random_target
 from configs.load import load_settings
 from configs.schema import Settings
+from drafters.suffix import compiled
 from policies.interface import DraftPolicy
 from serving.build import LoadedTarget, build_service
 from serving.engine.loop import Engine
@@ -56,7 +57,9 @@ class Built:
 
 
 def build(settings: Settings, loaded: LoadedTarget | None = None) -> tuple[Service, PolicySwitch]:
-    """A service that is not yet started, and the ``PolicySwitch`` its engine plans with."""
+    """A service that is not yet started, and the ``PolicySwitch`` its engine plans with. The
+    compiled search of matches is there."""
+    compiled.wait()
     switches: list[PolicySwitch] = []
 
     def wrap(own: DraftPolicy) -> PolicySwitch:
@@ -77,7 +80,9 @@ def engine_from(config: Path, chosen: Sequence[str], device: str | None = None) 
     """
     with tempfile.TemporaryDirectory() as folder:
         where = [] if device is None else [f"device={device}"]
-        settings = load_settings([config], [f"run_dir={folder}", *where, *chosen], {})
+        # Each K is measured from the first step on.
+        own = [f"run_dir={folder}", "engine.draft_at_start=null"]
+        settings = load_settings([config], [*own, *where, *chosen], {})
         built = Built(*build(settings), torch.device(settings.device))
         try:
             yield built
@@ -207,5 +212,7 @@ def round_seconds(engine: Engine, batch: int, drafter: str, draft_k: int) -> flo
 
 
 def making_programs(engine: Engine) -> dict[str, Any]:
-    """Number of programs, and the seconds spent on first runs, captures and timings."""
-    return asdict(engine.programs.graphs.spent)
+    """Number of programs, and the seconds spent on kernels, first runs, captures and timings; empty
+    on a CPU."""
+    captures = engine.programs.graphs.captures
+    return {} if captures is None else asdict(captures.spent)

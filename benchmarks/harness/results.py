@@ -45,8 +45,10 @@ def at_least(row: str, measure: str, value: float | None, goal: float | None) ->
     return Row(row, measure, value, f"at least {goal:g}", None if value is None else value >= goal)
 
 
-def at_most(row: str, measure: str, value: float | None, goal: float) -> Row:
-    """A claim that holds up to ``goal``."""
+def at_most(row: str, measure: str, value: float | None, goal: float | None) -> Row:
+    """A claim that holds up to ``goal``; ``None``: it has no goal."""
+    if goal is None:
+        return Row(row, measure, value, None, None)
     return Row(row, measure, value, f"at most {goal:g}", None if value is None else value <= goal)
 
 

@@ -13,6 +13,7 @@ from configs.schema import Settings
 from drafters.catalog import kind_of
 from drafters.protocol import DrafterContext, HostDrafter
 from drafters.samples import Sample
+from drafters.suffix import compiled
 from policies.replay import is_held_out
 from targets.head import TargetHead
 from trainer.build import expected_of
@@ -54,6 +55,7 @@ def num_kept(drafted: Sequence[int], ids: Sequence[int], at: int) -> int:
 
 def new_index(settings: Settings) -> HostDrafter:
     """An empty match-lookup drafter, configured by these settings."""
+    compiled.wait()
     nothing: Any = None  # it computes nothing on a device and has no weights
     context = DrafterContext(settings.drafter, *[nothing] * 2, 0, 0, 0, *[nothing] * 4)
     return cast(HostDrafter, kind_of(LOOKUP).build(context))

@@ -27,7 +27,7 @@ import typer
 
 from benchmarks.harness.results import RESULTS, write_result
 from benchmarks.lossless import greedy, http, law, requests
-from targets.load import pick_device
+from targets.device import pick_device
 
 
 class Part(StrEnum):

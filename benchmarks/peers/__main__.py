@@ -55,7 +55,8 @@ from benchmarks.peers.decoders import (
 from benchmarks.peers.steps import compare_steps
 from examples import corpus
 from policies.fixed import FixedPolicy
-from targets.load import pick_device, pick_dtype
+from targets.device import pick_device
+from targets.load import pick_dtype
 from targets.tokenizer import load_tokenizer
 
 OURS = "ours, off"

@@ -27,7 +27,8 @@ from benchmarks.harness.shapes import SHAPES, random_weights
 from benchmarks.peers.compiled_loop import COMPILE_OPTIONS, CompiledLoop
 from benchmarks.peers.decoders import Ids, compiled_once, seconds_of, without_end
 from specops.attention import DecodePass, decode_slots
-from targets.load import pick_device, pick_dtype
+from targets.device import pick_device
+from targets.load import pick_dtype
 from targets.target import Target
 
 _PAGE = 16

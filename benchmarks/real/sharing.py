@@ -1,12 +1,15 @@
-"""What a trainer on the same GPU costs the server, by its duty.
+"""What a trainer on the same GPU costs the server, by its duty and its share of the GPU.
 
     python -m benchmarks.real.sharing --run-dir runs/real/sharing
 
-Starts the demo's server and, for one ``trainer.duty`` after another, a trainer on the same card.
+Starts the demo's server and, for one ``trainer.duty`` or (under MPS) ``trainer.gpu_share`` after
+another, a trainer on the same card.
 Clients send chat requests without pause, which are decoded without drafts, so that what is learned
 changes no speed. The trainer is suspended and resumed in turn (SIGSTOP, SIGCONT); tokens are those
 of the server's own counter. A figure is the median, over pairs of adjacent windows, of the tokens
-per second with the trainer relative to those without. With ``--mps`` both run under CUDA MPS.
+per second with the trainer relative to those without. Beside them, four streams measure the gaps
+between the tokens of an answer. With ``--mps`` both run under CUDA MPS; with ``--own-gpu`` the
+trainer has a second GPU.
 
 Writes ``sharing.json`` and rows of ``rows/learning.json`` in ``benchmarks/results``.
 """
@@ -24,6 +27,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from benchmarks.harness.results import (
@@ -31,10 +35,12 @@ from benchmarks.harness.results import (
     Out,
     Row,
     at_least,
+    at_most,
     say,
     write_result,
     write_rows,
 )
+from benchmarks.harness.streams import Streams
 from configs.load import load_settings
 from examples import shared_gpu
 from examples.clients import Server, Traffic
@@ -45,12 +51,14 @@ from examples.demo import (
     own_folder,
     wait_for_server,
 )
-from examples.plan import DemoSettings, real_settings
+from examples.plan import TWO_GPU, DemoSettings, real_settings
 from examples.processes import Child, check_alive, stop
 from examples.traffic.prompts import Prompt
 
 SOURCE = "python -m benchmarks.real.sharing"
 GOAL = 0.95
+SHARED, OWN = "shared card", "own card"
+NUM_STREAMS = 4
 SETTLE_S = 0.4
 """After a signal: updates that were launched before it end."""
 TOKENS = "generation_tokens_total"
@@ -84,12 +92,13 @@ def window(server: Server, seconds: float) -> float:
 
 
 def compare(
-    server: Server, run_dir: Path, trainer: Child, pairs: int, seconds: float
+    server: Server, streams: Streams, run_dir: Path, trainer: Child, pairs: int, seconds: float
 ) -> dict[str, Any]:
     """Windows with and without the trainer, in turn."""
     with_trainer: list[float] = []
     without: list[float] = []
     rows_per_s: list[float] = []
+    gaps: dict[bool, list[list[float]]] = {True: [], False: []}
     try:
         for number in range(pairs):
             # The first of a pair is the other one each time, so that drift affects both alike.
@@ -97,7 +106,9 @@ def compare(
                 trainer.process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
                 time.sleep(SETTLE_S)
                 _, rows = trained(run_dir)
+                began_s = time.perf_counter()
                 speed = window(server, seconds)
+                gaps[runs].append(streams.gaps(began_s, time.perf_counter()))
                 (with_trainer if runs else without).append(speed)
                 if runs:
                     rows_per_s.append((trained(run_dir)[1] - rows) / seconds)
@@ -110,7 +121,21 @@ def compare(
         "ratios": ratios,
         "ratio": statistics.median(ratios),
         "rows_per_s": statistics.median(rows_per_s),
+        "num_gaps": sum(len(one) for ways in gaps.values() for one in ways),
+        **{
+            f"gap_p{q}_ms": {
+                name: _median_percentile_ms(gaps[runs], q)
+                for name, runs in (("with_trainer", True), ("without", False))
+            }
+            for q in (50, 99)
+        },
     }
+
+
+def _median_percentile_ms(windows: Sequence[Sequence[float]], q: int) -> float | None:
+    """Of the windows in which a stream had gaps."""
+    found = [float(np.percentile(window, q)) for window in windows if window]
+    return 1000 * statistics.median(found) if found else None
 
 
 def wait_until_learning(
@@ -131,31 +156,68 @@ def wait_until_learning(
         time.sleep(0.2)
 
 
-def rows_of(found: Sequence[dict[str, Any]], clients: int, mps: bool) -> list[Row]:
-    """The claims, with the goal for the default duty."""
-    default = load_settings([], [], {}).trainer.duty
+def bodies(server: Server, prompts: Sequence[Prompt], settings: DemoSettings) -> list[Any]:
+    """The same requests, to be streamed."""
     return [
-        at_least(
-            f"shared card{', CUDA MPS' if mps else ''}, {clients} clients, duty {one['duty']:g}",
-            "serving with a trainer over serving without, tokens/s",
-            one["ratio"],
-            GOAL if one["duty"] == default else None,
+        {
+            "model": server.model,
+            "max_tokens": settings.sampling.max_tokens,
+            "temperature": settings.sampling.temperature,
+            "seed": prompt.seed(settings.sampling.seed),
+        }
+        | (
+            {"prompt": prompt.prompt}
+            if prompt.messages is None
+            else {"messages": [message.model_dump() for message in prompt.messages]}
         )
-        for one in found
+        for prompt in prompts[:256]
     ]
+
+
+def rows_of(found: Sequence[dict[str, Any]], clients: int, way_shared: str) -> list[Row]:
+    """The claims, with the goal for the default duty and share."""
+    default = load_settings([], [], {}).trainer
+    rows = []
+    for one in found:
+        row = f"{way_shared}, {clients} clients, duty {one['duty']:g}"
+        if one["gpu_share"] < 1:
+            row += f", {one['gpu_share']:.0%} of the multiprocessors"
+        usual = (one["duty"], one["gpu_share"]) == (default.duty, default.gpu_share)
+        rows += [
+            at_least(
+                row,
+                "serving with a trainer over serving without, tokens/s",
+                one["ratio"],
+                GOAL if usual else None,
+            ),
+            at_least(
+                row,
+                "rows trained per second meanwhile",
+                one["rows_per_s"],
+                1e5 if way_shared == OWN else None,
+            ),
+        ]
+        for q in (50, 99):
+            gap = one[f"gap_p{q}_ms"]
+            measure = f"p{q} of the gap between two tokens, with a trainer over without"
+            ratio = gap["with_trainer"] and gap["without"] and gap["with_trainer"] / gap["without"]
+            rows.append(at_most(row, measure, ratio, 1.01 if way_shared == OWN else None))
+    return rows
 
 
 def carry_out(
     settings: DemoSettings,
     children: list[Child],
-    duties: Sequence[float],
+    ways: Sequence[tuple[float, float]],
     pairs: int,
     seconds: float,
     out: Path,
     *,
-    mps: bool,
+    way_shared: str,
+    option: str,
 ) -> None:
-    """Start the server, keep it busy, and measure each duty; writes what is known after each."""
+    """Start the server, keep it busy, and measure each pair of a duty and a share of the GPU;
+    writes what is known after each."""
     children.append(begin_server(settings))
     texts = gather_texts(settings)
     server = wait_for_server(settings, children)
@@ -163,22 +225,29 @@ def carry_out(
     traffic = Traffic(
         server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
     )
+    streams = Streams(server.url, bodies(server, prompts, settings), NUM_STREAMS)
     traffic.start()
+    streams.start()
     found: list[dict[str, Any]] = []
     try:
-        for duty in duties:
+        for duty, gpu_share in ways:
             since, _ = trained(settings.run_dir)
-            own = (*settings.overrides, f"trainer.duty={duty}")
+            chosen = (f"trainer.duty={duty}", f"trainer.gpu_share={gpu_share}")
+            own = (*settings.overrides, *chosen)
             children.append(begin_trainer(replace(settings, overrides=own)))
             wait_until_learning(settings.run_dir, children, since, 20, patience_s=150.0)
-            figures = compare(server, settings.run_dir, children[-1], pairs, seconds)
+            figures = compare(server, streams, settings.run_dir, children[-1], pairs, seconds)
             stop([children.pop()])
-            found.append({"duty": duty, "clients": settings.num_clients, **figures})
-            say(f"duty {duty:g}: {figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s")
-            write_result(out, {"mps": mps, "rows": found, "failures": traffic.failures[:3]})
-            source = f"{SOURCE} --mps" if mps else SOURCE
-            write_rows("learning", rows_of(found, settings.num_clients, mps), source)
+            way = {"duty": duty, "gpu_share": gpu_share, "clients": settings.num_clients}
+            found.append({**way, **figures})
+            speed = f"{figures['ratio']:.3f}, {figures['rows_per_s']:,.0f} rows/s"
+            say(f"duty {duty:g}, share {gpu_share:g}: {speed}")
+            failures = traffic.failures[:3] + streams.failures[:3]
+            write_result(out, {"way": way_shared, "rows": found, "failures": failures})
+            rows = rows_of(found, settings.num_clients, way_shared)
+            write_rows("learning", rows, f"{SOURCE}{option}")
     finally:
+        streams.stop()
         traffic.stop()
 
 
@@ -186,15 +255,21 @@ def main(
     run_dir: Annotated[Path, typer.Option(help="folder of the run, the benchmark's own")],
     out: Out = RESULTS / "sharing.json",
     target: Literal["bundled", "real"] = "real",
-    duties: str = "1,0.5,0.25",
+    duties: Annotated[str, typer.Option(help="values of trainer.duty")] = "1,0.5,0.25",
+    gpu_shares: Annotated[str, typer.Option(help="trainer.gpu_share, for each duty")] = "1",
     pairs: int = 7,
     window_s: Annotated[float, typer.Option(help="seconds of a window")] = 2.5,
     mps: Annotated[bool, typer.Option("--mps", help="both run under CUDA MPS")] = False,
+    own_gpu: Annotated[bool, typer.Option("--own-gpu", help="trainer on a second GPU")] = False,
 ) -> None:
-    """Compare serving with and without a trainer, at each duty."""
+    """Compare serving with and without a trainer, at each duty and share of the GPU."""
+    ways = [(float(d), float(s)) for d in duties.split(",") for s in gpu_shares.split(",")]
     settings = real_settings() if target == "real" else DemoSettings()
+    way_shared = OWN if own_gpu else SHARED + ", CUDA MPS" * mps
+    option = " --own-gpu" * own_gpu + " --mps" * mps
     settings = replace(
         settings,
+        configs=(*settings.configs, TWO_GPU) if own_gpu else settings.configs,
         run_dir=run_dir,
         overrides=(
             *settings.overrides,
@@ -210,11 +285,12 @@ def main(
             carry_out(
                 settings,
                 children,
-                [float(duty) for duty in duties.split(",")],
+                ways,
                 pairs,
                 window_s,
                 out,
-                mps=mps,
+                way_shared=way_shared,
+                option=option,
             )
         finally:
             stop(children)

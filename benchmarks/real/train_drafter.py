@@ -93,6 +93,7 @@ def settings_for(
         f"buffer.max_bytes={40 << 30}",
         f"buffer.segment_bytes={128 << 20}",
         "swap.enabled=false",
+        "engine.draft_at_start=null",
         f"trainer.ttt_steps={steps}",
         f"trainer.lr={lr}",
         "trainer.warmup_steps=50",

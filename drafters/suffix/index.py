@@ -14,26 +14,24 @@ of another user. Only a token that the target itself chose is ever committed, so
 outputs, but acceptance, hence timing, depends on it. ``recent_tokens=0`` keeps every request to
 itself; a namespace per tenant keeps tenants apart; ``finish(key, keep=False)`` leaves no trace.
 
-How: a request's own text is a suffix tree, which grows with it and finds the longest match in one
-descent of at most max_match nodes. It takes 16 to 230 bytes per token for min_match=2 and
-max_match=12, least where the text repeats itself. Finished traffic is in hash chains, as in zlib:
-for every length n in min_match..max_match a table maps the hash of an n-gram to its latest
-position, and every position to the one before it with the same hash. Positions only increase and
-index a ring, so an evicted position is one that is too old: nothing is ever deleted, and memory is
-fixed, about 100 bytes per token (40 MB at the default recent_tokens).
+How: everything lies in flat arrays, and one compiled call searches for a whole batch (``native``).
+Both texts are in hash chains: for a length n in min_match..max_match a table maps the hash of an
+n-gram to its latest position, and every position to the one before it with the same hash. A request
+takes 36 to 110 bytes per token, in blocks that are used again. Finished traffic is a ring, so an
+evicted position is one that is too old: nothing is ever deleted, and memory is fixed, about 110
+bytes per token (45 MB for 400,000 tokens).
 
 Lazy: following a request only stores its tokens, and a finished one only waits. A lookup first
 indexes what waits and links the tokens of its own request, so an index that nobody asks costs next
-to nothing, and the first lookup after a rest pays for the rest. Where nobody asks for long, older
-finished sequences are skipped (``recent.py``). Answers depend on the text and on what kinds are
-worth, not on when they were asked for, unless sequences were skipped.
+to nothing, and the first lookup after a rest pays for the rest. Where somebody does ask, a finished
+sequence is indexed at once: a server finishes requests while the device works. Where nobody asks
+for long, older finished sequences are skipped (``recent.py``). Answers depend on the text and on
+what kinds are worth, not on when they were asked for, unless sequences were skipped.
 
-Measured in CPython 3.11 on one of two busy cores, lengths 2..12, source code in pieces of 800
-tokens, thread time, median of 5, where other work doubles any figure: 0.5 us to commit a token that
-nobody asks for, in calls of two, and 0.03 us per token of a prompt; 3 us to link a token, and 7 us
-where all tokens are the same; 10 us to match in the request alone, 25 us with 80,000 recent tokens;
-12 us to propose 8 tokens from the request alone, 20 us from recent ones; 0.01 us per token to
-finish, and 1 to 1.6 us to index it (vectorised, all that waits at once).
+Before the compiled code is there, in the first second of a process, and in the first ten of the
+first one on a machine, the index only stores text and finds no match (``compiled``).
+
+Figures: docs/performance.md, by ``benchmarks/index.py``.
 
 Source: Saxena 2023, prompt lookup decoding; Oliaro et al. 2024, SuffixDecoding, arXiv:2411.04975.
 """
@@ -41,48 +39,36 @@ Source: Saxena 2023, prompt lookup decoding; Oliaro et al. 2024, SuffixDecoding,
 from __future__ import annotations
 
 import zlib
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
 
 from drafters.protocol import DrafterContext, DrafterKind, Traits
-from drafters.suffix.kinds import NAMES, PRIOR_ACCEPTANCE, least_better, number_of
-from drafters.suffix.recent import END, MASK, RecentText
-from drafters.suffix.running import RunningText
+from drafters.suffix import compiled
+from drafters.suffix.kinds import NAMES, PRIOR_ACCEPTANCE, table
+from drafters.suffix.layout import (
+    LAP,
+    LONGEST,
+    MASK,
+    NOW,
+    NUM_ENTRIES,
+    OLDEST,
+    RING_SHIFT,
+    SECRET,
+    SEED,
+    SHORTEST,
+    SPACE,
+    VERSION,
+    shift_of,
+)
+from drafters.suffix.recent import Finished, Namespaces, RecentText
+from drafters.suffix.running import RunningTexts
 
-
-@dataclass(frozen=True, slots=True)
-class _Match:
-    """Where a suffix occurred."""
-
-    kind: int
-    """Number of its kind; 0: it occurred nowhere."""
-    is_own: bool
-    """In the request itself, else in finished traffic."""
-    slots: Sequence[int]
-    """Indices of its last token, latest first."""
-
-
-_NO_MATCH = _Match(0, is_own=True, slots=())
-
-
-class _Own:
-    """One running request."""
-
-    def __init__(self, tokens: Sequence[int], namespace: str, min_match: int, max_match: int):
-        self.namespace = namespace
-        self.seed = zlib.crc32(namespace.encode()) & MASK
-        self.text = RunningText(tokens, min_match, max_match)
-        self.match = _NO_MATCH
-        self.num_matched = 0
-        """Number of tokens when ``match`` was found."""
-        self.most_recent = 0
-        """No match in finished traffic was longer then."""
-        self.generation: int | None = None
-        """Generation of the finished traffic at that time,"""
-        self.values: list[float] | None = None
-        """and the values of kinds."""
-
+_MOST_EAGER = 16
+"""Sequences that may finish after a lookup and are indexed at once."""
 
 TRAITS = Traits(
     is_neural=False,
@@ -110,6 +96,7 @@ class SuffixIndex:
         recent_tokens: int,
         kind: str = "suffix",
         traits: Traits = TRAITS,
+        load: Callable[[], ModuleType | None] = compiled.wait,
     ) -> None:
         """
         Args:
@@ -118,6 +105,7 @@ class SuffixIndex:
             recent_tokens: maximum number of tokens of finished sequences, including a separator for
                 each; 0 shares nothing between requests.
             kind: its name in the catalog.
+            load: returns the compiled search, or ``None`` as long as it is not there.
         """
         if not 1 <= min_match <= max_match:
             raise ValueError(f"need 1 <= min_match <= max_match, got {min_match} and {max_match}")
@@ -125,13 +113,21 @@ class SuffixIndex:
             raise ValueError(f"recent_tokens must be >= 0, got {recent_tokens}")
         self.kind = kind
         self.traits = traits
-        self._min_match = min_match
-        self._max_match = max_match
-        self._recent = RecentText(recent_tokens, min_match, max_match)
-        self._running: dict[str, _Own] = {}
-        self._values = list(PRIOR_ACCEPTANCE)
-        self._least: dict[int, int | None] = {}
-        """``least_better`` of these values, by kind."""
+        self._load = load
+        self._native: Any = load()
+        self._namespaces = Namespaces()
+        self._texts = RunningTexts(min_match, max_match)
+        self._recent = RecentText(recent_tokens, max_match - min_match + 1, self._namespaces)
+        self._names: dict[str, str] = {}
+        """Namespace of each running request."""
+        self._state = np.zeros(NUM_ENTRIES, np.int64)
+        self._state[[SHORTEST, LONGEST, SECRET]] = min_match, max_match, self._texts.secret
+        self._state[RING_SHIFT] = shift_of(self._recent.ring.heads.shape[1])
+        self._values, self._kinds = np.array(PRIOR_ACCEPTANCE), np.array(table())
+        self._out = np.zeros((2, 0), np.int64), np.zeros((0, 0), np.int64)
+        """Kinds or lengths, largest lengths, and drafts of a batch."""
+        self._num_unasked = _MOST_EAGER
+        """Sequences that finished since the last lookup, or as many as suffice."""
 
     @property
     def num_recent_tokens(self) -> int:
@@ -169,7 +165,7 @@ class SuffixIndex:
 
     @property
     def num_running(self) -> int:
-        return len(self._running)
+        return len(self._texts)
 
     def begin(self, key: str, tokens: Sequence[int], namespace: str = "") -> None:
         """Start following a request. Its prompt is stored, and indexed when it is looked up.
@@ -179,31 +175,47 @@ class SuffixIndex:
             tokens: token ids of the prompt, each >= 0.
             namespace: only finished sequences of the same namespace are searched.
         """
-        if key in self._running:
-            raise ValueError(f"sequence {key!r} has begun already")
-        self._running[key] = _Own(tokens, namespace, self._min_match, self._max_match)
+        space = self._namespaces.take(namespace)
+        try:
+            self._texts.begin(key, tokens, zlib.crc32(namespace.encode()) & MASK, space)
+        except ValueError:
+            self._namespaces.give_back(namespace)
+            raise
+        self._names[key] = namespace
 
     def extend(self, keys: Sequence[str], news: Sequence[Sequence[int]]) -> None:
         """Append committed tokens to some requests. They are stored, and indexed when the request
         is looked up."""
-        for key, tokens in zip(keys, news, strict=True):
-            self._own(key).text.tokens += tokens
+        self._texts.extend(keys, news, self._native)
 
     def finish(self, key: str, keep: bool, num_tokens: int | None = None) -> None:
         """Stop following a request.
 
         Args:
-            keep: its tokens wait to be indexed with the recent traffic; otherwise they are dropped.
+            keep: its tokens are indexed with the recent traffic, at once if somebody looked for
+                matches of late; otherwise they are dropped.
             num_tokens: its length, if it ended before the last tokens that were appended.
         """
-        own = self._own(key)
-        del self._running[key]
+        row = self._texts.row(key)
+        namespace = self._names.pop(key)
         if keep:
-            self._recent.add(own.text.tokens[:num_tokens], own.namespace, own.seed)
+            tokens = self._texts.tokens(row)[:num_tokens].copy()
+            space, seed = self._texts.table[row, [SPACE, SEED]].tolist()
+            self._recent.add(Finished(tokens, namespace, space, seed))
+        else:
+            self._namespaces.give_back(namespace)
+        self._texts.finish(key)
+        self._num_unasked += 1
+        if self._num_unasked <= _MOST_EAGER:
+            self.catch_up()
 
     def catch_up(self) -> None:
         """Index the finished sequences that wait. Every lookup does that first."""
-        self._recent.catch_up()
+        if self._native is not None and self._recent.num_waiting_tokens:
+            self._recent.catch_up(self._native, self._state)
+            self._state[[OLDEST, NOW, LAP]] = (
+                self._recent.oldest, self._recent.generation, self._recent.lap,
+            )  # fmt: skip
 
     def rank(self, values: Sequence[float] | None) -> None:
         """Of two matches of a request, continue the one whose kind has the higher value from now
@@ -212,13 +224,22 @@ class SuffixIndex:
         Args:
             values: by number of the kind; ``None``: the prior acceptance of each.
         """
-        self._values = list(PRIOR_ACCEPTANCE if values is None else values)
-        self._least.clear()
+        self._values[:] = PRIOR_ACCEPTANCE if values is None else values
+        self._state[VERSION] += 1
 
     def observe(self, keys: Sequence[str]) -> list[int]:
         """Kind of the match of each request that is to be continued: the number in ``kinds.KINDS``,
         0 if nothing of min_match tokens or more occurred before."""
-        return [self._current_match(self._own(key)).kind for key in keys]
+        rows, num = self._texts.rows(keys), len(keys)
+        if not self._is_ready():
+            return [0] * num
+        (kinds, _), _ = self._buffers(num, 0)
+        self._native.look(
+            self._texts.arena, self._texts.table, rows, *self._recent.ring, self._state,
+            self._values, self._kinds, kinds,
+        )  # fmt: skip
+        found: list[int] = kinds[:num].tolist()
+        return found
 
     def propose(self, keys: Sequence[str], most: Sequence[int]) -> list[list[int]]:
         """Token ids that followed the best match of each request; empty without a match.
@@ -226,124 +247,56 @@ class SuffixIndex:
         Args:
             most: largest number of tokens for each request.
         """
-        return [self._propose(self._own(key), k) for key, k in zip(keys, most, strict=True)]
+        if len(keys) != len(most):
+            raise ValueError(f"{len(keys)} sequences, but {len(most)} largest numbers")
+        rows, num = self._texts.rows(keys), len(keys)
+        if not num or not self._is_ready():
+            return [[] for _ in keys]
+        k = max(most)
+        (lens, largest), drafts = self._buffers(num, k)
+        largest[:num] = k if most.count(k) == num else most
+        self._native.draft(
+            self._texts.arena, self._texts.table, rows, *self._recent.ring, self._state,
+            self._values, self._kinds, largest, lens, drafts,
+        )  # fmt: skip
+        found: list[list[int]] = drafts[:num, :k].tolist()
+        return [
+            tokens if n == k else tokens[:n]
+            for tokens, n in zip(found, lens[:num].tolist(), strict=True)
+        ]
 
-    def _propose(self, own: _Own, k: int) -> list[int]:
-        draft: list[int] = []
-        if k == 0:
-            return draft
-        match = self._current_match(own)
-        while len(draft) < k and match.kind:
-            self._continue(own, match, draft, k)
-            if len(draft) < k:  # finished sequences ended here: look up the proposal itself
-                tail = (own.text.tokens[-self._max_match :] + draft)[-self._max_match :]
-                match, _ = self._search(own, tail, self._max_match)
-        return draft
+    def _is_ready(self) -> bool:
+        """Whether the search is there; what waits is indexed then."""
+        if self._native is None:
+            self._native = self._load()
+            if self._native is None:
+                return False
+        self._num_unasked = 0
+        self.catch_up()
+        return True
 
-    def _own(self, key: str) -> _Own:
-        own = self._running.get(key)
-        if own is None:
-            raise ValueError(f"no sequence {key!r} is running; begin it first")
-        return own
-
-    def _current_match(self, own: _Own) -> _Match:
-        """The best match, cached so that ``observe`` and ``propose`` of a step search once."""
-        self._recent.catch_up()
-        tokens, generation = own.text.tokens, self._recent.generation
-        most_recent = self._max_match
-        if own.generation == generation:
-            # A match grows by at most one token per new token.
-            new = len(tokens) - own.num_matched
-            if not new and own.values is self._values:
-                return own.match
-            most_recent = max(own.most_recent, self._min_match - 1) + new
-        own.match, own.most_recent = self._search(own, tokens[-self._max_match :], most_recent)
-        own.num_matched, own.generation, own.values = len(tokens), generation, self._values
-        return own.match
-
-    def _search(self, own: _Own, tail: list[int], most_recent: int) -> tuple[_Match, int]:
-        """The better one of the longest match in the request and the longest in finished traffic,
-        the request's own on ties; and a length that no match in finished traffic exceeds.
-
-        Args:
-            most_recent: no match in finished traffic is longer.
-        """
-        best = _NO_MATCH
-        length, slots = own.text.find(tail)
-        if length:
-            tokens = own.text.tokens
-            kind = number_of(length, True, [tokens[slot + 1] for slot in slots])
-            best = _Match(kind, is_own=True, slots=slots)
-        least = self._least_better(best.kind)
-        if least is None or least > most_recent:
-            return best, most_recent
-        length, ends = self._recent.find(tail, own.seed, (least, most_recent), own.namespace)
-        if not length:
-            return best, max(least, self._min_match) - 1
-        ends = [self._recent.slot(end) for end in ends]
-        view = self._recent.token_view
-        kind = number_of(length, False, [view[end + 1] for end in ends])
-        if not best.kind or self._values[kind] > self._values[best.kind]:
-            best = _Match(kind, is_own=False, slots=ends)
-        return best, length
-
-    def _least_better(self, kind: int) -> int | None:
-        if kind not in self._least:
-            self._least[kind] = least_better(self._values, kind)
-        return self._least[kind]
-
-    def _continue(self, own: _Own, match: _Match, draft: list[int], k: int) -> None:
-        """Append to ``draft`` what followed the match, until k or until every occurrence ended.
-
-        The request's own occurrences never end: they run on into the draft itself, as in LZ77.
-        """
-        view = own.text.tokens if match.is_own else self._recent.token_view
-        slots, offset = match.slots, 0
-        if run := _agreed(view, slots, k - len(draft)):
-            draft += run
-            return
-        while len(draft) < k:
-            offset += 1
-            if match.is_own:
-                over = offset - len(view)
-                tokens = [
-                    view[slot + offset] if slot + over < 0 else draft[slot + over] for slot in slots
-                ]
-            else:
-                tokens = [view[slot + offset] for slot in slots]
-            chosen = _most_frequent(tokens)
-            if chosen is None:
-                return
-            draft.append(chosen)
-            slots = [slot for slot, token in zip(slots, tokens, strict=True) if token == chosen]
-
-
-def _agreed(view: Sequence[int], slots: Sequence[int], num: int) -> list[int]:
-    """The ``num`` tokens that follow every slot; empty if they differ or a sequence ends."""
-    run = view[slots[0] + 1 : slots[0] + 1 + num]
-    if len(run) < num or any(view[slot + 1 : slot + 1 + num] != run for slot in slots[1:]):
-        return []
-    return [] if END in run else list(run)
-
-
-def _most_frequent(tokens: list[int]) -> int | None:
-    """The most frequent token, the first on ties; ``None`` if all sequences ended."""
-    if tokens[0] != END and tokens.count(tokens[0]) * 2 >= len(tokens):
-        return tokens[0]
-    counts = Counter(token for token in tokens if token != END)
-    return counts.most_common(1)[0][0] if counts else None
+    def _buffers(self, num: int, k: int) -> tuple[Any, Any]:
+        """Room for the answers for so many requests, and drafts of so many tokens."""
+        pairs, drafts = self._out
+        if pairs.shape[1] < num or drafts.shape[1] < k:
+            num, k = max(num, pairs.shape[1]), max(k, drafts.shape[1])
+            self._out = np.zeros((2, num), np.int64), np.zeros((num, k), np.int64)
+        return self._out
 
 
 def build(context: DrafterContext) -> SuffixIndex:
-    """An empty index with the bounds of ``drafter.suffix``."""
+    """An empty index with the bounds of ``drafter.suffix``. Its search is loaded in the
+    background."""
     s = context.settings.suffix
-    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens)
+    return SuffixIndex(s.min_match, s.max_match, s.recent_tokens, load=compiled.now)
 
 
 def build_for_request(context: DrafterContext) -> SuffixIndex:
     """An index that searches each request alone, whatever ``recent_tokens`` is."""
     s = context.settings.suffix
-    return SuffixIndex(s.min_match, s.max_match, 0, "suffix_request", REQUEST_TRAITS)
+    return SuffixIndex(
+        s.min_match, s.max_match, 0, "suffix_request", REQUEST_TRAITS, load=compiled.now
+    )
 
 
 KIND = DrafterKind(TRAITS, build)

@@ -64,6 +64,16 @@ _NUMBERS = {
 """Numbers by class of lengths."""
 
 
+VOTES = ("divided", "alone", "agreed")
+"""Order of votes in ``table``."""
+
+
+def table() -> list[tuple[int, ...]]:
+    """[7, 4] numbers of kinds by class of lengths, in six rows: by votes in finished traffic and
+    then in the request itself. The last row is ``LENGTHS``."""
+    return [*(_NUMBERS[own, votes] for own in (False, True) for votes in VOTES), LENGTHS]
+
+
 def number_of(length: int, is_own: bool, followers: list[int]) -> int:
     """Number of a match's kind.
 
@@ -90,7 +100,7 @@ def least_better(values: list[float], own: int) -> int | None:
         ``None``: none is worth more, however long.
     """
     for size, least in enumerate(LENGTHS):
-        numbers = (_NUMBERS[False, votes][size] for votes in ("divided", "alone", "agreed"))
+        numbers = (_NUMBERS[False, votes][size] for votes in VOTES)
         if not own or any(values[number] > values[own] for number in numbers):
             return least
     return None

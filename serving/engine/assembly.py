@@ -37,6 +37,8 @@ class Choices:
     """Ways to cut drafts on the device that the policy uses: programs are made for them."""
     mixes: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name -> kinds of the drafters that may draft in one round, neural ones first."""
+    is_own: bool = False
+    """Target and drafters compute all by our own operations; see ``programs.fuse``."""
 
 
 def assemble(
@@ -61,7 +63,7 @@ def assemble(
     programs = make_programs(
         target, pool, hosts, neural, sizes,
         rule=choices.rule, ring=ring, on_request=choices.on_request,
-        cuts=choices.cuts, mixes=choices.mixes,
+        cuts=choices.cuts, mixes=choices.mixes, is_own=choices.is_own,
     )  # fmt: skip
     scheduler = Scheduler(
         PagePool(sizes.num_pages, choices.prefix_cache),

@@ -15,14 +15,16 @@ Shapes: R requests, Q rows of each, B blocks, T = R Q or 16 B rows, m tapped lay
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
-from serving.engine.cuda_graphs import Graphs, Program, fitting
+from serving.engine.cuda_graphs import Graphs, fitting
 from serving.engine.drafts import Drafts, drafted
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, upload
 from serving.engine.sequence import Sequence
 from specops.attention import DecodePass
@@ -245,6 +247,10 @@ class DrafterRows:
         upload(rows, self._inputs[:size])
         self._program(size)()
 
+    def works(self) -> list[Program]:
+        """What every program computes, the largest first."""
+        return [partial(self._compute, size) for size in reversed(self._sizes)]
+
     def capture_all(self) -> None:
         """Make every program, the largest first."""
         for size in reversed(self._sizes):
@@ -252,7 +258,7 @@ class DrafterRows:
 
     def _program(self, size: int) -> Program:
         if size not in self._programs:
-            self._programs[size] = self._graphs.capture(lambda: self._compute(size))
+            self._programs[size] = self._graphs.capture(partial(self._compute, size))
         return self._programs[size]
 
     def _compute(self, size: int) -> None:

@@ -281,7 +281,12 @@ class Drafting:
         matches = None
         if look and offer.with_match:
             matches = self._matches(batch, caps, offer.with_match)
-        pending = {kind: rows.num_missing(batch) for kind, rows in offer.neural.items()}
+        members = {one.kind: one for rows in offer.neural.values() for one in rows.members}
+        missing = {kind: one.num_missing(batch) for kind, one in members.items()}
+        pending = {
+            kind: sum([missing[one.kind] for one in rows.members])
+            for kind, rows in offer.neural.items()
+        }
         return StepObs(
             step=step,
             batch=len(batch),
@@ -357,20 +362,25 @@ class Drafting:
         caps = self.caps(batch, num_draft)
         given: list[list[int]] = [[] for _ in batch]
         for kind in {one.drafter for one in picks} & self.hosts.keys():
-            own = tuple(
-                cap if one.drafter == kind else 0 for cap, one in zip(caps, picks, strict=True)
-            )
-            for r, tokens in enumerate(self._propose(kind, batch, own)):
-                if own[r]:
-                    given[r] = tokens
-        first = self.on_device[mix].kinds[0]
-        picks = tuple(
-            one._replace(drafter=first, reason="unmatched")
-            if one.drafter in self.hosts and not tokens
-            else one
-            for one, tokens in zip(picks, given, strict=True)
-        )
-        return given, picks
+            rows = [
+                r for r, (one, cap) in enumerate(zip(picks, caps, strict=True))
+                if cap and one.drafter == kind
+            ]  # fmt: skip
+            own = [batch[r] for r in rows]
+            for r, tokens in zip(
+                rows, self._propose(kind, own, tuple([caps[r] for r in rows])), strict=True
+            ):
+                given[r] = tokens
+        lacking = [
+            r for r, (one, tokens) in enumerate(zip(picks, given, strict=True))
+            if not tokens and one.drafter in self.hosts
+        ]  # fmt: skip
+        if not lacking:
+            return given, picks
+        first, changed = self.on_device[mix].kinds[0], list(picks)
+        for r in lacking:
+            changed[r] = changed[r]._replace(drafter=first, reason="unmatched")
+        return given, tuple(changed)
 
     def _propose(self, kind: str, batch: list[Sequence], caps: tuple[int, ...]) -> list[list[int]]:
         """What a host drafter proposes for each request, as many tokens as it may have."""

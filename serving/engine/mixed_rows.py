@@ -72,10 +72,6 @@ class MixedRows:
         """Number of a member, as rounds take it."""
         return self._numbers[drafter]
 
-    def num_missing(self, batch: list[Sequence]) -> int:
-        """Number of committed rows that the members must compute before they draft."""
-        return sum(rows.num_missing(batch) for rows in self.members)
-
     def catch_up(self, batch: list[Sequence]) -> None:
         """See ``DrafterRows.catch_up``."""
         for rows in self.members:

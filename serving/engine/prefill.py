@@ -9,15 +9,17 @@ Shapes: B blocks, T = 16 B rows, N chunks that end their prompt, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.commit import Scored
-from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
+from serving.engine.cuda_graphs import Graphs, Landing, fitting
 from serving.engine.drafter_rows import BLOCK, FeatureStore, cut
 from serving.engine.drafting import Drafting
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import Lanes, requests_of, upload
 from serving.engine.scheduler import Chunk
 from serving.requests import TokenLogprob
@@ -153,6 +155,11 @@ class Prefill:
             return None
         return self._ring.number([c.num_rows * c.sequence.request.capture for c in chunks])
 
+    def works(self) -> list[Program]:
+        """What every program computes, the largest first."""
+        self._make_logits()
+        return [partial(self._compute, size) for size in reversed(self._sizes)]
+
     def capture_all(self) -> None:
         """Make every program, the largest first."""
         for size in reversed(self._sizes):
@@ -160,13 +167,16 @@ class Prefill:
 
     def _program(self, size: int) -> Program:
         if size not in self._programs:
-            if self._logits is None:
-                shape = (len(self._ends), self._target.vocab_size)
-                self._logits = torch.zeros(
-                    shape, dtype=self._target.logits_dtype, device=self._target.device
-                )
-            self._programs[size] = self._graphs.capture(lambda: self._compute(size))
+            self._make_logits()
+            self._programs[size] = self._graphs.capture(partial(self._compute, size))
         return self._programs[size]
+
+    def _make_logits(self) -> None:
+        if self._logits is None:
+            shape = (len(self._ends), self._target.vocab_size)
+            self._logits = torch.zeros(
+                shape, dtype=self._target.logits_dtype, device=self._target.device
+            )
 
     def _compute(self, size: int) -> None:
         blocks = self._inputs[:size]

@@ -11,13 +11,16 @@ import time
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from pathlib import Path
 
 from drafters.protocol import HostDrafter, NeuralDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
+from serving.engine.captures import uncollected
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import Lanes
 from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
@@ -61,32 +64,49 @@ class Programs:
     ring: CaptureRing | None
     making: Making
     """Makes the programs that ``capture_all`` leaves for later."""
+    is_own: bool
+    """They consist of our own operations, which keep nothing that they allocate."""
 
-    def capture_all(self, most_draft: int | None = None) -> None:
+    def capture_all(self, most_draft: int | None = None, listed: Path | None = None) -> None:
         """Make programs now instead of at their first use, and time them. Does nothing on a CPU,
         which has no graphs.
 
         Args:
             most_draft: largest K of the rounds that are made now. Drafts are no longer until
                 ``making`` has made the others. ``None``: all are made now.
+            listed: file that lists the kernels that were needed, for the next start.
         """
-        if not self.graphs.are_real:
+        captures = self.graphs.captures
+        if captures is None:
             return
         started = time.perf_counter()
-        self.prefill.capture_all()
-        for rows in self.drafting.neural.values():
-            rows.capture_all()
-        self.rounds.capture_all(most_draft)
-        if self.rounds.num_left:
-            self.making.begin()
-        self.graphs.trim()
-        spent = self.graphs.spent
+        with uncollected():
+            if self.is_own:
+                from specops.compiling import Kernels  # Triton is there wherever a GPU is
+
+                captures.begin(Kernels(), self._works(), listed)
+            self.prefill.capture_all()
+            for rows in self.drafting.neural.values():
+                rows.capture_all()
+            self.rounds.capture_all(most_draft)
+            if self.rounds.num_left:
+                self.making.begin()
+            captures.end()
+            if listed is not None:
+                captures.keep_list(listed)
+            self.graphs.trim()
+        captures.tell()
         log.info(
-            "made %d programs in %.1f s: %.1f s in first runs, including compilation, %.1f s "
-            "capturing, %.1f s timing them; %d are left for later",
-            spent.num_programs, time.perf_counter() - started,
-            spent.first_runs_s, spent.capture_s, spent.timing_s, self.rounds.num_left,
+            "%d programs are ready after %.1f s, %d are left for later",
+            captures.spent.num_programs, time.perf_counter() - started, self.rounds.num_left,
         )  # fmt: skip
+
+    def _works(self) -> list[Program]:
+        """What all programs compute, in the order in which they are made."""
+        works = self.prefill.works()
+        for rows in self.drafting.neural.values():
+            works += rows.works()
+        return works + self.rounds.works()
 
 
 def make_programs(
@@ -101,6 +121,7 @@ def make_programs(
     on_request: Collection[str] = (),
     cuts: tuple[Cut, ...] = (),
     mixes: Mapping[str, tuple[str, ...]] | None = None,
+    is_own: bool = False,
 ) -> Programs:
     """Programs for these drafters and sizes.
 
@@ -111,6 +132,7 @@ def make_programs(
         rule: verifies sampled requests without a seed.
         ring: receives the committed rows of captured requests.
         cuts: ways to cut drafts on the device that the policy uses.
+        is_own: target and drafters compute all by our own operations; see ``fuse``.
 
     Raises:
         ValueError: the ring cannot hold the rows of one step, or drafters cannot be mixed.
@@ -145,13 +167,14 @@ def make_programs(
         prefill_chunk=sizes.prefill_chunk, page_size=sizes.page_size, rule=rule, ring=ring,
     )  # fmt: skip
     making = Making(rounds.make_next)
-    return Programs(target, pool, graphs, lanes, drafting, rounds, prefill, ring, making)
+    return Programs(target, pool, graphs, lanes, drafting, rounds, prefill, ring, making, is_own)
 
 
 def fuse(
     target: Target, neural: Several[NeuralDrafter], num_positions: int, *, pinned: bool
-) -> None:
-    """Switch target and drafters to our fused operations where these compute the same.
+) -> bool:
+    """Switch target and drafters to our fused operations where these compute the same. Returns
+    whether they do everywhere.
 
     Args:
         num_positions: all rows are at positions below it.
@@ -168,6 +191,9 @@ def fuse(
                 f"{reason}; set it to 'fast'"
             )
         log.warning("the target's own code computes its layers, which is slower: %s", reason)
+    is_own = reason is None
     for drafter in neural:
         if reason := drafter.fuse(num_positions):
             log.warning("the drafter's own code computes its layer, which is slower: %s", reason)
+            is_own = False
+    return is_own

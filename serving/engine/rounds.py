@@ -19,6 +19,7 @@ Shapes: R requests (the last ones may be padding), K draft tokens, Q = K + 1.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -31,10 +32,11 @@ from policies.allocation import Allocation, Cut
 from policies.interface import Pick
 from serving.engine.allocating import Allocator, Cutting, PackedPass, Seen
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
-from serving.engine.cuda_graphs import Graphs, Landing, Program, fitting
+from serving.engine.cuda_graphs import Graphs, Landing, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.drafts import Drafts, given
+from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
 from serving.engine.mixed_rows import MixedRows
@@ -276,6 +278,16 @@ class Rounds:
 
     # ---- programs ------------------------------------------------------------------------------
 
+    def works(self) -> list[Program]:
+        """What every program computes, those of short drafts first."""
+        self._leave_out_requests()
+        return [
+            partial(self._round, key)
+            for num_draft in range(self._drafting.max_draft + 1)
+            for size in reversed(self._sizes)
+            for key in self._keys(size, num_draft)
+        ]
+
     def capture_all(self, most_draft: int | None = None) -> None:
         """Make programs, the largest first so that the others fit in its memory, and time drafting.
 
@@ -317,7 +329,7 @@ class Rounds:
         key = self._later.next
         if key is None:
             return False
-        self._graphs.is_serving = True
+        self._graphs.will_serve()
         self._leave_out_requests()
         self._program(key)
         if self._later.is_last and self._graphs.are_real:
@@ -369,7 +381,7 @@ class Rounds:
 
     def _program(self, key: _Key) -> Program:
         if key not in self._programs:
-            self._programs[key] = self._graphs.capture(lambda: self._round(key))
+            self._programs[key] = self._graphs.capture(partial(self._round, key))
         return self._programs[key]
 
     # ---- the round itself ----------------------------------------------------------------------

@@ -171,7 +171,7 @@ def test_a_bare_name_is_a_shipped_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_settings([Path("demo")], [], {}) == load_settings([DEMO], [], {})
     assert problem(files=[Path("dmeo")]) == (
-        "dmeo: no such file; shipped settings: compare, demo, one_gpu, real"
+        "dmeo: no such file; shipped settings: compare, demo, one_gpu, real, two_gpu"
     )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zlib
 
 import pytest
 
-from drafters.suffix import recent
+from drafters.suffix import compiled, recent
 from drafters.suffix.index import SuffixIndex
 from drafters.suffix.kinds import KINDS, Kind
+from drafters.suffix.layout import LINKED, NUM_SEARCHES
 from drafters.suffix.recent import RecentText
+from drafters.suffix.running import rungs
 
 
 def finished(index, key, tokens, *, keep=True, namespace=""):
@@ -229,28 +233,43 @@ def test_of_a_sequence_beyond_the_bound_the_end_is_kept():
     assert index.num_recent_tokens == 4
 
 
+def linked(index, key):
+    """Tokens of a request that are in its chains."""
+    return index._texts.table[index._texts.row(key), LINKED]
+
+
 def test_a_request_that_nobody_looks_up_is_not_indexed():
     index = SuffixIndex(2, 12, 1000)
     for key in ("asked", "unasked"):
         index.begin(key, [1, 2, 3, 1, 2])
         index.extend([key], [[3, 1, 2]])
-    assert observe(index, "asked") == own("alone", 3)
-    nodes = {key: index._own(key).text.num_nodes for key in ("asked", "unasked")}
-    assert nodes["asked"] > nodes["unasked"] == 0
     index.finish("unasked", keep=True)
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (8, 0)
-    observe(index, "asked")
+    index.begin("unasked", [1, 2, 3])
+    assert observe(index, "asked") == own("alone", 3)
+    assert (linked(index, "asked"), linked(index, "unasked")) == (7, 0)
     assert (index.num_waiting_tokens, index.num_recent_tokens) == (0, 8)
+
+
+def test_where_somebody_looks_a_finished_sequence_is_indexed_at_once():
+    index = SuffixIndex(2, 12, 1000)
+    index.begin("asked", [1, 2, 3])
+    observe(index, "asked")
+    finished(index, "a", [5, 6, 7])
+    assert (index.num_waiting_tokens, index.num_recent_tokens) == (0, 3)
+    for key in range(20):
+        finished(index, str(key), [5, 6, 7])
+    assert index.num_waiting_tokens > 0
 
 
 def test_a_lookup_that_changes_nothing_searches_nothing():
     index = SuffixIndex(2, 12, 1000)
     index.begin("a", [1, 2, 3, 1, 2])
     observe(index, "a")
-    match = index._own("a").match
+    before = index._state[NUM_SEARCHES]
     propose(index, "a", 1)
     observe(index, "a")
-    assert index._own("a").match is match
+    assert index._state[NUM_SEARCHES] == before == 1
 
 
 def test_where_nobody_looks_only_the_newest_finished_traffic_waits(monkeypatch):
@@ -310,12 +329,13 @@ def test_a_sequence_may_be_evicted_by_one_that_is_indexed_with_it(first):
 
 def test_memory_does_not_grow_with_traffic():
     index = SuffixIndex(2, 4, 500)
-    chains = index._recent._chains
+    ring, arena = index._recent.ring, index._texts.arena
     for key in range(200):
-        finished(index, "a", [(key * 31 + i * i) % 50 for i in range(100)])
+        finished(index, "a", [(key * 31 + i * i) % 50 for i in range(100)], namespace=str(key))
         index.catch_up()
-    assert index._recent._chains is chains
-    assert len(index._recent._live) <= 5
+    assert index._recent.ring is ring and index._texts.arena is arena
+    assert index.num_recent_sequences <= 5
+    assert len(index._namespaces) == index.num_recent_sequences
     assert index.num_running == 0
 
 
@@ -325,13 +345,20 @@ def test_the_longest_match_is_found_however_often_its_end_occurs():
     assert (observe(index, "a"), propose(index, "a", 1)) == (own("alone", 3), [7])
 
 
-def test_memory_of_a_running_request_is_two_nodes_a_token_at_most():
+def test_memory_of_requests_is_bounded_by_their_tokens_and_used_again():
     index = SuffixIndex(2, 12, 0)
-    for period in (1, 2, 7, 60, 1000):
-        index.begin("a", [i * i % period for i in range(1000)])
-        observe(index, "a")
-        assert 0 < index._own("a").text.num_nodes <= 2 * 1000
-        index.finish("a", keep=False)
+    for turn in range(100):
+        for key in range(20):
+            index.begin(str(key), [token % 7 for token in range(1000)])
+            for _ in range(10):
+                index.extend([str(key)], [[1, 2, 3] * 30])
+            observe(index, str(key))
+        if not turn:
+            size = index._texts.arena.nbytes
+            assert size <= 20 * 1900 * 200
+        for key in range(20):
+            index.finish(str(key), keep=False)
+    assert index._texts.arena.nbytes == size
 
 
 def test_positions_start_again_before_they_overflow(monkeypatch):
@@ -357,3 +384,45 @@ def test_misuse_is_told():
         SuffixIndex(3, 2, 0)
     with pytest.raises(ValueError, match="recent_tokens must be >= 0"):
         SuffixIndex(2, 3, -1)
+    with pytest.raises(ValueError, match="no sequence 'c' is running"):
+        index.extend(["a", "c"], [[1], [2]])
+    with pytest.raises(ValueError, match="2 sequences, but tokens of 1"):
+        index.extend(["a", "b"], [[1]])
+
+
+def test_before_the_search_is_compiled_text_is_stored_and_nothing_found():
+    native = None
+    index = SuffixIndex(2, 12, 1000, load=lambda: native)
+    finished(index, "a", [1, 2, 3, 4, 5])
+    index.begin("b", [9, 1])
+    index.extend(["b"], [[2]])
+    assert (observe(index, "b"), propose(index, "b", 2)) == (None, [])
+    native = compiled.wait()
+    assert (observe(index, "b"), propose(index, "b", 2)) == (recent_text("alone", 1), [3, 4])
+
+
+def test_the_search_is_loaded_in_the_background(monkeypatch):
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(compiled.folder().parent))
+    code = (
+        "import time; from drafters.suffix import compiled\n"
+        "while not compiled.now(): time.sleep(0.01)\n"
+        "assert compiled.wait() is compiled.now(); print(compiled.folder())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert (done.stdout.strip(), done.stderr) == (str(compiled.folder()), "")
+
+
+def test_a_folder_that_cannot_be_written_costs_the_kept_code_alone(tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
+    where = compiled.folder.__wrapped__()
+    assert where.is_dir() and tmp_path not in where.parents
+    assert "each start compiles it again" in caplog.text
+    where.rmdir()
+
+
+@pytest.mark.parametrize("bounds", [(1, 1), (1, 4), (2, 12), (3, 3), (4, 40), (5, 12)])
+def test_a_request_has_chains_from_the_shortest_length_up_to_the_longest(bounds):
+    lengths = rungs(*bounds)
+    assert lengths[0] == bounds[0] and lengths[-1] <= bounds[1] < 2 * max(lengths[-1], 2)
+    assert lengths == sorted(set(lengths))

@@ -52,6 +52,9 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/by_match.py: spells the drafter kind 'eagle3'": (
         "judges chains of that drafter's training at every position of a trace"
     ),
+    "benchmarks/index.py: spells the drafter kind 'suffix'": (
+        "compares the search of this drafter with the one that it replaced"
+    ),
     "benchmarks/peers/__main__.py: spells the drafter kind 'mtp'": (
         "the option of transformers that such heads are generated with there"
     ),

@@ -14,8 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from specops.attention import DecodePass, Places
@@ -37,21 +35,9 @@ from specops.rows_triton import norm_pair
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
 from specops.verify_logits_triton import verify_logits
+from tests.specops.no_device import use_no_device
 
 VOCAB, HEADS, DIM, PAGE, MOST = 4096, 2, 16, 16, 16
-
-
-class _NoDevice:
-    """The part of a driver that looking up a kernel needs."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, _device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
 
 
 def count_instead_of_compiling() -> Counter[str]:
@@ -67,7 +53,7 @@ def count_instead_of_compiling() -> Counter[str]:
     def launch(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **options)
 
-    driver.set_active(_NoDevice())
+    use_no_device()
     JITFunction._do_compile = note
     JITFunction.run = launch
     return found

@@ -108,6 +108,50 @@ def test_a_promoted_candidate_is_the_one_to_beat(world: World, better: Learner) 
     assert not again.verdict.passed
 
 
+class Counting:
+    """A trainable that counts the batches which it is asked to measure."""
+
+    def __init__(self, learner: Learner) -> None:
+        self._trainable, self.num_measured = learner.trainable, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._trainable, name)
+
+    def acceptance(self, *given: object) -> object:
+        self.num_measured += 1
+        return self._trainable.acceptance(*given)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("was_judged", "expected"), [(True, 1), (False, 2)])
+def test_a_candidate_that_was_just_judged_is_not_measured_again(
+    world: World, better: Learner, was_judged: bool, expected: int
+) -> None:
+    judge, best, counting = judge_with(new_learner(world)), trained(world, 40), Counting(better)
+    judge.trainable = counting  # type: ignore[assignment]
+    held = judge.store.put(samples_of(world)[:20])
+    judge.judge(better.model, held)
+
+    judge.promote(better.model, was_judged=was_judged)
+    before = counting.num_measured
+    found = judge.judge(best.model, held)
+
+    assert counting.num_measured - before == expected
+    fresh = judge_with(better)
+    again = fresh.judge(best.model, fresh.store.put(samples_of(world)[:20]))
+    assert (found.candidate, found.incumbent) == (again.candidate, again.incumbent)
+
+
+def test_warming_up_changes_no_judgement(world: World, better: Learner) -> None:
+    cold, warm = (judge_with(new_learner(world)) for _ in range(2))
+    for judge in (cold, warm):
+        judge.store.prepare(samples_of(world)[0])
+    warm.warm_up(64)
+
+    first, second = (judged(judge, better.model, samples_of(world)[:20]) for judge in (cold, warm))
+
+    assert first == second
+
+
 def test_the_incumbents_figure_follows_the_held_out_traces(world: World) -> None:
     judge, candidate = judge_with(new_learner(world)), trained(world, 5)
     samples = samples_of(world)

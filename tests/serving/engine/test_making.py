@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
@@ -124,3 +125,26 @@ def test_a_request_with_log_probabilities_takes_no_longer_drafts_than_are_made()
     run(engine, [request_of("a", [5, 6, 7, 5, 6, 7], 20, logprobs=2)])
 
     assert max(engine.policy.most) == 2
+
+
+def test_looking_through_programs_meets_each_that_is_made_and_no_request():
+    engine = make_engine(random_model("qwen3"), max_batch=2)
+    wanted = run(engine, [request_of("a", [5, 6, 7], 8)])
+    programs = engine.programs
+    made, capture = [], programs.graphs.capture
+
+    with torch.inference_mode():
+        works = programs._works()
+        for work in works:
+            work()
+    programs.graphs.capture = lambda work: made.append(work) or capture(work)
+    with torch.inference_mode():
+        for one in (programs.prefill, *programs.drafting.neural.values(), programs.rounds):
+            one._programs.clear()
+            one.capture_all()
+
+    def called(each):
+        return sorted((work.func.__qualname__, *map(repr, work.args)) for work in each)
+
+    assert called(works) == called(made)
+    assert run(engine, [request_of("b", [5, 6, 7], 8)])["b"].token_ids == wanted["a"].token_ids

@@ -95,7 +95,7 @@ def test_an_engine_tells_its_index_before_every_look(model, overlaps, monkeypatc
     look = index.observe
 
     def observe(keys):
-        told.append(index._values == policy.values)
+        told.append(index._values.tolist() == policy.values)
         return look(keys)
 
     monkeypatch.setattr(index, "observe", observe)

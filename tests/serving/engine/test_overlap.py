@@ -208,7 +208,8 @@ def test_a_round_of_the_index_is_launched_before_the_last_one_is_committed(model
 
     def from_host(kind, batch, num_draft):
         index = engine.drafting.hosts["suffix"]
-        texts.extend(list(index._own(s.request.id).text.tokens) for s in batch)
+        rows = [index._texts.row(s.request.id) for s in batch]
+        texts.extend(index._texts.tokens(row).tolist() for row in rows)
         return look_up(kind, batch, num_draft)
 
     right = rounds.launch

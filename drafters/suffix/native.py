@@ -1,0 +1,491 @@
+"""The search of the suffix index, compiled by Numba: one call for a batch of requests.
+
+Everything lies in flat arrays (``layout``). A running request is a row of a table and a block of
+an arena of int32: its tokens and hash chains over them. Finished traffic is a ring of tokens with
+hash chains of its own, as in zlib. Chains: for a length n of an n-gram, a table from its hash to
+the latest position where it ends, and from every position to the one before it with the same hash.
+Positions only increase, so nothing is ever deleted.
+
+Finished traffic has chains for every length; a lookup bisects the length and follows at most
+``MAX_WALK`` links of each chain, which bounds its time for any traffic. A request has chains for
+some lengths, *rungs*, such as 2, 3, 4 and 8: that of the longest rung with an occurrence is
+followed to its end, or until ``MAX_VOTES`` of the longest possible are found, so the answer is
+exact. That takes a third of the memory, which matters more than the steps: the texts of 128
+requests stay in a core's cache. The multiplier of these hashes is secret, so that nobody can write
+a prompt whose n-grams all fall into one chain.
+
+The functions keep the interpreter's lock: a call takes microseconds, and a thread that gives the
+lock away may wait milliseconds to get it back. ``compiled`` imports this module, because it knows
+where compiled code is kept.
+
+Numba counts the references to each array that a function is given, which takes longer than the
+searching. So inner functions take whole arrays and an index instead of slices, allocate nothing,
+and are compiled without that counting (``_nrt``).
+
+Shapes: R requests, S rows of the table, L lengths of n-grams, C chains of each, N slots of the
+ring, B kinds of match, M tokens of the longest n-gram. The ring is ``tokens`` [N] int32, ``spaces``
+[N] int64, ``heads`` [L, C] int32, ``links`` [L, N] int32. ``values`` [B] float64 is what kinds are
+worth, ``kinds`` [7, 4] int64 see ``kinds.table``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from drafters.suffix.layout import (
+    END,
+    GENERATION,
+    IS_OWN,
+    KIND,
+    LAP,
+    LINKED,
+    LONGEST,
+    MASK,
+    MAX_VOTES,
+    MAX_WALK,
+    MOST_RECENT,
+    MULTIPLIER,
+    NOW,
+    NUM,
+    NUM_MATCHED,
+    NUM_SEARCHES,
+    OLDEST,
+    RING_SHIFT,
+    ROOM,
+    SECRET,
+    SEED,
+    SHIFT,
+    SHORTEST,
+    SLOTS,
+    SPACE,
+    TEXT,
+    TOUCHED,
+    VALUES,
+    VERSION,
+    VOTES,
+)
+
+_any_njit: Any = njit  # its type leaves out the option
+_entry, _inner = njit(cache=True), _any_njit(cache=True, _nrt=False)
+
+# ---- called from Python --------------------------------------------------------------------------
+
+
+@_entry
+def extend(arena, table, rows, lens, news, first, start):
+    """Append tokens to requests ``first`` and following.
+
+    Args:
+        rows: [R] int64 rows of the table.
+        lens: [R] int64 tokens of each.
+        news: [sum of lens] int32.
+        start: index in ``news`` of the tokens of request ``first``.
+
+    Returns:
+        The request that has no room for its tokens, and where these begin; R and the end if all
+        had.
+    """
+    for r in range(first, len(rows)):
+        row, num = rows[r], lens[r]
+        if table[row, NUM] + num > table[row, ROOM]:
+            return r, start
+        at = table[row, TEXT] + table[row, NUM]
+        for j in range(num):
+            arena[at + j] = news[start + j]
+        table[row, NUM] += num
+        start += num
+    return len(rows), start
+
+
+@_entry
+def link_finished(tokens, heads, links, state, seed, start, num):
+    """Enter the n-grams of a finished sequence into the chains; the last token is part of none,
+    because nothing follows it.
+
+    Args:
+        start: position of its first token.
+        num: number of its tokens.
+    """
+    slot = start % len(tokens)
+    hashes = np.full(max(num - 1, 0), seed, np.int64)
+    for n in range(1, min(state[LONGEST], num - 1) + 1):
+        # A length at a time: its chains fit in a cache, those of all lengths do not.
+        for i in range(n - 1, num - 1):
+            hashes[i] = (hashes[i] + tokens[slot + i - n + 1]) * MULTIPLIER & MASK
+        if n >= state[SHORTEST]:
+            length = n - state[SHORTEST]
+            for i in range(n - 1, num - 1):
+                chain = hashes[i] >> state[RING_SHIFT]
+                links[length, slot + i] = heads[length, chain]
+                heads[length, chain] = start + i
+
+
+@_entry
+def look(arena, table, rows, tokens, spaces, heads, links, state, values, kinds, found):
+    """Find the match of each request that is to be continued; a request of which nothing changed
+    since the last call is not searched again.
+
+    Args:
+        found: [R] int64, receives the kind of each.
+    """
+    num, longest = len(rows), state[LONGEST]
+    own = np.empty((num, 6), np.int64)
+    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
+    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    _update(
+        arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
+        own, tails, hashes, ends, others,
+    )  # fmt: skip
+    for r in range(num):
+        found[r] = table[rows[r], KIND]
+
+
+@_entry
+def draft(
+    arena, table, rows, tokens, spaces, heads, links, state, values, kinds, most, lens, drafts
+):
+    """Propose what followed the match of each request.
+
+    Args:
+        most: [R] int64 largest number of tokens of each.
+        lens: [R] int64, receives how many there are.
+        drafts: [R, K] int64, receives them.
+    """
+    num, longest = len(rows), state[LONGEST]
+    own = np.empty((num, 6), np.int64)
+    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
+    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    _update(
+        arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
+        own, tails, hashes, ends, others,
+    )  # fmt: skip
+    for r in range(num):
+        row, k, have = rows[r], most[r], 0
+        kind, is_own, count = table[row, KIND], table[row, IS_OWN], table[row, VOTES]
+        for i in range(count):
+            ends[r, i] = table[row, SLOTS + i]
+        while have < k and kind:
+            have = _continue(
+                arena, table, row, tokens, is_own, ends, r, count, drafts, have, k, others
+            )
+            if have < k:  # finished sequences ended here: look up the proposal itself
+                size = _tail(arena, table, row, state, drafts, r, have, tails)
+                kind, count, least = _own_match(
+                    arena, table, row, tails, r, size, state, values, kinds, ends, hashes
+                )
+                _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+                length, votes = _find_finished(
+                    tails, r, size, hashes, table[row, SPACE], least, longest,
+                    tokens, spaces, heads, links, state, others,
+                )  # fmt: skip
+                kind, is_own, count = _better(
+                    kind, count, length, votes, tokens, values, kinds, ends, others, r
+                )
+        lens[r] = have
+
+
+# ---- called by these -----------------------------------------------------------------------------
+
+_IS_DUE, _SIZE, _HIGH, _KIND, _VOTES, _LEAST = range(6)
+"""Columns of ``own``: whether the request is searched; tokens of its tail; bound on the length of a
+match in finished traffic; kind and votes of its own match; length from which on one in finished
+traffic may be worth more, 0 for none."""
+
+
+@_inner
+def _update(
+    arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
+    own, tails, hashes, ends, others,
+):  # fmt: skip
+    """Bring the matches of requests up to date.
+
+    In three passes: a lookup in finished traffic waits for memory a dozen times, and the lookups of
+    a batch wait together where the processor need not finish one to begin the next.
+    """
+    for r in range(len(rows)):
+        row, high = rows[r], state[LONGEST]
+        own[r, _IS_DUE] = 0
+        if table[row, GENERATION] == state[NOW]:
+            # A match grows by at most one token per new token.
+            new = table[row, NUM] - table[row, NUM_MATCHED]
+            if new == 0 and table[row, VALUES] == state[VERSION]:
+                continue
+            high = max(table[row, MOST_RECENT], state[SHORTEST] - 1) + new
+        state[NUM_SEARCHES] += 1
+        _link(arena, table, row, state)
+        size = _tail(arena, table, row, state, tails, r, 0, tails)
+        kind, count, least = _own_match(
+            arena, table, row, tails, r, size, state, values, kinds, ends, hashes
+        )
+        own[r, _IS_DUE], own[r, _SIZE], own[r, _HIGH] = 1, size, high
+        own[r, _KIND], own[r, _VOTES], own[r, _LEAST] = kind, count, least
+        if least:
+            _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+    _touch(own, hashes, tokens, spaces, heads, links, state)
+    for r in range(len(rows)):
+        if not own[r, _IS_DUE]:
+            continue
+        row, kind, count, least = rows[r], own[r, _KIND], own[r, _VOTES], own[r, _LEAST]
+        is_own, most_recent = 1, own[r, _HIGH]
+        if 0 < least <= own[r, _HIGH]:
+            length, votes = _find_finished(
+                tails, r, own[r, _SIZE], hashes, table[row, SPACE], least, own[r, _HIGH],
+                tokens, spaces, heads, links, state, others,
+            )  # fmt: skip
+            most_recent = length if length else max(least, state[SHORTEST]) - 1
+            kind, is_own, count = _better(
+                kind, count, length, votes, tokens, values, kinds, ends, others, r
+            )
+        table[row, KIND], table[row, IS_OWN], table[row, VOTES] = kind, is_own, count
+        for i in range(count):
+            table[row, SLOTS + i] = ends[r, i]
+        table[row, MOST_RECENT], table[row, NUM_MATCHED] = most_recent, table[row, NUM]
+        table[row, GENERATION], table[row, VALUES] = state[NOW], state[VERSION]
+
+
+@_inner
+def _touch(own, hashes, tokens, spaces, heads, links, state):
+    """Read what lookups in finished traffic will ask memory for, one read independent of the
+    other."""
+    total, least = 0, state[SHORTEST]
+    for is_second in (False, True):
+        for r in range(len(own)):
+            if not own[r, _IS_DUE] or not own[r, _LEAST]:
+                continue
+            high = min(own[r, _HIGH], own[r, _SIZE])
+            for n in range(max(own[r, _LEAST], least), high + 1):
+                position = heads[n - least, hashes[r, n - 1] >> state[RING_SHIFT]]
+                if not is_second:
+                    total += position
+                elif position >= state[OLDEST]:
+                    slot = _slot(position, tokens, state)
+                    total += tokens[slot] + spaces[slot] + links[n - least, slot]
+    state[TOUCHED] = total  # otherwise the compiler leaves the reads out
+
+
+@_inner
+def _slot(position, tokens, state):
+    """Where the ring has a position that was not evicted."""
+    slot = position - state[LAP]
+    return slot if slot >= 0 else slot + len(tokens)
+
+
+@_inner
+def _rung_after(rung):
+    """The next length that a request has chains for, see ``running.rungs``."""
+    return rung + 1 if rung < 4 else 2 * rung
+
+
+@_inner
+def _link(arena, table, row, state):
+    """Enter the n-grams of a request's text that have a continuation into its chains."""
+    text, room = table[row, TEXT], table[row, ROOM]
+    shift, stop = table[row, SHIFT], table[row, NUM] - 1
+    for end in range(table[row, LINKED], stop):
+        value, base, rung = np.int64(0), text + room, state[SHORTEST]
+        for n in range(1, min(state[LONGEST], end + 1) + 1):
+            value = (value + arena[text + end - n + 1]) * state[SECRET] & MASK
+            if n == rung:
+                chain = base + (value >> shift)
+                arena[base + room + end] = arena[chain]
+                arena[chain] = end
+                base, rung = base + 2 * room, _rung_after(rung)
+    table[row, LINKED] = max(stop, 0)
+
+
+@_inner
+def _tail(arena, table, row, state, drafts, r, num, tails):
+    """The last tokens of a text and a draft of ``num`` tokens. Returns how many there are."""
+    of_text = table[row, NUM]
+    size = min(of_text + num, state[LONGEST])
+    at = of_text + num - size
+    for j in range(size):
+        tails[r, j] = (
+            arena[table[row, TEXT] + at + j] if at + j < of_text else drafts[r, at + j - of_text]
+        )
+    return size
+
+
+@_inner
+def _hash(tails, r, num, size, value, multiplier, hashes):
+    """Hashes of the last 1, 2, ... ``num`` of ``size`` tokens."""
+    for n in range(num):
+        value = (value + tails[r, size - n - 1]) * multiplier & MASK
+        hashes[r, n] = value
+
+
+@_inner
+def _num_equal(tokens, end, tails, r, size, most):
+    """How many of the last tokens up to ``end`` are those of a tail, ``most`` at most."""
+    for j in range(most):
+        if tokens[end - j] != tails[r, size - 1 - j]:
+            return j
+    return most
+
+
+@_inner
+def _own_match(arena, table, row, tails, r, size, state, values, kinds, ends, hashes):
+    """The longest match in a request's own text.
+
+    Args:
+        ends: receives where the match ends.
+
+    Returns:
+        Its kind, the number of its occurrences, and the length from which on a match in finished
+        traffic may be worth more, 0 if none is.
+    """
+    kind = 0
+    length, count = _find_own(arena, table, row, tails, r, size, state, ends, hashes)
+    if length:
+        kind = _kind(arena, table[row, TEXT], ends, r, count, length, kinds, 3)
+    return kind, count, _least_better(values, kinds, kind)
+
+
+@_inner
+def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
+    """Length of the longest suffix of a tail that has a continuation in the request, and in how
+    many places; ``ends`` receives them, latest first."""
+    text, room, rung = table[row, TEXT], table[row, ROOM], state[SHORTEST]
+    if size < rung:
+        return 0, 0
+    base, shift = text + room, table[row, SHIFT]
+    while _rung_after(rung) <= size:
+        base, rung = base + 2 * room, _rung_after(rung)
+    _hash(tails, r, rung, size, np.int64(0), state[SECRET], hashes)
+    length, count = 0, 0
+    while length == 0 and rung >= state[SHORTEST]:
+        # What the next rung would have found is longer than ``most``.
+        most = min(size, _rung_after(rung) - 1)
+        end = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
+        while end >= 0 and (length < most or count < MAX_VOTES):
+            n = _num_equal(arena, text + end, tails, r, size, min(most, end + 1))
+            if n >= rung and n > length:
+                length, count = n, 0
+            if n >= rung and n == length and count < MAX_VOTES:
+                ends[r, count] = end
+                count += 1
+            end = np.int64(arena[base + room + end])
+        base, rung = base - 2 * room, rung - 1 if rung <= 4 else rung >> 1
+    return length, count
+
+
+@_inner
+def _find_finished(
+    tails, r, size, hashes, space, low, high, tokens, spaces, heads, links, state, ends
+):
+    """Like ``_find_own`` in finished traffic of a namespace, for lengths from ``low``, 0 for none,
+    to ``high``; slots of the ring."""
+    length, count = 0, 0
+    if low == 0:
+        return length, count
+    low, high = max(low, state[SHORTEST]), min(high, size)
+    n = high
+    # If a suffix occurred, so did all shorter ones: bisect, trying the longest first.
+    while low <= high:
+        at = n - state[SHORTEST]
+        position, found = np.int64(heads[at, hashes[r, n - 1] >> state[RING_SHIFT]]), 0
+        for _ in range(MAX_WALK):
+            if position < state[OLDEST]:
+                break
+            slot = _slot(position, tokens, state)
+            is_ours = slot >= n - 1 and spaces[slot] == space
+            if is_ours and _num_equal(tokens, slot, tails, r, size, n) == n:
+                ends[r, found] = slot
+                found += 1
+                if found == MAX_VOTES:
+                    break
+            position = np.int64(links[at, slot])
+        if found:
+            length, count, low = n, found, n + 1
+        else:
+            high = n - 1
+        n = (low + high + 1) >> 1
+    return length, count
+
+
+@_inner
+def _better(kind, count, length, votes, tokens, values, kinds, ends, others, r):
+    """The better one of a match in the request and one in finished traffic, the request's own on
+    ties. Returns its kind, whether it is the request's own, and the number of occurrences.
+
+    Args:
+        length: of the match in finished traffic; 0: there is none.
+        ends: where the former ends; receives where the better one does.
+        others: where the latter ends.
+    """
+    if length:
+        other = _kind(tokens, 0, others, r, votes, length, kinds, 0)
+        if kind == 0 or values[other] > values[kind]:
+            for i in range(votes):
+                ends[r, i] = others[r, i]
+            return other, 0, votes
+    return kind, 1, count
+
+
+@_inner
+def _kind(tokens, base, ends, r, count, length, kinds, first):
+    """Number of the kind of a match, see ``kinds.number_of``. Its rows of ``kinds`` begin at
+    ``first``."""
+    votes, follower = 1, tokens[base + ends[r, 0] + 1]
+    for i in range(1, count):
+        votes = 2 if votes and tokens[base + ends[r, i] + 1] == follower else 0
+    size = kinds.shape[1] - 1
+    while length < kinds[6, size]:
+        size -= 1
+    return kinds[first + votes, size]
+
+
+@_inner
+def _least_better(values, kinds, own):
+    """See ``kinds.least_better``; 0: none is worth more."""
+    for size in range(kinds.shape[1]):
+        for votes in range(3):
+            if own == 0 or values[kinds[votes, size]] > values[own]:
+                return kinds[6, size]
+    return 0
+
+
+@_inner
+def _continue(arena, table, row, finished, is_own, ends, r, count, drafts, num, k, nexts):
+    """Append to a draft of ``num`` tokens what followed the match, until k or until every
+    occurrence ended. Returns the new number.
+
+    The request's own occurrences never end: they run on into the draft itself, as in LZ77. The most
+    frequent token is next, the latest of equals.
+
+    Args:
+        nexts: overwritten.
+    """
+    text, of_text = table[row, TEXT], table[row, NUM]
+    offset = 0
+    while num < k:
+        offset += 1
+        for i in range(count):
+            at = ends[r, i] + offset
+            if not is_own:
+                nexts[r, i] = finished[at]
+            elif at < of_text:
+                nexts[r, i] = arena[text + at]
+            else:
+                nexts[r, i] = drafts[r, at - of_text]
+        chosen, most = np.int64(END), 0
+        for i in range(count):
+            votes = 0
+            for j in range(count):
+                votes += nexts[r, j] == nexts[r, i]
+            if nexts[r, i] != END and votes > most:
+                chosen, most = nexts[r, i], votes
+        if most == 0:
+            return num
+        drafts[r, num] = chosen
+        num += 1
+        kept = 0
+        for i in range(count):
+            if nexts[r, i] == chosen:
+                ends[r, kept] = ends[r, i]
+                kept += 1
+        count = kept
+    return num
