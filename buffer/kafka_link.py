@@ -35,6 +35,7 @@ try:
         TopicAlreadyExistsError,
         TopicAuthorizationFailedError,
     )
+    from kafka.net.compat import KafkaNetClient
 except ImportError as error:
     raise ValueError(
         "buffer.url names Kafka, but its client is not installed: pip install "
@@ -192,7 +193,8 @@ class KafkaLink:
     def producer(self, owner: object, **settings: Any) -> KafkaProducer:
         """An idempotent producer that waits for all copies, closed with its owner at the latest."""
         timeout_ms = self.timeout_ms
-        client = KafkaProducer(
+        client = _made(
+            KafkaProducer,
             **self._common(),
             **settings,
             acks="all",
@@ -207,7 +209,8 @@ class KafkaLink:
 
     def consumer(self, owner: object, **settings: Any) -> KafkaConsumer:
         """A consumer that commits nothing by itself, closed with its owner at the latest."""
-        client = KafkaConsumer(
+        client = _made(
+            KafkaConsumer,
             **self._common(),
             **{"metadata_max_age_ms": 30_000, "fetch_max_wait_ms": 50, **settings},
             enable_auto_commit=False,
@@ -220,7 +223,7 @@ class KafkaLink:
     @contextlib.contextmanager
     def admin(self) -> Iterator[KafkaAdminClient]:
         """A client for topics and groups, for a moment."""
-        client = KafkaAdminClient(**self._common())
+        client = _made(KafkaAdminClient, **self._common())
         try:
             yield client
         finally:
@@ -282,6 +285,32 @@ class KafkaLink:
             "reconnect_backoff_max_ms": 1000,  # with jitter, by the client
             **_security(self.address),
         }
+
+
+def _made(kind: Callable[..., Any], **settings: Any) -> Any:
+    """A new client. If the brokers cannot be reached, the library raises and leaves a thread behind
+    that tries for ever: one for each attempt of an outage."""
+    begun = list[Any]()
+
+    def connections(**given: Any) -> Any:
+        begun.append(KafkaNetClient(**given))
+        return begun[-1]
+
+    try:
+        return kind(**settings, kafka_client=connections)
+    except BaseException:
+        for one in begun:
+            _end(one)
+        raise
+
+
+def _end(client: Any) -> None:
+    """End the connections of a client that was not made, and their thread."""
+    sockets = _sockets(client)
+    client._net.stop(timeout_ms=1000)
+    with contextlib.suppress(KafkaError, OSError):
+        client.close()
+    _close_all(sockets)
 
 
 def _security(address: KafkaAddress) -> dict[str, Any]:
@@ -379,8 +408,9 @@ def close_now(producer: KafkaProducer) -> None:
 
 def _sockets(client: Any) -> list[socket.socket]:
     """Those of a client, which forgets them when it is closed while data is on its way."""
-    connections = list(client._manager._conns.values())
-    return [one.transport._sock for one in connections if one.transport is not None]
+    transports = [one.transport for one in list(client._manager._conns.values())]
+    found = [one._sock for one in transports if one is not None]
+    return [one for one in found if one is not None]  # on its thread a transport may just be closed
 
 
 def _close_all(sockets: list[socket.socket]) -> None:

@@ -32,7 +32,7 @@ from buffer.redis_presence import Presence, alive_members, end_presence
 from buffer.redis_reader import (
     WRITERS_AT_ONCE,
     Ends,
-    SizeEstimate,
+    LastFetch,
     first_held,
     hand_out,
     num_deleted,
@@ -69,7 +69,7 @@ class RedisMember(RecordReader):
         self._handed: dict[_Key, deque[int]] = {}
         """Numbers that were handed out and not committed, ascending."""
         self._ends = Ends(client)
-        self._size = SizeEstimate()
+        self._last = LastFetch()
         self._next_look_s = 0.0
         self._presence: Presence | None = None
         self._counts = ReaderCounts()
@@ -152,7 +152,7 @@ class RedisMember(RecordReader):
             self._take_over(sorted(ends))
         if not self._fetched:
             self._take_new(ends)
-        self._size.saw([record for _, _, record in self._fetched])
+        self._last.brought([record for _, _, record in self._fetched])
 
     def _join(self) -> None:
         """Become visible, and succeed the reader whose offsets these are."""
@@ -176,7 +176,7 @@ class RedisMember(RecordReader):
 
     def _take_from(self, names: list[str], ends: dict[str, int]) -> bool:
         """Take new records of these writers; True if it made the group for one of them instead."""
-        count = self._size.how_many(len(names))
+        count = self._last.how_many(len(names))
         try:
             found = self._group.take_new(self._own.main, names, count)
         except ServiceAwayError:
@@ -233,7 +233,7 @@ class RedisMember(RecordReader):
     def _claim_from(self, dead: Consumer) -> None:
         is_own = dead.name in self._own.unheard
         first = self._arrived.get((dead.writer, dead.name), 0) if is_own else 0
-        pending = self._group.pending(dead.writer, dead.name, first, self._size.how_many(1))
+        pending = self._group.pending(dead.writer, dead.name, first, self._last.how_many(1))
         if not is_own:
             pending = list(takewhile(_is_idle, pending))
         if not pending:

@@ -196,7 +196,8 @@ class TraceReader:
 
     def _put_aside(self, record: Record, error: UnreadableRecordError) -> None:
         if not self._reasons[error.reason]:
-            log.warning("a record is put aside, as others like it will be: %s", error)
+            # Its text alone: the frames of its traceback hold the record and its reader.
+            log.warning("a record is put aside, as others like it will be: %s", str(error))
         self._reasons[error.reason] += 1
         name = f"{error.reason}-{record.writer}-{record.location}"
         self._backend.keep_unreadable(name, record.payload)

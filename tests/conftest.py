@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
+import sys
+import threading
 
 # Before the first import of torch, transformers or triton, in this process and in its children.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -13,9 +16,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +39,45 @@ def denormal_numbers_stay() -> Iterator[None]:
     """A server and a trainer flush them, for their whole process; that is no test's business."""
     yield
     torch.set_flush_denormal(False)
+
+
+_KAFKA_THREAD = "kafka"
+_CLOSED_S = 5.0
+
+
+_HAS_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed:
+        item.stash[_HAS_FAILED] = True
+    return report
+
+
+@pytest.fixture(autouse=True)
+def kafka_clients_end(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A client of Kafka is a thread that draws random numbers and logs. One that a test leaves
+    behind disturbs others, so the test that opened it fails. A test that has failed anyway may: its
+    traceback holds what it opened."""
+    before = _kafka_threads()
+    yield
+    left = _kafka_threads() - before
+    if left and not request.node.stash.get(_HAS_FAILED, False):
+        # Closed with their owner, which may be what a fixture has made, or part of a cycle.
+        request.node.funcargs.clear()
+        gc.collect()
+        for thread in left:
+            thread.join(_CLOSED_S)
+        alive = sorted(thread.name for thread in left if thread.is_alive())
+        assert not alive, f"clients of Kafka that this test opened still run: {alive}; close them"
+
+
+def _kafka_threads() -> set[threading.Thread]:
+    if "kafka" not in sys.modules:
+        return set()
+    return {one for one in threading.enumerate() if one.name.startswith(_KAFKA_THREAD)}
 
 
 DURATIONS = Path(__file__).parent / "durations.json"

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from buffer.frames import HEAD, scan
+from buffer.frames import HEAD, read_frame, scan
 from buffer.interface import TraceLimits
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments
@@ -208,3 +208,22 @@ def test_what_is_no_regular_file_stops_neither_readers_nor_writers(tmp_path):
     assert [report.records for report in check_segments(tmp_path)] == [1]
     write_segment(tmp_path, [b"another"])
     assert sorted(bytes(payload) for payload in read_all(tmp_path)[0]) == [b"another", b"sound"]
+
+
+def test_a_frame_whose_end_is_known_is_checked_as_much(tmp_path):
+    path = write_segment(tmp_path, [b"the first record", b"the second"])
+    content = path.read_bytes()
+    memory = os.memfd_create("segment")
+    os.write(memory, content)
+    frames = list(scan(memory, len(content)))
+    for frame in frames:
+        again = read_frame(memory, frame.start, len(content), end=frame.end)
+        assert again == frame
+        for end in (frame.end - 1, frame.end + 1, frame.start + HEAD.size, len(content) + 100):
+            assert read_frame(memory, frame.start, len(content), end=end) is None
+    first = frames[0]
+    for position, flipped in flips(content[: first.end]):
+        os.pwrite(memory, flipped[position : position + 1], position)
+        assert read_frame(memory, 0, len(content), end=first.end) is None
+        os.pwrite(memory, content[position : position + 1], position)
+    os.close(memory)

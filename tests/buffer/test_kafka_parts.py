@@ -3,8 +3,10 @@ publications means."""
 
 import itertools
 import random
+import threading
 
 import pytest
+from kafka.errors import KafkaError
 
 from buffer.backends import open_backend
 from buffer.kafka_group import share_out
@@ -130,3 +132,16 @@ def test_an_outbox_drops_the_oldest_waiting_and_counts_every_record():
     box.give_up()
     assert box.appended == box.durable + box.dropped + box.doubtful == 7
     assert (box.durable, box.doubtful) == (1, 1)
+
+
+def test_attempts_to_reach_brokers_that_are_away_leave_no_threads_behind():
+    """The client's library would leave one for each, which tries to connect for ever."""
+
+    class Owner:
+        pass
+
+    link = KafkaLink(parse_url("kafka://127.0.0.1:1/p?timeout_s=0.1"))
+    for make in (link.consumer, link.producer, lambda owner: link.admin().__enter__()):
+        with pytest.raises(KafkaError):
+            make(Owner())
+        assert not [one for one in threading.enumerate() if one.name.startswith("kafka-io")]

@@ -51,7 +51,7 @@ def test_a_relative_folder_is_refused(tmp_path):
 
 
 def test_records_that_are_no_traces_are_put_aside_with_their_reason(
-    tmp_path, log, writer, make_trace
+    tmp_path, log, writer, make_trace, caplog
 ):
     sound = bytes(encode_trace(make_trace()))
     newer = sound[:16] + b"\7" + sound[17:]
@@ -67,6 +67,9 @@ def test_records_that_are_no_traces_are_put_aside_with_their_reason(
         path.name.split("-")[0]: path.read_bytes() for path in (tmp_path / "quarantine").iterdir()
     }
     assert kept == {"header": b"rubbish!", "version": newer, "content": poison}
+    # An error among the arguments would hold its frames: the record, for as long as the log's.
+    assert all(isinstance(one, str) for line in caplog.records for one in line.args)
+    assert len(caplog.records) == 3
 
 
 OLD = Path(__file__).parent / "golden" / "trace-v1.safetensors"
