@@ -3,18 +3,18 @@
 After a swap, tokens_per_step may fall because the version is worse or because traffic has changed,
 and only decoding the *same* traffic with both versions tells which. A suspicion therefore starts a
 trial: the engine decodes with the former weights for a while, then returns to the new ones (A-B-A),
-and again, up to five times, as long as there is doubt. To be mistaken for a bad version, traffic
+and again, up to eight times, as long as there is doubt. To be mistaken for a bad version, traffic
 would have to shift twice, in opposite directions.
 
     steady -> watching -> trial -> confirming -> steady (kept or rolled back)
                  \\-> steady (kept)    |    \\-> trial, while it seems worse and is not convicted
                                         \\-> steady (kept)
 
-Doubt costs a trial, so part of ``max_drop`` is enough for it. A verdict has two forms. A version that
-is far beyond ``max_drop`` is convicted within its first confirmation. Otherwise three trials must have
-been made, and the version must be ``max_drop`` worse than the former one by what was measured after
-the suspicion, and worse at all beyond doubt. To ask for certainty about ``max_drop`` itself would
-take ten windows for a version that is a quarter worse, and keep most of those.
+Doubt costs a trial, so part of ``max_drop`` is enough for it. A verdict has two forms. A version
+that is far beyond ``max_drop`` is convicted within its first confirmation. Otherwise three trials
+must have been made, and the version must be ``max_drop`` worse than the former one by what was
+measured after the suspicion, and worse at all beyond doubt. To ask for certainty about ``max_drop``
+itself would take ten windows for a version that is a quarter worse, and keep most of those.
 
 Rounds of one request are correlated, so tests compare means of blocks of rounds, and the variance
 is raised by the correlation between neighbouring blocks.
@@ -22,12 +22,12 @@ is raised by the correlation between neighbouring blocks.
 Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, watch_rounds 200,
 max_drop 0.15), share of swaps that are rolled back:
 
-    tokens_per_step lost      0 %     18 %    24 %    30 %    36 %
-    one request at a time     0.0003  0.23    0.71    0.94    0.99
-    four at a time            0       -       0.94    -       -
+    tokens_per_step lost      0 %     21 %    24 %
+    one request at a time     0.0005  -       0.83
+    four at a time            0       0.89    0.95
 
-A random drafter is rolled back after 290 rounds, one that is a quarter worse after 1,340 (median,
-trials included), and no watch takes more than 2,290.
+A random drafter is rolled back after 290 rounds, one that is a quarter worse after 1,310 to 1,760
+(median, trials included), and no watch takes more than 3,540.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ _SUSPECT_SIGMA, _EARLY_TRIAL_SIGMA = 2.0, 3.5
 _CONFIRM_SIGMA, _VERDICT_SIGMA = 2.0, 4.0
 """Standard errors beyond ``max_drop`` that roll back at once: in the confirmation alone, and in it
 together with what raised the suspicion."""
-_LASTING_SIGMA, _LASTING_TRIALS = 4.2, 3
+_LASTING_SIGMA, _LASTING_TRIALS = 4.5, 3
 """Standard errors below the former version that roll back a version which lost ``max_drop``, and
-the trials that takes: figures that go on because they look bad are worse than the truth at first."""
-_MAX_TRIALS = 5
+the trials that takes: the first figures are those of a version that was picked for looking bad."""
+_MAX_TRIALS = 8
 """Each is followed by one window of confirmation."""
 _PRIOR_BLOCKS = 8
 """Blocks that the prior variance and correlation of blocks count for."""

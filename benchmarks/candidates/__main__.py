@@ -70,8 +70,8 @@ LR = 3e-4
 """At which a better one is trained: on other text it gains 6 % in 20 updates; at 1e-3, nothing."""
 GOOD = "good"
 """Stands for an equal and a better candidate among the kinds."""
-MOST_WINDOWS = 6
-"""A version drafts in the watching window and after each of at most five trials."""
+MOST_WINDOWS = 9
+"""A version drafts in the watching window and after each of at most eight trials."""
 _BLOCK = 16
 NUM_DRAWN = 1000
 """Simulated swaps of each bad one that drafted."""

@@ -122,10 +122,10 @@ def test_a_good_version_whose_traffic_changed_is_kept_after_its_trial():
     assert (watch.state, watch.figures()["last_verdict"]) == ("steady", "kept")
 
 
-def test_a_version_that_seems_worse_and_is_not_convicted_is_tried_five_times():
+def test_a_version_that_seems_worse_and_is_not_convicted_is_tried_eight_times():
     watch = SwapWatch(100, 0.15)
     drive(watch, 7, 2, 10)
-    for trial in range(1, 6):
+    for trial in range(1, 9):
         assert drive(watch, 8, 1.75, 40) is (Action.TRY_FORMER), trial
         assert watch.state == "trial"
         assert drive(watch, 7, 2, 7 * trial) is Action.RETURN_TO_NEW
