@@ -50,7 +50,7 @@ _SUSPECT_SIGMA, _EARLY_TRIAL_SIGMA = 2.0, 3.5
 _CONFIRM_SIGMA, _VERDICT_SIGMA = 2.0, 4.0
 """Standard errors beyond ``max_drop`` that roll back at once: in the confirmation alone, and in it
 together with what raised the suspicion."""
-_LASTING_SIGMA, _LASTING_TRIALS = 4.5, 3
+_LASTING, _LASTING_SIGMA, _LASTING_TRIALS = 0.7, 4.5, 3
 """Standard errors below the former version that roll back a version which lost ``max_drop``, and
 the trials that takes: the first figures are those of a version that was picked for looking bad."""
 _MAX_TRIALS = 8
@@ -257,7 +257,7 @@ class SwapWatch:
         return (
             self._num_trials >= _LASTING_TRIALS
             and len(confirmed) >= self._num_blocks
-            and fmean(confirmed) < keep * fmean(former)
+            and fmean(confirmed) < (1 - _LASTING * self._max_drop) * fmean(former)
             and _sigmas_below(confirmed, former) > _LASTING_SIGMA
         )
 
