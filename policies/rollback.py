@@ -12,9 +12,9 @@ would have to shift twice, in opposite directions.
 
 Doubt costs a trial, so part of ``max_drop`` is enough for it. A verdict has two forms. A version
 that is far beyond ``max_drop`` is convicted within its first confirmation. Otherwise three trials
-must have been made, and the version must be ``max_drop`` worse than the former one by what was
-measured after the suspicion, and worse at all beyond doubt. To ask for certainty about ``max_drop``
-itself would take ten windows for a version that is a quarter worse, and keep most of those.
+must have been made, and by what was measured after the suspicion the version must have lost most of
+``max_drop``, and anything at all beyond doubt. To ask for certainty about ``max_drop`` itself would
+take ten windows for a version that is a quarter worse, and keep most of those.
 
 Rounds of one request are correlated, so tests compare means of blocks of rounds, and the variance
 is raised by the correlation between neighbouring blocks.
@@ -51,8 +51,8 @@ _CONFIRM_SIGMA, _VERDICT_SIGMA = 2.0, 4.0
 """Standard errors beyond ``max_drop`` that roll back at once: in the confirmation alone, and in it
 together with what raised the suspicion."""
 _LASTING, _LASTING_SIGMA, _LASTING_TRIALS = 0.7, 4.5, 3
-"""Standard errors below the former version that roll back a version which lost ``max_drop``, and
-the trials that takes: the first figures are those of a version that was picked for looking bad."""
+"""Share of ``max_drop``, and standard errors below the former version, that roll a version back,
+and the trials that takes: the first figures are those of a version picked for looking bad."""
 _MAX_TRIALS = 8
 """Each is followed by one window of confirmation."""
 _PRIOR_BLOCKS = 8
