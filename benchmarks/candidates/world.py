@@ -268,8 +268,15 @@ class World:
         refused, rejected = swapper.refusals(), swapper.counts()["rejected"]
         version = self.plant(tensors)
         end_s = time.monotonic() + _WAIT_S
-        while swapper.counts()["rejected"] == rejected and swapper.status()["version"] != version:
-            self.play_rounds(domain, 1)
+
+        def is_known() -> bool:
+            """It was refused, or taken; it may have been rolled back by now."""
+            status = swapper.status()
+            was_taken = status["version"] == version or version in status["denied"]
+            return was_taken or swapper.counts()["rejected"] > rejected
+
+        while not is_known():
+            self.play_rounds(domain, 1, capture=True)
             if time.monotonic() > end_s:
                 raise RuntimeError(f"version {version} is neither taken nor refused")
         if swapper.counts()["rejected"] > rejected:
