@@ -28,7 +28,7 @@ from buffer.manifest import (
     manifest_problem,
 )
 from buffer.records import FileDigest, Manifest
-from buffer.sealed import CHUNK_BYTES, Content, Digesting, Sealed, digest_of
+from buffer.sealed import CHUNK_BYTES, Content, Digesting, Sealed, digest_of, sha256_of
 from buffer.tensors import (
     MAX_BUNDLE_HEADER_BYTES,
     FiniteScan,
@@ -248,16 +248,17 @@ class Arriving:
     What it finds is told afterwards, a wrong digest first.
     """
 
-    def __init__(self, name: str, content: NDArray[np.uint8]) -> None:
+    def __init__(self, name: str, content: NDArray[np.uint8], piece_bytes: int | None) -> None:
         """
         Args:
             content: memory for the whole file.
+            piece_bytes: how it is digested, see ``FileDigest``.
         """
         self.name = name
         self.content = content
         self.num_bytes = 0
         """Bytes that have arrived."""
-        self._digesting = Digesting(len(content))
+        self._digesting = Digesting(len(content), piece_bytes)
         self._tensors: dict[str, TensorInfo] | None = None
         self._scan: FiniteScan | None = None
         self._problem: TensorFileError | None = None
@@ -376,7 +377,7 @@ def _read_file(path: Path, name: str, max_bytes: int) -> bytes:
 def _read_checked(path: Path, name: str, digest: FileDigest) -> bytes:
     content = _read_file(path, name, digest.num_bytes)
     check_size(path.name, str(path / name), len(content), digest)
-    check_sha256(path.name, str(path / name), digest_of(content).sha256, digest)
+    check_sha256(path.name, str(path / name), sha256_of(content, digest.piece_bytes), digest)
     return content
 
 
@@ -386,7 +387,7 @@ def _read_checked_into(buffer: HostBuffer, path: Path, name: str, digest: FileDi
         # Before memory is taken: a manifest may claim more than there is.
         check_size(path.name, str(path / name), num_bytes, digest)
         check_fits(path.name, str(path / name), digest, buffer)
-        with Arriving(name, buffer.take(digest.num_bytes)) as arriving:
+        with Arriving(name, buffer.take(digest.num_bytes), digest.piece_bytes) as arriving:
             while num_read := file.readinto(arriving.left.data):
                 arriving.advance(num_read)
             grown = len(file.read(1))

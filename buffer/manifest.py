@@ -13,7 +13,8 @@ from buffer.records import FileDigest, Manifest
 from buffer.tensors import TensorFileError, parse_json
 
 SCHEMA = "slipstream.bundle"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1 knows no files that are digested in pieces. A manifest without such files still says 1."""
 MANIFEST = "manifest.json"
 TENSORS = "drafter.safetensors"
 """The file that every bundle has."""
@@ -25,6 +26,8 @@ VERSION_NAME = re.compile(r"0|[1-9][0-9]{0,17}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}\.(safetensors|json)")
 _MAX_TEXT = 1024
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_PIECE_BYTES = range(1 << 20, (1 << 30) + 1)
+"""Longer ones would not divide the work, and shorter ones cost more than they hold."""
 
 
 class ManifestError(ValueError):
@@ -37,7 +40,14 @@ def encode_manifest(manifest: Manifest) -> bytes:
     Raises:
         ValueError: a figure is NaN or infinite.
     """
-    body = {"schema": SCHEMA, "schema_version": SCHEMA_VERSION, **asdict(manifest)}
+    values = asdict(manifest)
+    version = 1
+    for entry in values["files"].values():
+        if entry["piece_bytes"] is None:
+            del entry["piece_bytes"]
+        else:
+            version = SCHEMA_VERSION
+    body = {"schema": SCHEMA, "schema_version": version, **values}
     return json.dumps(body, indent=1, allow_nan=False).encode()
 
 
@@ -94,6 +104,12 @@ def _entry_problem(entry: tuple[str, FileDigest]) -> str | None:
             f"num_bytes of {name} must be an integer in 0..{MAX_FILE_BYTES}, "
             f"got {digest.num_bytes!r}"
         )
+    piece = digest.piece_bytes
+    if piece is not None and (type(piece) is not int or piece not in _PIECE_BYTES):
+        return (
+            f"piece_bytes of {name} must be an integer in {_PIECE_BYTES.start}.."
+            f"{_PIECE_BYTES.stop - 1} or absent, got {piece!r}"
+        )
     return None
 
 
@@ -113,7 +129,7 @@ def _manifest_of(body: Any) -> Manifest:
         raise TypeError(f"schema_version is {version!r}, this reader knows 1 to {SCHEMA_VERSION}")
     known = {name: body[name] for name in Manifest.__dataclass_fields__ if name != "files"}
     files = {
-        name: FileDigest(entry["sha256"], entry["num_bytes"])
+        name: FileDigest(entry["sha256"], entry["num_bytes"], entry.get("piece_bytes"))
         for name, entry in body["files"].items()
     }
     return Manifest(**known, files=files)

@@ -23,7 +23,7 @@ from buffer.bundles import (
 )
 from buffer.manifest import MANIFEST, TENSORS
 from buffer.records import FileDigest, Manifest
-from buffer.sealed import digest_of
+from buffer.sealed import sha256_of
 from buffer.tensors import TensorFileError
 
 
@@ -53,7 +53,7 @@ class PiecedBundle:
         for name, digest in manifest.files.items():
             content, what = b"".join(self._bounded(name, digest)), self._what(name)
             check_size(str(self.version), what, len(content), digest)
-            check_sha256(str(self.version), what, digest_of(content).sha256, digest)
+            check_sha256(str(self.version), what, sha256_of(content, digest.piece_bytes), digest)
             files[name] = content
         problem = files_problem(files, expected)
         if problem is not None:
@@ -71,7 +71,7 @@ class PiecedBundle:
                     str(self.version), f"{what} has less than {digest.num_bytes} bytes"
                 )
             check_fits(str(self.version), what, digest, host)
-            with Arriving(name, host.take(digest.num_bytes)) as arriving:
+            with Arriving(name, host.take(digest.num_bytes), digest.piece_bytes) as arriving:
                 for piece in self._bounded(name, digest):
                     at = arriving.num_bytes
                     arriving.content[at : at + len(piece)] = np.frombuffer(piece, np.uint8)

@@ -420,7 +420,11 @@ class FileDigest:
     """One file of a bundle."""
 
     sha256: str
+    """Of the file, in hex; with ``piece_bytes``, of the SHA-256 digests of its pieces, in order."""
     num_bytes: int
+    piece_bytes: int | None = None
+    """Length of the pieces that are digested apart, so that several threads can; the last piece is
+    what is left. ``None``: the file is digested as a whole."""
 
 
 @dataclass(frozen=True, slots=True)

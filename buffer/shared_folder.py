@@ -2,6 +2,7 @@
 
     /dev/shm/slipstream-<name>/           of one weights store, which has the name in ``SHM_NAME``
     /dev/shm/slipstream-<name>/<version>/ a bundle, written aside and renamed
+    /dev/shm/slipstream-<name>/.spare/    the one before, whose memory the next one takes over
     /dev/shm/slipstream-<name>/.users     every process that uses the folder holds a lock on it
 
 The system frees such memory only when somebody removes the files. A killed process cannot, but its
@@ -30,10 +31,11 @@ from buffer.files import (
     OWNER_FOLDER,
     leads_to,
     open_regular,
+    overwrite_parts,
     read_regular,
     write_parts,
 )
-from buffer.manifest import VERSION_NAME
+from buffer.manifest import TENSORS, VERSION_NAME
 from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
@@ -43,7 +45,7 @@ MEMORY = Path("/dev/shm")
 PREFIX = "slipstream-"
 NAME_FILE = "SHM_NAME"
 """In the weights store; a new store in the same place has another name."""
-_USERS, _ROOT = ".users", ".root"
+_USERS, _ROOT, _SPARE = ".users", ".root", ".spare"
 _NUM_NAME = 16
 _IN_MOVED_TO, _IN_NONBLOCK, _IN_CLOEXEC = 0x80, 0o4000, 0o2000000
 _LISTEN_MS = 500
@@ -116,8 +118,8 @@ class SharedFolder:
         self.clear_leftovers()
         aside = path / _aside()
         try:
-            aside.mkdir(mode=OWNER_FOLDER)
-            write_parts(aside / name, content.parts, OWNER_FILE, is_durable=False)
+            self._take_spare(path, aside, name)
+            overwrite_parts(aside / name, content.parts, OWNER_FILE)
         except OSError:  # ``put`` says so, if it lasts
             shutil.rmtree(aside, ignore_errors=True)
             return
@@ -140,11 +142,12 @@ class SharedFolder:
             prepared = None
             self.clear_leftovers()
         try:
-            aside.mkdir(mode=OWNER_FOLDER, exist_ok=prepared is not None)
+            if prepared is None:
+                self._take_spare(path, aside, TENSORS)
             for name, content in files.items():
                 if prepared is not None and name == prepared[0]:
                     continue
-                write_parts(aside / name, parts_of(content), OWNER_FILE, is_durable=False)
+                overwrite_parts(aside / name, parts_of(content), OWNER_FILE)
             aside.rename(path / str(version))
         except OSError as error:
             shutil.rmtree(aside, ignore_errors=True)
@@ -153,8 +156,23 @@ class SharedFolder:
         self._problem.is_new(None)
         for other in versions_in(path):
             if other != version:
-                self.remove(other)
+                self._spare(path, other)
         return True
+
+    def _take_spare(self, path: Path, aside: Path, name: str) -> None:
+        """Make the folder for the next version, with a file in it to be overwritten, if there is
+        one."""
+        aside.mkdir(mode=OWNER_FOLDER)
+        with contextlib.suppress(FileNotFoundError):
+            (path / _SPARE / name).rename(aside / name)
+        shutil.rmtree(path / _SPARE, ignore_errors=True)
+
+    def _spare(self, path: Path, version: int) -> None:
+        """Hide a version, and keep its memory for the next one. Who reads it will find it damaged
+        when that is written, and takes what it wants from the disk."""
+        shutil.rmtree(path / _SPARE, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):
+            (path / str(version)).rename(path / _SPARE)
 
     def remove(self, version: int) -> None:
         """Hide a version in one step, then delete it; who is reading it reads it to its end."""

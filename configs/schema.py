@@ -266,7 +266,8 @@ class SwapSettings(Section):
     watch_rounds: int = Field(200, ge=1)
     """Rounds to observe before a new version is compared with its parent."""
     max_drop: float = Field(0.15, gt=0, lt=1)
-    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back."""
+    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back. One
+    that clearly lost seven tenths of it may be, too."""
     public_key: Path | None = None
     """PEM file with one or more Ed25519 public keys, as ``buffer keys`` writes it: only versions
     that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""

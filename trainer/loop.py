@@ -240,7 +240,7 @@ class Trainer:
         judgement = judge.judge(learner.average, memory.held_out, memory.held_out_older, speed)
         if not judgement.verdict.passed:
             return judgement, None
-        content = bundle_content(learner.trainable, learner.average)
+        content = bundle_content(learner.trainable, learner.average, self.publisher.memory)
         self.publisher.store.prepare(content)  # while its digest is computed
         try:
             found = self.publisher.version_with(content)

@@ -25,12 +25,50 @@ LARGEST_FLOAT32_BYTES = 256 << 20
 """Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
 which costs little and suits every dtype, since the server casts on load."""
 
+Tensors = dict[str, Tensor]
+
 _TAGS = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
     torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
     torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
 """Tags of the safetensors format."""
+
+
+class HostCopies:
+    """Tensors on the host, in memory that is taken once: new pages for 0.8 GB take longer than all
+    else that is done with them, and on a GPU's host only pinned memory is copied to at full speed.
+    """
+
+    def __init__(self) -> None:
+        self._held: dict[str, Tensor] = {}
+
+    def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensors:
+        """Contiguous tensors on the host in these dtypes. Those that are so already are not
+        copied; the others are overwritten by the next call.
+
+        Args:
+            tensors: on any device. What has another dtype is converted where it is.
+        """
+        found: Tensors = {}
+        for name, tensor in tensors.items():
+            source = tensor.detach()
+            if source.device.type == "cpu" and source.dtype == dtypes[name]:
+                found[name] = source.contiguous()
+                continue
+            if source.device.type != "cpu":
+                source = source.to(dtypes[name])
+            found[name] = self._place(name, source, dtypes[name])
+            found[name].copy_(source)  # waits for the device
+        return found
+
+    def _place(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        place = self._held.get(name)
+        if place is None or place.shape != like.shape or place.dtype != dtype:
+            is_on_gpu = like.device.type == "cuda"
+            place = torch.empty(like.shape, dtype=dtype, pin_memory=is_on_gpu)
+            self._held[name] = place
+        return place
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +81,8 @@ class Publisher:
     """Digests of versions that were rolled back, so that they are known when those are pruned."""
     outage: Outage = field(default_factory=lambda: Outage("judge the candidate"))
     """Whether the store cannot be asked at present."""
+    memory: HostCopies = field(default_factory=HostCopies)
+    """Where candidates lie until they are published."""
 
     def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
@@ -65,14 +105,20 @@ class Publisher:
         return (max(same), any(v in denied for v in same)) if same else None
 
 
-def bundle_content(trainable: Trainable[Any], model: nn.Module) -> Sealed:
+def bundle_content(
+    trainable: Trainable[Any], model: nn.Module, memory: HostCopies | None = None
+) -> Sealed:
     """A drafter's tensors as they are published."""
-    return sealed_tensors(trainable.bundle_tensors(model))
+    return sealed_tensors(trainable.bundle_tensors(model), memory)
 
 
-def sealed_tensors(tensors: dict[str, Tensor]) -> Sealed:
-    """Tensors, on any device, as they are published."""
-    stored = _to_store(tensors)
+def sealed_tensors(tensors: Tensors, memory: HostCopies | None = None) -> Sealed:
+    """Tensors, on any device, as they are published.
+
+    Args:
+        memory: for those that must be copied; its next use overwrites them. ``None``: new memory.
+    """
+    stored = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
     return seal({name: (_TAGS[t.dtype], _bits_of(t)) for name, t in stored.items()})
 
 
@@ -127,14 +173,9 @@ def publish_version(
 
 def is_same(trainable: Trainable[Any], model: nn.Module, other: nn.Module) -> bool:
     """Whether two drafters would be published with the same bytes."""
-    ours, theirs = (_in_bundle_dtype(trainable.bundle_tensors(m)) for m in (model, other))
-    return all(tensor.equal(theirs[name]) for name, tensor in ours.items())
-
-
-def _to_store(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors on the CPU, in the dtype of a bundle."""
-    on_cpu = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
-    return {name: tensor.contiguous() for name, tensor in _in_bundle_dtype(on_cpu).items()}
+    ours, theirs = (trainable.bundle_tensors(m) for m in (model, other))
+    dtypes = _bundle_dtypes(ours)
+    return all(t.to(dtypes[n]).equal(theirs[n].to(dtypes[n])) for n, t in ours.items())
 
 
 def _bits_of(tensor: Tensor) -> NDArray[Any]:
@@ -144,7 +185,9 @@ def _bits_of(tensor: Tensor) -> NDArray[Any]:
     return found
 
 
-def _in_bundle_dtype(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    if sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_FLOAT32_BYTES:
-        return tensors
-    return {n: t.bfloat16() if t.is_floating_point() else t for n, t in tensors.items()}
+def _bundle_dtypes(tensors: Tensors) -> dict[str, torch.dtype]:
+    is_small = sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_FLOAT32_BYTES
+    return {
+        name: tensor.dtype if is_small or not tensor.is_floating_point() else torch.bfloat16
+        for name, tensor in tensors.items()
+    }

@@ -21,6 +21,8 @@ from trainer.journal import LINE_EVERY_S, text_of
 from trainer.lock import Owner, owner_of
 
 POLL_S = 0.25
+START_S = 10.0
+"""How long ``logs -f`` waits for a trainer that may be starting: importing torch takes seconds."""
 _TAIL_BYTES = 1 << 18
 """Of ``log.jsonl``, read for a rate; more than ten seconds of events."""
 
@@ -157,7 +159,7 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
     """Lines of a run's log for people: every event, and one line for ten seconds of learning.
 
     Args:
-        follow: wait for more while a trainer runs.
+        follow: wait for more while a trainer runs; ``START_S`` for one that is just starting.
 
     Raises:
         NoSuchRunError: see ``status_of``.
@@ -167,8 +169,11 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
     path = folder / "log.jsonl"
     learning = _Learning()
     done, rest = 0, b""
+    seen, started_by_s = False, time.monotonic() + START_S
     while True:
         lives = owner_of(folder) is not None  # before reading: what it wrote last is read, too
+        seen = seen or lives
+        may_start = not seen and time.monotonic() < started_by_s
         if path.exists():
             with open(open_regular(path), "rb") as file:
                 file.seek(done)
@@ -176,7 +181,7 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
             done += len(new)
             *whole, rest = (rest + new).split(b"\n")
             yield from (line for text in whole for line in learning.lines(_event(text)))
-        if not (follow and lives):
+        if not (follow and (lives or may_start)):
             break
         time.sleep(POLL_S)
     yield from learning.ended()

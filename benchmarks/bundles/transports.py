@@ -52,12 +52,12 @@ _POLL_S = 0.25
 
 
 class Wide(nn.Module):
-    """Matrices in bfloat16 of so many bytes."""
+    """Matrices that are published as so many bytes of bfloat16."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, dtype: torch.dtype) -> None:
         super().__init__()
         shape = max(1, num_bytes // 2 // 8 // WIDTH), WIDTH
-        made = [torch.full(shape, 0.5 + i, dtype=torch.bfloat16) for i in range(8)]
+        made = [torch.full(shape, 0.5 + i, dtype=dtype) for i in range(8)]
         self.weights = nn.ParameterList([nn.Parameter(one, requires_grad=False) for one in made])
 
 
@@ -66,12 +66,13 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
     torch.set_num_threads(1)
     store = open_backend(url, run_dir).open_weights()
     publisher = Publisher(store, store.take_over())
-    model, manifest = Wide(num_bytes), FIRST
+    model, manifest = Wide(num_bytes, torch.float32), FIRST  # as trainers hold them
     while True:
         for parameter in model.parameters():
             parameter.mul_(0.99)
         stamps, began_s = {"stepped": time.monotonic()}, time.process_time()
-        content = sealed_tensors({name: one.data for name, one in model.named_parameters()})
+        tensors = {name: one.data for name, one in model.named_parameters()}
+        content = sealed_tensors(tensors, publisher.memory)
         store.prepare(content)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
@@ -121,7 +122,7 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
             store, heard = open_backend(where, run_dir).open_weights(), threading.Event()
             store.mark_in_use("server", [first])
             end = store.watch(heard.set)
-            weights = FlatWeights(Wide(num_bytes))
+            weights = FlatWeights(Wide(num_bytes, torch.bfloat16))
             swaps, busy = list[dict[str, float]](), list[dict[str, float]]()
             for version in range(first + 1, first + num_swaps + 2):
                 ours.send("publish")

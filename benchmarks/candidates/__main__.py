@@ -13,7 +13,9 @@ served. Each is put to
 - the **load checks** of the server, planted in its store past both of them;
 - the **live watch**, if it was loaded, under the same traffic, until it is rolled back or kept.
 
-None may be kept, and none may draft longer than a watch with its trial and confirmation can take.
+None may be kept, and none may draft longer than a watch with its trials and confirmations can take.
+One swap is one draw, so those that drafted are then swapped in a thousand times in simulation, as
+good ones are below.
 
 Good ones must not be refused: version 0 again with rounding noise, and version 0 trained on
 another domain, serving it. Some are swapped in live. Thousands of swaps are then simulated: the
@@ -37,6 +39,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated, Any
 
 import torch
@@ -45,7 +48,7 @@ from torch import Tensor, nn
 
 from benchmarks.candidates.good import gated, watched
 from benchmarks.candidates.kinds import KINDS, MOST_UPDATES, Candidate, Known, NotMadeError
-from benchmarks.candidates.world import CLIENTS, Live, World, sequences, world
+from benchmarks.candidates.world import CLIENTS, Live, Rounds, World, sequences, world
 from benchmarks.harness.results import (
     RESULTS,
     Out,
@@ -67,9 +70,11 @@ LR = 3e-4
 """At which a better one is trained: on other text it gains 6 % in 20 updates; at 1e-3, nothing."""
 GOOD = "good"
 """Stands for an equal and a better candidate among the kinds."""
-MOST_WINDOWS = 5
-"""A version drafts in the watching window and, after the trial, in at most four of confirming."""
+MOST_WINDOWS = 9
+"""A version drafts in the watching window and after each of at most eight trials."""
 _BLOCK = 16
+NUM_DRAWN = 1000
+"""Simulated swaps of each bad one that drafted."""
 
 
 def most_rounds(watch_rounds: int) -> int:
@@ -96,6 +101,8 @@ class Tally:
 
     results: list[tuple[str | None, str | None, Live]] = field(default_factory=list)
     not_made: list[str] = field(default_factory=list)
+    drawn: list[dict[str, Any]] = field(default_factory=list)
+    """Of ``watched``, for each one that drafted."""
 
     def to_json(self) -> dict[str, Any]:
         """Counts."""
@@ -108,7 +115,15 @@ class Tally:
             "live": dict(Counter(live.outcome for live in lives)),
             "load_refusals": dict(Counter(live.reason for live in lives if live.reason)),
             "rounds": [live.rounds for live in lives],
+            "tokens_per_step": [tokens_per_step(live.drafted) for live in lives],
+            "drawn": self.drawn,
         }
+
+
+def tokens_per_step(rounds: Rounds) -> float | None:
+    """Of rounds of several requests; ``None`` for none."""
+    kept = [accepted for request in rounds for _, accepted in request]
+    return 1 + fmean(kept) if kept else None
 
 
 def try_bad(one: World, known: Known, name: str, seed: int, tally: Tally) -> None:
@@ -122,8 +137,18 @@ def try_bad(one: World, known: Known, name: str, seed: int, tally: Tally) -> Non
         return
     made_s = time.monotonic() - began_s
     tally.results.append(tried(one, candidate, known))
+    if drafted := tally.results[-1][2].drafted:
+        swap = one.settings.swap
+        home = known.rounds["home"]
+        tally.drawn.append(
+            watched(home, drafted, swap.watch_rounds, swap.max_drop, NUM_DRAWN, seed=4)
+            | {"lost": 1 - (tokens_per_step(drafted) or 0) / (tokens_per_step(home) or 1)}
+        )
     seconds = time.monotonic() - began_s
-    say(f"{name}: {tally.results[-1]}, {seconds:.0f} s, {made_s:.0f} of them to make it")
+    gate, refusal, live = tally.results[-1]
+    say(f"{name}: {gate}, {refusal}, {live.outcome} after {live.rounds} rounds, "
+        f"{tally.drawn[-1:] if live.drafted else live.reason}, {seconds:.0f} s, {made_s:.0f} of "
+        f"them to make it")  # fmt: skip
 
 
 def noisy(tensors: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
@@ -160,7 +185,7 @@ def try_good(one: World, known: Known, seed: int, lives: dict[str, list[Live]]) 
         if name == "better" and not known.played and live.outcome == "kept":
             known.played.extend(sequences(one.play_requests(AWAY, JUDGED)))
         one.back_to_first()
-        say(f"{name}: {live}")
+        say(f"{name}: {live.outcome} after {live.rounds} rounds")
 
 
 def drawn_gates(one: World, known: Known, draws: int) -> dict[str, Any]:
@@ -250,6 +275,11 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
         yield at_most(what, "kept in service", one["live"].get("kept", 0), 0)
         longest = f"most rounds that one drafted ({found['most_rounds']} are those of a watch)"
         yield at_most(what, longest, max(one["rounds"], default=None), found["most_rounds"])
+        for drawn in one.get("drawn", ()):
+            swaps = f"{drawn['swaps']} swaps drawn from real requests: {name}"
+            lost = f"kept, of 1,000, with {100 * drawn['lost']:.0f} % of tokens_per_step lost"
+            kept = drawn["swaps"] - drawn["rolled_back"]
+            yield at_most(swaps, lost, 1000 * kept / drawn["swaps"], 0)
     for name, one in good["watch"].items():
         what = f"{one['swaps']} good candidates drawn from real requests: {name}"
         yield at_most(what, "rolled back, of 1,000", 1000 * one["rolled_back"] / one["swaps"], 1)

@@ -47,6 +47,7 @@ TEMPERATURE = 0.5
 _STORE_BYTES = 1 << 30
 _PROMPTS = 400
 _WAIT_S = 1800.0
+_SETTLE_S, _MOST_TRACED = 5.0, 0.9
 
 
 Rounds = Sequence[Sequence[tuple[int, int]]]
@@ -76,6 +77,8 @@ class Live:
     """Why it was not loaded."""
     rounds: int
     """Rounds that it drafted, until that was clear."""
+    drafted: Rounds = ()
+    """These rounds, request by request."""
 
 
 @dataclass(slots=True)
@@ -265,8 +268,15 @@ class World:
         refused, rejected = swapper.refusals(), swapper.counts()["rejected"]
         version = self.plant(tensors)
         end_s = time.monotonic() + _WAIT_S
-        while swapper.counts()["rejected"] == rejected and swapper.status()["version"] != version:
-            self.play_rounds(domain, 1)
+
+        def is_known() -> bool:
+            """It was refused, or taken; it may have been rolled back by now."""
+            status = swapper.status()
+            was_taken = status["version"] == version or version in status["denied"]
+            return was_taken or swapper.counts()["rejected"] > rejected
+
+        while not is_known():
+            self.play_rounds(domain, 1, capture=True)
             if time.monotonic() > end_s:
                 raise RuntimeError(f"version {version} is neither taken nor refused")
         if swapper.counts()["rejected"] > rejected:
@@ -278,9 +288,19 @@ class World:
             is_kept = figures["state"] == "steady" and figures["version"] == version
             return is_kept or version in swapper.status()["denied"]
 
-        self.play(domain, is_clear)
+        self.play(domain, is_clear, capture=True)
         outcome = "rolled back" if version in swapper.status()["denied"] else "kept"
-        return Live(outcome, None, self.policy.rounds[version])
+        rounds = self.policy.rounds[version]
+        return Live(outcome, None, rounds, self._drafted_by(version, rounds))
+
+    def _drafted_by(self, version: int, num_rounds: int) -> Rounds:
+        """The rounds of a version that it was captured with: nearly all, for requests that began
+        before the capture are not in traces. Waits for the recorder."""
+        end_s, found = time.monotonic() + _SETTLE_S, list[list[tuple[int, int]]]()
+        while sum(map(len, found)) < _MOST_TRACED * num_rounds and time.monotonic() < end_s:
+            time.sleep(0.1)
+            found = sequences(self.traces(), version)
+        return found
 
     def back_to_first(self) -> None:
         """Serve version 0 again, and what comes after by itself."""
@@ -299,11 +319,14 @@ def _batch(
     return found
 
 
-def sequences(traces: Sequence[Trace]) -> list[list[tuple[int, int]]]:
-    """(proposed, accepted) of the drafted rounds of each trace, in order."""
+def sequences(traces: Sequence[Trace], version: int | None = None) -> list[list[tuple[int, int]]]:
+    """(proposed, accepted) of the drafted rounds of each trace, in order; those of one version, if
+    it is given."""
     found = []
     for trace in traces:
         counts = trace.rounds.counts
+        if version is not None:
+            counts = counts[:, counts[Count.VERSION] == version]
         proposed, accepted = counts[Count.NUM_DRAFTED], counts[Count.NUM_ACCEPTED]
         rounds = [(p, a) for p, a in zip(proposed.tolist(), accepted.tolist(), strict=True) if p]
         if rounds:

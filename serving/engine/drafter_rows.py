@@ -108,6 +108,9 @@ class DrafterRows:
         inputs = (self._most_blocks, _IDS + BLOCK)
         self._inputs = torch.zeros(inputs, dtype=torch.int64, device=target.device)
         self._programs: dict[int, Program] = {}
+        self._version = self._newest = drafter.version
+        """Whose weights the drafter had when ``weights_returned`` was asked last, and the highest
+        that it ever had."""
 
     @property
     def kind(self) -> str:
@@ -143,6 +146,20 @@ class DrafterRows:
         """Forget all rows of a running request: they came from other hidden states."""
         self._has_page[sequence.pages] = False
         sequence.next_row[self.kind] = self._first_row
+
+    def weights_returned(self) -> bool:
+        """Whether the drafter has gone back to other weights since this was asked last: to former
+        ones, or from these to the newest again."""
+        version = self.drafter.version
+        is_other, is_new = version != self._version, version > self._newest
+        self._version, self._newest = version, max(version, self._newest)
+        return is_other and not is_new
+
+    def forget(self, running: list[Sequence]) -> None:
+        """Forget all rows, those of cached prefixes too: they were made by other weights."""
+        self._has_page[:] = False
+        for sequence in running:
+            sequence.next_row[self.kind] = self._first_row
 
     def has_rows_to(self, sequence: Sequence, length: int) -> None:
         """Note that the rows of the first ``length`` tokens are computed."""

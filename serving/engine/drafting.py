@@ -198,6 +198,10 @@ class Drafting:
             for sequence in running:
                 rows.begin_again(sequence)
 
+    def returned(self) -> list[DrafterRows]:
+        """Rows of the neural drafters that went back to other weights, see ``weights_returned``."""
+        return [rows for rows in self.neural.values() if rows.weights_returned()]
+
     def foresee(self, batch: list[Sequence], news: list[list[int]]) -> None:
         """Tell the host drafters of tokens that will be committed unless the request ends first.
 

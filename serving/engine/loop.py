@@ -190,6 +190,7 @@ class Engine:
             self._commit_round()
             self.programs.making.make()
         self._listeners.before_step()
+        self._forget_rows()
         self._listeners.change_target(self._changed_target)
         self._take_orders()
         self._admit()
@@ -208,6 +209,19 @@ class Engine:
             self._commit_round()
         self._commits.counters.num_steps += 1
         return True
+
+    def _forget_rows(self) -> None:
+        """Have drafters that went back to other weights compute their rows again, and not draft
+        from those of a version that is tried or was rolled back: a bad version's rows make the
+        former weights look as bad, and nothing would convict it.
+
+        After a swap to new weights rows stay: that every request were computed again for each
+        version would cost more than the rows of its parent do.
+        """
+        if returned := self.drafting.returned():
+            self._commit_round()  # it notes rows of the weights that it was launched with
+            for rows in returned:
+                rows.forget(self.scheduler.running)
 
     def _changed_target(self, overwrite: Callable[[], None]) -> Restarted:
         """Let the target's weights be overwritten. Running requests keep the tokens they have;

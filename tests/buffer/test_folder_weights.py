@@ -257,7 +257,7 @@ def test_a_link_to_a_bundle_is_not_a_bundle(bundle):
     ("fields", "message"),
     [
         ({"schema": "other"}, "schema is 'other', expected 'slipstream.bundle'"),
-        ({"schema_version": 2}, "schema_version is 2, this reader knows 1 to 1"),
+        ({"schema_version": 3}, "schema_version is 3, this reader knows 1 to 2"),
         ({"schema_version": True}, "schema_version is True"),
         ({"version": 43}, "it is version 43, but is in folder '42'"),
         ({"version": "42"}, "version must be an integer"),
@@ -277,6 +277,21 @@ def test_a_link_to_a_bundle_is_not_a_bundle(bundle):
         (
             {"files": {"drafter.safetensors": {"sha256": "0" * 64, "num_bytes": 17 << 30}}},
             "must be an integer in 0..17179869184, got 18253611008",
+        ),
+        *(
+            (
+                {
+                    "files": {
+                        "drafter.safetensors": {
+                            "sha256": "0" * 64,
+                            "num_bytes": 1,
+                            "piece_bytes": piece_bytes,
+                        }
+                    }
+                },
+                "piece_bytes of drafter.safetensors must be an integer in 1048576..1073741824",
+            )
+            for piece_bytes in (0, -1, 1, True, 4e6, "8388608", 1 << 40)
         ),
         ({"files": {"drafter.safetensors": {}}}, "manifest.json is unreadable: 'sha256'"),
         ({"files": 7}, "manifest.json is unreadable"),

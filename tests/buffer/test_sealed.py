@@ -1,6 +1,7 @@
 """A bundle's large file in one pass: the same bytes, digest and verdict as one after another."""
 
 import hashlib
+import json
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from buffer.bundles import BundleError, HostBuffer
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.sealed import CHUNK_BYTES, seal
+from buffer.sealed import CHUNK_BYTES, PIECE_BYTES, Digesting, seal, sha256_of
 from buffer.tensors import FiniteScan, TensorInfo, check_safetensors
 
 FIRST = Manifest(0, None, "eagle3", {}, "ab" * 32, {})
@@ -108,3 +109,74 @@ def test_nothing_is_found_in_finite_values_however_they_arrive():
         scan.advance(end)
 
     assert scan.broken == []
+
+
+def digest_in_pieces(content: bytes, piece_bytes: int) -> str:
+    """The definition."""
+    pieces = [content[at : at + piece_bytes] for at in range(0, len(content), piece_bytes)]
+    return hashlib.sha256(b"".join(hashlib.sha256(one).digest() for one in pieces)).hexdigest()
+
+
+@pytest.mark.parametrize("num_bytes", [0, 1, 1000, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_BYTES])
+@pytest.mark.parametrize("piece_bytes", [1 << 20, CHUNK_BYTES, CHUNK_BYTES + 7, 1 << 30])
+def test_a_digest_in_pieces_is_that_of_the_definition_whatever_the_chunks(num_bytes, piece_bytes):
+    content, chance = random.Random(0).randbytes(num_bytes), random.Random(1)
+    digesting, at = Digesting(num_bytes, piece_bytes), 0
+    while at < num_bytes:
+        end = at + chance.randrange(1, CHUNK_BYTES + 1)
+        digesting.update(memoryview(content)[at:end])
+        at = end
+    digesting.end()
+
+    assert digesting.sha256 == digest_in_pieces(content, piece_bytes)
+    assert sha256_of(content, piece_bytes) == digesting.sha256
+    assert sha256_of(content, None) == hashlib.sha256(content).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def huge() -> dict[str, tuple[str, np.ndarray]]:
+    """Tensors above the size from which files are digested in pieces."""
+    return {"w": ("F32", np.ones(17 << 20, np.float32)), "z": ("F32", np.ones(7, np.float32))}
+
+
+def test_a_huge_file_is_digested_in_pieces_and_its_manifest_says_so(tmp_path: Path, huge):
+    store, host = FolderWeights(tmp_path), HostBuffer()
+    content = seal(huge)
+    store.publish(FIRST, {TENSORS: content})
+
+    body = json.loads((tmp_path / "0" / "manifest.json").read_bytes())
+    digest = digest_in_pieces(content.joined(), PIECE_BYTES)
+    assert body["schema_version"] == 2
+    assert body["files"][TENSORS] == {
+        "sha256": digest, "num_bytes": len(content), "piece_bytes": PIECE_BYTES
+    }  # fmt: skip
+    assert store.read_into(host, 0).manifest.files[TENSORS] == content.digest
+    assert store.read(0).files[TENSORS] == content.joined()
+
+    with (tmp_path / "0" / TENSORS).open("r+b") as file:
+        file.seek(3 * PIECE_BYTES)
+        file.write(b"\x01")
+    for read in (store.read, lambda version: store.read_into(host, version)):
+        with pytest.raises(BundleError, match="has sha256"):
+            read(0)
+
+
+def test_a_manifest_of_small_files_can_be_read_by_those_who_know_no_pieces(tmp_path: Path):
+    FolderWeights(tmp_path).publish(FIRST, {TENSORS: seal(large())})
+
+    body = json.loads((tmp_path / "0" / "manifest.json").read_bytes())
+    assert body["schema_version"] == 1
+    assert set(body["files"][TENSORS]) == {"sha256", "num_bytes"}
+
+
+def test_pieces_that_change_places_are_found(tmp_path: Path):
+    store = FolderWeights(tmp_path)
+    store.publish(FIRST, {TENSORS: seal({"w": ("F32", np.arange(17 << 20, dtype=np.float32))})})
+    path = tmp_path / "0" / TENSORS
+    content = bytearray(path.read_bytes())
+    first, second = slice(PIECE_BYTES, 2 * PIECE_BYTES), slice(2 * PIECE_BYTES, 3 * PIECE_BYTES)
+    content[first], content[second] = content[second], content[first]
+    path.write_bytes(content)
+
+    with pytest.raises(BundleError, match="has sha256"):
+        store.read_into(HostBuffer(), 0)

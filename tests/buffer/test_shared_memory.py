@@ -11,8 +11,10 @@ import stat
 import threading
 import warnings
 
+import numpy as np
 import pytest
 
+from buffer import shared_memory
 from buffer.backends import open_backend
 from buffer.bundles import BundleError, HostBuffer
 from buffer.folder_weights import FolderWeights
@@ -68,7 +70,7 @@ def test_the_newest_version_is_in_memory_and_every_version_on_the_disk(root, mem
     for version in range(3):
         publish(store, version)
     shared = folder_of(root, memory)
-    assert sorted(one.name for one in shared.iterdir() if one.is_dir()) == ["2"]
+    assert sorted(one.name for one in shared.iterdir() if one.is_dir()) == [".spare", "2"]
     assert FolderWeights(root).versions() == store.versions() == [0, 1, 2]
     assert store.read(2, EXPECTED) == FolderWeights(root).read(2)
 
@@ -286,7 +288,8 @@ def publish_sealed(store, version, content):
 
 
 def folders(root, memory):
-    return sorted(one.name for one in folder_of(root, memory).iterdir() if one.is_dir())
+    shared = folder_of(root, memory)
+    return sorted(one.name for one in shared.iterdir() if one.is_dir() and one.name != ".spare")
 
 
 def test_what_was_prepared_is_published_without_being_written_again(root, memory):
@@ -330,3 +333,53 @@ def test_what_was_prepared_in_vain_is_dropped(root, memory):
     assert folders(root, memory) == []
     publish_sealed(store, 1, sealed(3))
     assert store.read(1).files[TENSORS] == sealed(3).joined()
+
+
+def test_a_version_takes_over_the_memory_of_the_one_before_the_last(root, memory):
+    store, number_of = SharedWeights(root, memory), {}
+    for version in range(1, 6):
+        content = sealed(version)
+        if version != 4:  # one that nobody prepared
+            store.prepare(content)
+        publish_sealed(store, version, content)
+        file = folder_of(root, memory) / str(version) / TENSORS
+        number_of[version] = file.stat().st_ino
+        assert file.read_bytes() == content.joined()
+
+    assert [number_of[v] == number_of[v - 2] for v in (3, 4, 5)] == [True, True, True]
+    assert number_of[5] != number_of[4]
+
+
+def test_a_shorter_version_leaves_nothing_of_a_longer_one(root, memory):
+    store = SharedWeights(root, memory)
+    for version, num in ((1, 900), (2, 800), (3, 7)):
+        content = seal({"w": ("F32", np.full(num, version, np.float32))})
+        store.prepare(content)
+        publish_sealed(store, version, content)
+
+    assert (folder_of(root, memory) / "3" / TENSORS).read_bytes() == content.joined()
+
+
+def test_who_reads_while_the_memory_is_taken_over_takes_the_version_from_the_disk(
+    root, memory, monkeypatch
+):
+    store, reader = SharedWeights(root, memory), SharedWeights(root, memory)
+    publish_sealed(store, 1, sealed(1))
+    publish_sealed(store, 2, sealed(2))
+    read_bundle_into = shared_memory.read_bundle_into
+
+    def overtaken(host, path, expected):
+        """Version 2 becomes the spare one, and the next is written over it, while it is read."""
+        if path.parent != root:
+            store.prepare(sealed(3))
+            publish_sealed(store, 3, sealed(3))
+            store.prepare(sealed(4))
+            (path,) = folder_of(root, memory).glob(".tmp-*")
+            (path / "manifest.json").write_bytes((root / "2" / "manifest.json").read_bytes())
+            path = path.rename(path.with_name("2"))
+        return read_bundle_into(host, path, expected)
+
+    monkeypatch.setattr(shared_memory, "read_bundle_into", overtaken)
+    bundle = reader.read_into(HostBuffer(), 2, EXPECTED)
+
+    assert bundle.content.tobytes() == sealed(2).joined()

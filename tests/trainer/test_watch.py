@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from trainer import watch
 from trainer.cli import app
 from trainer.journal import Journal
-from trainer.lock import only_trainer
+from trainer.lock import Owner, only_trainer
 
 STATUS = {
     "state": "training",
@@ -102,7 +103,10 @@ def test_a_second_trainer_is_refused_and_asking_refuses_none(tmp_path: Path) -> 
         ExitStack().enter_context(only_trainer(tmp_path))
 
 
-def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(tmp_path: Path) -> None:
+def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "START_S", 0.0)
     journal_of(tmp_path)
     _append(tmp_path, {"event": "update", "unix_ms": 1_020_000, **UPDATE, "loss": None})
     with (tmp_path / "trainer" / "log.jsonl").open("a") as file:
@@ -118,6 +122,29 @@ def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(tmp_path: Path) 
         "step 40: 4 updates of 900 rows in all, loss not finite",
     ]
     assert "no trainer runs in this folder (any more)" in shown.stdout
+
+
+def test_logs_wait_for_a_trainer_that_is_just_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owners = iter([None, None, Owner(1, "here"), Owner(1, "here"), None])
+    journal_of(tmp_path)
+
+    def next_owner(folder: Path) -> Owner | None:
+        """The trainer takes the lock after a while, writes one event, and ends."""
+        owner = next(owners)
+        if owner is not None:
+            _append(tmp_path, {"event": "gate", "unix_ms": 2_000_000, "step": 41, "reason": "new",
+                               "parent": 3})  # fmt: skip
+        return owner
+
+    monkeypatch.setattr(watch, "owner_of", next_owner)
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    said = list(watch.log_lines(tmp_path, follow=True))
+
+    assert sum("gate at step 41: new" in line for line in said) == 2
+    assert said[-1] == "no trainer runs in this folder (any more)"
+    assert next(owners, "all asked") == "all asked"
 
 
 def _hold(run: Path, ends: bool) -> int:

@@ -315,3 +315,48 @@ def test_a_restart_passes_over_a_damaged_newest_version(tiny_target_dir, tmp_pat
     damage_digest(root, publish_next(root, noisy))
 
     assert build_service(settings_for(tiny_target_dir, tmp_path)).drafter_status()["version"] == 1
+
+
+def steps_with(service, changes, num_steps):
+    """Decode one request on this thread; returns its text and its rows of the drafter.
+
+    Args:
+        changes: what is done before a step, by its number.
+    """
+    collected = Collected()
+    service.inbox.submit(request_of("one", PROMPT, 150, ignore_eos=True), collected.take)
+    for number in range(num_steps):
+        changes.get(number, lambda: None)()
+        service.engine.step()
+    (sequence,) = service.engine.scheduler.running
+    drafter = service.engine.drafting.neural["eagle3"].drafter
+    slots = torch.tensor([4 * page + i for page in sequence.pages for i in range(4)])
+    whole = slots[: len(sequence.tokens) - 1]
+    return sequence.tokens, [pool[whole].clone() for pool in (drafter.keys, drafter.values)]
+
+
+@pytest.mark.parametrize("event", ["trial", "rollback"])
+def test_former_weights_do_not_draft_from_the_rows_of_the_ones_that_are_tried(
+    tiny_target_dir, tmp_path, event
+):
+    """In a trial they looked as bad as the version that they were compared with."""
+    found = []
+    for name in ("alone", "tried"):
+        service = build_service(settings_for(tiny_target_dir, tmp_path / name, enabled=False))
+        publish_next(tmp_path / name / "weights", noisy)
+        force, shelf = service.swapper._force, service.swapper._shelf
+        changes = {
+            10: lambda force=force, shelf=shelf: force.take(shelf.load(1, force)),
+            25: lambda force=force: (
+                force.exchange("trial") if event == "trial" else force.roll_back("worse")
+            ),
+        }
+        found.append(steps_with(service, {} if name == "alone" else changes, 40))
+        assert service.drafter_status()["version"] == 0
+        service.stop()
+
+    (alone_ids, alone), (tried_ids, tried) = found
+    num = min(len(alone_ids), len(tried_ids)) - 1
+    assert num > 40 and tried_ids[:num] == alone_ids[:num]
+    for ours, theirs in zip(tried, alone, strict=True):
+        torch.testing.assert_close(ours[:num], theirs[:num], rtol=1e-4, atol=1e-4)
