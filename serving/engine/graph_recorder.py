@@ -6,7 +6,6 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -78,8 +77,12 @@ class CudaGraphRecorder:
         if self._holder is None:
             one = torch.ones(1, device=self._device)
             torch.cuda.synchronize(self._device)
+
+            def work() -> None:
+                one.fill_(0)
+
             self._holder = torch.cuda.CUDAGraph()
-            self._capture(self._holder, partial(one.fill_, 0), self._memory)
+            self._capture(self._holder, work, self._memory)
 
     def record(self, work: Program) -> tuple[Program, int]:
         # cuBLAS keeps a workspace for each stream. A run has allocated one in ordinary memory,
@@ -90,7 +93,12 @@ class CudaGraphRecorder:
         torch._C._cuda_clearCublasWorkspaces()
         before = torch.cuda.memory_allocated()
         graph = torch.cuda.CUDAGraph()
-        self._capture(graph, work, self._memory)
+        try:
+            self._capture(graph, work, self._memory)
+        except RuntimeError:
+            # torch miscounts who uses the memory then. What was recorded before keeps it.
+            self._memory, self._holder = torch.cuda.graph_pool_handle(), None
+            raise
         torch._C._cuda_clearCublasWorkspaces()
         return graph.replay, 0 if self.is_serving else _kept_since(before)
 
