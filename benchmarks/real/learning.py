@@ -1,14 +1,16 @@
-"""What learning brought in a finished demo of a real target on one GPU.
+"""What learning brought in finished demos of a real target on one GPU.
 
     python -m benchmarks.demo --target real --run-dir runs/bench_real    # on the GPU; six minutes
     python -m benchmarks.real.learning runs/bench_real/0
 
-Reads the run's report and recording, the trainer's journal and status, and the server's log. Rows
-trained per second are those of the live loop, server and trainer sharing the card. The way of a
-version is measured from the start of its gate, which follows its last update at once, to the
-server's log line of the swap; both processes run on one machine and share its clock.
+Reads the report and recording of each run, its trainer's journal and status, and its server's log.
+Rows trained per second are those of the live loop, server and trainer sharing the card. The way of
+a version is measured from the start of its gate, which follows its last update at once, to the
+server's log line of the swap; both processes run on one machine and share its clock. Of several
+runs, rows are medians.
 
-Writes ``benchmarks/results/learning.json`` and ``benchmarks/results/rows/learning.json``.
+Writes ``learning.json``, or ``learning_mps.json`` with ``--mps``, and rows of
+``rows/learning.json`` in ``benchmarks/results``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
+from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -120,68 +123,109 @@ def _tokens_per_step(answers: list[dict[str, Any]]) -> float:
     return 1 + sum(s["num_accepted"] for s in spent) / sum(s["num_steps"] for s in spent)
 
 
-def rows_of(figures: dict[str, Any]) -> list[Row]:
-    """The claims, with their goals."""
-    report, loop, traces = figures["report"], figures["loop"], figures["traces"]
+def rows_of(figures: Sequence[dict[str, Any]], *, mps: bool) -> list[Row]:
+    """The claims, with their goals; medians of the runs."""
+    report = figures[0]["report"]
     clients = f"{report['num_clients']} clients, temperature {report['temperature']:g}"
-    first, last = report["phases"][0], report["phases"][-1]
-    kept = last["live_tokens_per_step_last_quarter"] / first["live_tokens_per_step_last_quarter"]
-    live = figures["live"]
-    later = [phase["name"] for phase in report["phases"][1:]]
-    to_swap = statistics.median(live["requests_to_first_swap"][name] for name in later)
+    if mps:
+        clients += ", CUDA MPS"
+    if len(figures) > 1:
+        clients += f", median of {len(figures)} seeds"
     shared = f"shared card, {clients}"
-    lost = traces["evicted_unread"] + traces["damaged"] + traces["quarantined"]
+
+    def median(of: Callable[[dict[str, Any]], float | None]) -> float | None:
+        found = [value for one in figures if (value := of(one)) is not None]
+        return statistics.median(found) if len(found) == len(figures) else None
+
+    lost = sum(
+        one["traces"][why]
+        for one in figures
+        for why in ("evicted_unread", "damaged", "quarantined")
+    )
     return [
-        at_least(shared, "rows trained per second, live", loop["rows_per_s"], 4e4),
+        at_least(shared, "rows trained per second, live", median(_rows_per_s), 4e4),
         Row(shared, "traces lost before they were read", lost, "none", not lost),
         at_least(
-            clients, "tuned over static, tokens/s, shifted", report["speedup_vs_static"], 1.15
+            clients,
+            "tuned over static, tokens/s, shifted",
+            median(lambda one: one["report"]["speedup_vs_static"]),
+            1.15,
         ),
-        at_least(clients, "tuned over plain, tokens/s, shifted", report["speedup_vs_plain"], 1.35),
+        at_least(
+            clients,
+            "tuned over plain, tokens/s, shifted",
+            median(lambda one: one["report"]["speedup_vs_plain"]),
+            1.35,
+        ),
         Row(
             clients,
             "drafter alone, newest over frozen weights, tokens/s, shifted",
-            report["drafter_alone_speedup_vs_static"],
+            median(lambda one: one["report"]["drafter_alone_speedup_vs_static"]),
             None,
             None,
         ),
         at_most(
             clients,
             f"requests from random weights to {GOOD_TOKENS} live tokens a step",
-            live["requests_to_good"],
+            median(lambda one: one["live"]["requests_to_good"]),
             2000,
         ),
         at_most(
             clients,
             f"seconds from random weights to {GOOD_TOKENS} live tokens a step",
-            live["seconds_to_good"],
+            median(lambda one: one["live"]["seconds_to_good"]),
             60,
         ),
-        at_most(clients, "requests from a shift to the next version, median", to_swap, 200),
-        at_least(
-            clients, "tokens per step back on the first domain, over the first time", kept, 0.97
+        at_most(
+            clients,
+            "requests from a shift to the next version, median",
+            median(_requests_to_swap),
+            200,
         ),
-        at_most(clients, "seconds from gate to swap, median", figures["seconds_to_swap"], 1.5),
+        at_least(
+            clients,
+            "tokens per step back on the first domain, over the first time",
+            median(_kept),
+            0.97,
+        ),
+        at_most(
+            clients,
+            "seconds from gate to swap, median",
+            median(lambda one: one["seconds_to_swap"]),
+            1.5,
+        ),
         at_least(
             shared,
             f"worst window of {LIVE_WINDOW} live requests over the best of plain, static and index",
-            figures["windows"]["worst"],
+            median(lambda one: one["windows"]["worst"]),
             0.98,
         ),
     ]
 
 
-def main(
-    run: Annotated[Path, typer.Argument(help="folder of a finished demo")],
-    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "learning.json",
-) -> None:
-    """Read a run and write what it shows."""
+def _rows_per_s(figures: dict[str, Any]) -> float:
+    return float(figures["loop"]["rows_per_s"])
+
+
+def _requests_to_swap(figures: dict[str, Any]) -> float:
+    later = [phase["name"] for phase in figures["report"]["phases"][1:]]
+    return statistics.median(figures["live"]["requests_to_first_swap"][name] for name in later)
+
+
+def _kept(figures: dict[str, Any]) -> float:
+    first, last = figures["report"]["phases"][0], figures["report"]["phases"][-1]
+    kept = last["live_tokens_per_step_last_quarter"] / first["live_tokens_per_step_last_quarter"]
+    return float(kept)
+
+
+def figures_of(run: Path) -> dict[str, Any]:
+    """All that one run shows."""
     lines = (run / "trainer" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     report = json.loads((run / "report.json").read_text())
     lags = seconds_to_swap(events, (run / "logs" / "server.log").read_text())
     recording = json.loads((run / "recording.json").read_text())
-    figures = {
+    return {
         "report": report,
         "loop": loop_figures(events),
         "live": live_figures(recording),
@@ -190,9 +234,19 @@ def main(
         "seconds_to_swap": statistics.median(lags) if lags else None,
         "swaps_timed": len(lags),
     }
-    write_result(out, figures)
-    write_rows("learning", rows_of(figures), "python -m benchmarks.real.learning")
-    for row in rows_of(figures):
+
+
+def main(
+    runs: Annotated[list[Path], typer.Argument(help="folders of finished demos")],
+    mps: Annotated[bool, typer.Option("--mps", help="they shared the GPU by CUDA MPS")] = False,
+    out: Annotated[Path | None, typer.Option(help="result file")] = None,
+) -> None:
+    """Read runs and write what they show."""
+    figures = [figures_of(run) for run in runs]
+    write_result(out or RESULTS / f"learning{'_mps' * mps}.json", {"mps": mps, "runs": figures})
+    rows = rows_of(figures, mps=mps)
+    write_rows("learning", rows, f"python -m benchmarks.real.learning{' --mps' * mps}")
+    for row in rows:
         typer.echo(f"{row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
 
 
