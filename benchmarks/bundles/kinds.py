@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from buffer.manifest import TENSORS
+from buffer.manifest import SCHEMA_VERSION, TENSORS
 from buffer.tensors import join_tensors
 
 Tensors = dict[str, tuple[str, Any]]
@@ -214,7 +214,7 @@ MANIFESTS: dict[str, Kind] = {
     "NaN": _manifest_text(lambda text: text.replace(b"2.5", b"NaN")),
     "infinity": _manifest_text(lambda text: text.replace(b"2.5", b"1e999")),
     "another schema": _value(schema="slipstream.trace"),
-    "newer schema": _value(schema_version=2),
+    "newer schema": _value(schema_version=SCHEMA_VERSION + 1),
     "schema 0": _value(schema_version=0),
     "schema true": _value(schema_version=True),
     **{

@@ -199,7 +199,7 @@ def is_gone(folder):
         (has_one_more, "model.layers.9.extra is not a weight of the running target"),
         (has_another_shape, r"model.norm.weight has the shape \[50\].* needs \[48\]"),
         (has_nan, "model.layers.2.self_attn.o_proj.weight holds NaN or infinity"),
-        (has_integers, "model.norm.weight is I32"),
+        (has_integers, "model.norm.weight has the type I32"),
         (overflows, "model.norm.weight holds values that do not fit in torch.float32"),
         (has_a_head_of_its_own, "lm_head.weight differs from model.embed_tokens.weight"),
         (is_cut_off, "model.safetensors"),

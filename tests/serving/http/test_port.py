@@ -49,8 +49,8 @@ def test_a_second_server_fails_at_once_and_the_first_one_is_not_disturbed(
         third = launch(tmp_path, "third", *same)
         assert second.wait(30) == third.wait(30) == 1
         for name in ("second", "third"):
-            lines = (tmp_path / f"{name}.txt").read_text().splitlines()
-            assert lines[1:] == [
+            said = (tmp_path / f"{name}.txt").read_text().splitlines()
+            assert [line for line in said if " INFO " not in line] == [
                 f"cannot bind server.host 127.0.0.1 and server.port {port}: Address already in "
                 f"use; stop the process that listens there, or choose another port (0 for a free "
                 f"one)"
