@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import json
 import multiprocessing
 import statistics
 import tempfile
@@ -19,6 +18,7 @@ import numpy as np
 
 from benchmarks.border.servers import BenchServer, bench_server
 from benchmarks.harness.results import Row, at_least, at_most, say
+from benchmarks.harness.streams import stream
 
 WARM_S = 2.0
 """All streams are open for so long before anything is counted."""
@@ -185,55 +185,23 @@ def run_clients(
     """
     numbers = np.random.default_rng(seed)
     prompts = numbers.integers(0, load.vocab_size, (num, PROMPT_TOKENS)).tolist()
+    body = {
+        "max_tokens": STREAM_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "capture": False,
+        "speculation": {"max_draft": load.max_draft},
+    }
     gaps: list[tuple[float, float]] = []
 
     async def run() -> None:
-        await asyncio.gather(*(_stream(port, load, prompt, stop, gaps) for prompt in prompts))
+        each = (
+            itertools.repeat(("/v1/completions", {"prompt": prompt, **body})) for prompt in prompts
+        )
+        await asyncio.gather(*(stream(port, asked, stop.exists, gaps) for asked in each))
 
     asyncio.run(run())
     return gaps
-
-
-async def _stream(
-    port: int, load: Load, prompt: list[int], stop: Path, gaps: list[tuple[float, float]]
-) -> None:
-    """One request after the other, on one connection. Reads lines only: a client that parsed JSON
-    would be the limit."""
-    body = json.dumps(
-        {
-            "prompt": prompt,
-            "max_tokens": STREAM_TOKENS,
-            "temperature": 0,
-            "ignore_eos": True,
-            "stream": True,
-            "capture": False,
-            "speculation": {"max_draft": load.max_draft},
-        }
-    ).encode()
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(body)}\r\n\r\n"
-    ).encode()
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    while not stop.exists():
-        writer.write(head + body)
-        last_s: float | None = None
-        while True:
-            line = await reader.readline()
-            if not line or line.startswith(b"data: [DONE]"):
-                break
-            if not line.startswith(b"data: "):
-                continue
-            now_s = time.perf_counter()
-            if last_s is not None:
-                gaps.append((time.time(), now_s - last_s))
-            last_s = now_s
-        if not line:
-            raise ConnectionError("the server closed the connection")
-        while (await reader.readline()).strip() != b"0":  # the last chunk
-            pass
-        await reader.readline()
-    writer.close()
 
 
 def rows_of(found: list[dict[str, Any]], about: str) -> list[Row]:

@@ -1,92 +1,107 @@
-"""Answers streamed one after another, and the gaps between their tokens."""
+"""Answers streamed one after another, and the gaps between their events."""
 
 from __future__ import annotations
 
-import http.client
+import asyncio
+import itertools
 import json
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
-TIMEOUT_S = 60.0
-_TEXT = (b'"content":', b'"text":')
+HOST = "127.0.0.1"
+
+
+async def stream(
+    port: int,
+    requests: Iterable[tuple[str, dict[str, Any]]],
+    is_over: Callable[[], bool],
+    gaps: list[tuple[float, float]],
+) -> None:
+    """One request after the other on one connection, until ``is_over`` or there are no more. Reads
+    lines only: a client that parsed JSON would be the limit.
+
+    Args:
+        requests: path and body of each; ``stream`` is added to the bodies.
+        gaps: receives (Unix time, gap) in seconds, for every event of an answer but its first.
+
+    Raises:
+        OSError: the server refused a request, or closed the connection.
+    """
+    reader, writer = await asyncio.open_connection(HOST, port)
+    for path, fields in requests:
+        if is_over():
+            break
+        body = json.dumps({**fields, "stream": True}).encode()
+        head = (
+            f"POST {path} HTTP/1.1\r\nHost: {HOST}\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
+        writer.write(head.encode() + body)
+        status = await reader.readline()
+        if b" 200 " not in status:
+            raise ConnectionError(f"the server answered {status!r}")
+        last_s: float | None = None
+        while True:
+            line = await reader.readline()
+            if not line or line.startswith(b"data: [DONE]"):
+                break
+            if not line.startswith(b"data: "):
+                continue
+            now_s = time.perf_counter()
+            if last_s is not None:
+                gaps.append((time.time(), now_s - last_s))
+            last_s = now_s
+        if not line:
+            raise ConnectionError("the server closed the connection")
+        while (await reader.readline()).strip() != b"0":  # the last chunk
+            pass
+        await reader.readline()
+    writer.close()
 
 
 class Streams:
-    """Threads that stream completions, of chats or of texts, without pause, each with its own share
-    of the bodies, over and over.
+    """Streams without pause, on a thread of their own, each with its own share of the requests,
+    over and over."""
 
-    A gap is the time between two events of one answer that carry text, as its client saw them. The
-    first token's is left out.
-    """
-
-    def __init__(self, url: str, bodies: Sequence[dict[str, Any]], num_streams: int) -> None:
+    def __init__(
+        self, url: str, requests: Sequence[tuple[str, dict[str, Any]]], num_streams: int
+    ) -> None:
         """
         Args:
-            bodies: of POST /v1/chat/completions, or of /v1/completions if they have a ``prompt``;
-                ``stream`` is added.
+            requests: see ``stream``; at least one for each.
         """
-        self._place = urlsplit(url)
+        self._port = urlsplit(url).port or 80
+        self._shares = [requests[n::num_streams] for n in range(num_streams)]
         self._gaps: list[tuple[float, float]] = []
         self._stop = threading.Event()
         self.failures: list[str] = []
-        self._threads = [
-            threading.Thread(target=self._run, args=(bodies[n::num_streams],), daemon=True)
-            for n in range(num_streams)
-        ]
+        self._thread = threading.Thread(target=self._run, name="streams", daemon=True)
 
     def start(self) -> None:
-        for thread in self._threads:
-            thread.start()
+        self._thread.start()
 
     def stop(self) -> None:
+        """End all streams, each with its answer."""
         self._stop.set()
-        for thread in self._threads:
-            thread.join()
+        self._thread.join()
 
     def gaps(self, since_s: float, until_s: float) -> list[float]:
-        """Seconds of the gaps that ended between two values of ``time.perf_counter``."""
-        return [gap for at, gap in tuple(self._gaps) if since_s <= at < until_s]
+        """Seconds of the gaps that ended between two Unix times."""
+        return [gap for at_s, gap in tuple(self._gaps) if since_s <= at_s < until_s]
 
-    def _run(self, bodies: Sequence[dict[str, Any]]) -> None:
+    def _run(self) -> None:
+        async def all_of_them() -> None:
+            await asyncio.gather(*(self._keep_on(share) for share in self._shares))
+
+        asyncio.run(all_of_them())
+
+    async def _keep_on(self, share: Sequence[tuple[str, dict[str, Any]]]) -> None:
         while not self._stop.is_set():
-            for body in bodies:
-                if self._stop.is_set():
-                    return
-                try:
-                    self._stream({**body, "stream": True})
-                except (OSError, http.client.HTTPException) as error:
-                    self.failures.append(f"{type(error).__name__}: {error}")
-                    self._stop.wait(0.1)
-
-    def _stream(self, body: dict[str, Any]) -> None:
-        assert self._place.hostname is not None
-        connection = http.client.HTTPConnection(
-            self._place.hostname, self._place.port, timeout=TIMEOUT_S
-        )
-        try:
-            connection.request(
-                "POST",
-                "/v1/completions" if "prompt" in body else "/v1/chat/completions",
-                json.dumps(body),
-                {"Content-Type": "application/json"},
-            )
-            response = connection.getresponse()
-            if response.status != 200:
-                raise http.client.HTTPException(f"{response.status}: {response.read(200)!r}")
-            last: float | None = None
-            for line in response:
-                if not line.startswith(b"data: {") or (
-                    b'"content":' not in line and b'"text":' not in line
-                ):
-                    continue
-                now = time.perf_counter()
-                if last is not None:
-                    self._gaps.append((now, now - last))
-                last = now
-                if self._stop.is_set():
-                    return
-        finally:
-            connection.close()
+            try:
+                await stream(self._port, itertools.cycle(share), self._stop.is_set, self._gaps)
+            except OSError as error:
+                self.failures.append(f"{type(error).__name__}: {error}")
+                await asyncio.sleep(0.1)

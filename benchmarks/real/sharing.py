@@ -106,9 +106,9 @@ def compare(
                 trainer.process.send_signal(signal.SIGCONT if runs else signal.SIGSTOP)
                 time.sleep(SETTLE_S)
                 _, rows = trained(run_dir)
-                began_s = time.perf_counter()
+                began_s = time.time()
                 speed = window(server, seconds)
-                gaps[runs].append(streams.gaps(began_s, time.perf_counter()))
+                gaps[runs].append(streams.gaps(began_s, time.time()))
                 (with_trainer if runs else without).append(speed)
                 if runs:
                     rows_per_s.append((trained(run_dir)[1] - rows) / seconds)
@@ -156,22 +156,24 @@ def wait_until_learning(
         time.sleep(0.2)
 
 
-def bodies(server: Server, prompts: Sequence[Prompt], settings: DemoSettings) -> list[Any]:
+def asked(
+    server: Server, prompts: Sequence[Prompt], settings: DemoSettings
+) -> list[tuple[str, dict[str, Any]]]:
     """The same requests, to be streamed."""
-    return [
-        {
+    found = []
+    for prompt in prompts[:256]:
+        path, text = "/v1/completions", dict[str, Any](prompt=prompt.prompt)
+        if prompt.messages is not None:
+            path = "/v1/chat/completions"
+            text = {"messages": [message.model_dump() for message in prompt.messages]}
+        body = {
             "model": server.model,
             "max_tokens": settings.sampling.max_tokens,
             "temperature": settings.sampling.temperature,
             "seed": prompt.seed(settings.sampling.seed),
         }
-        | (
-            {"prompt": prompt.prompt}
-            if prompt.messages is None
-            else {"messages": [message.model_dump() for message in prompt.messages]}
-        )
-        for prompt in prompts[:256]
-    ]
+        found.append((path, body | text))
+    return found
 
 
 def rows_of(found: Sequence[dict[str, Any]], clients: int, way_shared: str) -> list[Row]:
@@ -225,7 +227,7 @@ def carry_out(
     traffic = Traffic(
         server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
     )
-    streams = Streams(server.url, bodies(server, prompts, settings), NUM_STREAMS)
+    streams = Streams(server.url, asked(server, prompts, settings), NUM_STREAMS)
     traffic.start()
     streams.start()
     found: list[dict[str, Any]] = []

@@ -66,7 +66,7 @@ RING_SHIFT = 7
 NUM_SEARCHES = 8
 """Searches so far."""
 TOUCHED = 9
-"""Meaningless."""
+"""Sum of what was read ahead, kept so that the compiler does not leave the reads out."""
 NUM_ENTRIES = 10
 
 
