@@ -6,7 +6,7 @@ where nothing is kept yet, another process compiles it first. Until it is there,
 match. ``wait`` is for programs that would rather wait.
 
 The code is kept beside Triton's, in a folder that is named by the sources and versions it was
-compiled from. Whoever can write there can execute code as the server, as with Triton's.
+compiled from, and that others must not be able to write: its code is executed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,8 @@ _SOURCES = ("native.py", "layout.py")
 _DONE = "compiled"
 """File that says that all functions were compiled."""
 _MOST_S = 600.0
+_OWNER = 0o700
+"""Mode of the folder: what lies there is executed."""
 
 
 class _Loading:
@@ -98,12 +101,23 @@ def folder() -> Path:
     triton = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     found = (Path(named) if named else Path(triton) / "numba") / digest.hexdigest()[:16]
     try:
-        found.mkdir(parents=True, exist_ok=True)
+        found.mkdir(_OWNER, parents=True, exist_ok=True)
+        _check_owner(found)
         with tempfile.TemporaryFile(dir=found):
             return found
     except OSError as error:
         log.warning("compiled code is not kept, so each start compiles it again: %s", error)
         return Path(tempfile.mkdtemp(prefix="slipstream-numba-"))
+
+
+def _check_owner(where: Path) -> None:
+    """
+    Raises:
+        PermissionError: somebody else may have put code there.
+    """
+    status = where.stat()
+    if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+        raise PermissionError(f"others can write {where}, whose code would be executed")
 
 
 def _compile_elsewhere() -> None:
@@ -128,10 +142,24 @@ def _imported(where: Path) -> ModuleType:
         from drafters.suffix import native
     finally:
         config.CACHE_DIR = former
-    _call_all(native)
+    is_kept = _holds_code(where)
+    try:
+        _call_all(native)
+    except Exception as error:  # whatever damaged bytes make of reading them
+        if not is_kept:
+            raise
+        log.warning("compiled code kept in %s is damaged (%s); compiling it again", where, error)
+        shutil.rmtree(where)
+        where.mkdir(_OWNER)
+        _compile_elsewhere()
+        _call_all(native)
     if not (where / _DONE).exists():
         (where / _DONE).touch()
     return native
+
+
+def _holds_code(where: Path) -> bool:
+    return any(path.is_file() for path in where.rglob("*"))
 
 
 def _call_all(native: ModuleType) -> None:
