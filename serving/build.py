@@ -20,6 +20,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend, TraceWriter
 from buffer.late_writer import LateWriter
+from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
@@ -308,9 +309,12 @@ def _service(
         tell=_target_changed(maker, several),
         wake_engine=parts.inbox.wake,
     )
+    load = open_load(settings.run_dir) if followers else None
     listeners = _listeners(recorder, maker, several, redaction, savings, target)
+    if load is not None:
+        listeners = replace(listeners, on_pass=load.passed)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, followers, policies, savings, target)
+    return Service(model, engine, recorder, maker, followers, policies, savings, target, load=load)
 
 
 def _trace_writer(settings: Settings, backend: Backend) -> TraceWriter:

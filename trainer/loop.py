@@ -147,8 +147,8 @@ class Trainer:
             return  # ``waits_for`` says why
         pieces = [piece for _, piece in parts]
         reports = self.learner.update(pieces)
-        if self.settings.trainer.duty < 1:
-            self.learner.wait()  # else the rest would only be that of the launch
+        if self.pace.duty.waits:
+            self.learner.wait()
         seconds = time.monotonic() - started
         self._worked(seconds)
         self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
@@ -156,11 +156,11 @@ class Trainer:
         self.updates.drew([sample for sample, _ in parts])
         self._follow(reports)
         self._write_status("training")
-        self._rest(seconds)
+        self.rest(seconds)
 
-    def _rest(self, busy_s: float) -> None:
+    def rest(self, busy_s: float) -> None:
         """After this time of work, leave the device to others as long as ``trainer.duty`` says."""
-        self.stop.wait(busy_s * (1 / self.settings.trainer.duty - 1))
+        self.pace.duty.rest(busy_s, self.learner.wait)
 
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
@@ -177,6 +177,7 @@ class Trainer:
     def wait(self) -> None:
         """Report what is missing."""
         self.settle()
+        self.pace.duty.is_idle()
         self._write_status(f"waiting for {self.waits_for()}")
         self.learner.rest()
 
@@ -205,13 +206,13 @@ class Trainer:
             return
         if line := self.publisher.outage.ended():
             self.journal.event("buffer_back", text=line)
-        started = time.monotonic()
+        started_s = self.pace.working_s
         judgement, content = self._judgement()
         self.updates.latest["gate"] = judgement.to_json()
         self.journal.event(
             "gate",
             step=self.learner.step,
-            seconds=time.monotonic() - started,
+            seconds=self.pace.working_s - started_s,
             parent=self.published.version,
             acceptance=judgement.acceptance,
             domains={name: asdict(one) for name, one in judgement.domains.items()},
@@ -225,11 +226,11 @@ class Trainer:
         else:
             self.pace.refused_in_row += 1
         self.restored = self.restored and judgement.is_hopeless
-        seconds = time.monotonic() - started
+        seconds = self.pace.working_s - started_s
         self.pace.judged(judgement.relative_error, judgement.verdict.lacks, seconds)
         self.worth.spend(seconds)
         self.worth.judged(judgement, self.pace.refused_in_row)
-        self._rest(seconds)
+        self.rest(seconds)
 
     def _judgement(self) -> tuple[Judgement, Sealed | None]:
         """Compare the averaged weights with the published version; also what to publish, if it
@@ -428,7 +429,8 @@ class Trainer:
         if values := self.updates.taken(self.published.version):
             shown = ("loss", "alpha", "agree", "staleness", "staleness_max")
             self.updates.latest |= {name: values[name] for name in shown}
-            self.journal.event("update", version=self.published.version, **values)
+            sharing = self.pace.duty.figures()
+            self.journal.event("update", version=self.published.version, sharing=sharing, **values)
 
     def _write_status(self, state: str) -> None:
         if not self.journal.status_is_due(state):
@@ -460,5 +462,6 @@ class Trainer:
                 "lr": self.learner.lr,
                 **self.updates.latest,
                 **self.worth.figures(),
+                "sharing": self.pace.duty.figures(),
             }
         )

@@ -1,0 +1,115 @@
+"""How much a trainer may work beside a server that it slows down. No clocks, no I/O.
+
+The trainer works and rests in turn, many times a second, and the server's speed is measured in
+both: tokens a second while requests ran. Traffic, drafts and prompts are the same in both, so what
+differs is what the trainer's work costs. If decoding is slower by ``slowdown`` while the trainer
+works, and it works for the share ``duty`` of the time, serving loses ``duty * slowdown`` of its
+speed, which is held at ``most``.
+
+A trainer that costs nothing, as on a GPU of its own, works all the time but for short rests in
+which its cost is measured again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+_HALF_LIFE_S = 5.0
+"""Of what is measured, in seconds of serving. Long enough for a hundred steps beside the
+trainer at a small duty, short enough to follow the load."""
+_FIRST_SLOWDOWN = 0.5
+"""Believed before anything was measured. On an H200 a trainer that never rested cost 0.42."""
+_FIRST_S = 0.1
+"""Seconds of serving that the first belief counts for. It fades like all that is measured."""
+_RISE = 1.1
+"""A duty grows by no more at a time, so that one lucky measurement costs little."""
+
+
+@dataclass(slots=True)
+class _Speed:
+    """Tokens and the seconds that they took; old ones count less."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def fade(self, share: float) -> None:
+        self.tokens *= share
+        self.seconds *= share
+
+
+@dataclass(slots=True)
+class Sharing:
+    """What is measured of one trainer and one server, and what follows."""
+
+    most: float
+    """Largest share of its speed that serving may lose, in (0, 1)."""
+    working: _Speed = field(default_factory=_Speed)
+    resting: _Speed = field(default_factory=_Speed)
+    first_s: float = _FIRST_S
+    """What is left of the first belief."""
+    decided: float | None = None
+    """Duty that follows from them; ``None`` while nothing was measured."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.most < 1:
+            raise ValueError(f"most must be in (0, 1), got {self.most}")
+
+    @property
+    def duty(self) -> float:
+        """Share of the time in which the trainer may work while requests are decoding, in (0, 1]."""
+        return min(1.0, self.most / _FIRST_SLOWDOWN) if self.decided is None else self.decided
+
+    @property
+    def slowdown(self) -> float | None:
+        """Share of its speed that serving lacks while the trainer works, in [0, 1]; ``None`` while
+        one of both is unknown."""
+        work, rest = self.working, self.resting
+        if not work.seconds or not rest.tokens:
+            return None
+        return min(1.0, max(0.0, 1 - work.tokens / work.seconds * rest.seconds / rest.tokens))
+
+    @property
+    def loss(self) -> float | None:
+        """Share of its speed that serving has lost lately, while requests were decoding."""
+        slowdown = self.slowdown
+        if slowdown is None:
+            return None
+        return slowdown * self.working.seconds / (self.working.seconds + self.resting.seconds)
+
+    def worked(self, tokens: float, seconds: float) -> None:
+        """The trainer worked.
+
+        Args:
+            tokens: that the server committed meanwhile.
+            seconds: of them, those in which requests ran.
+        """
+        self._add(self.working, tokens, seconds)
+
+    def rested(self, tokens: float, seconds: float) -> None:
+        """The same while it rested; then ``duty`` is what follows from all."""
+        self._add(self.resting, tokens, seconds)
+        slowdown = self.slowdown
+        if slowdown is None:
+            return
+        known_s = min(self.working.seconds, self.resting.seconds)
+        before_s = self.first_s
+        believed = (slowdown * known_s + _FIRST_SLOWDOWN * before_s) / (known_s + before_s)
+        allowed = 1.0 if believed <= self.most else self.most / believed
+        self.decided = min(allowed, _RISE * self.duty)
+
+    def figures(self) -> dict[str, float | None]:
+        """For status and journal."""
+        return {"duty": self.duty, "slowdown": self.slowdown, "loss": self.loss}
+
+    def _add(self, speed: _Speed, tokens: float, seconds: float) -> None:
+        if seconds <= 0:
+            return
+        share = 0.5 ** (seconds / _HALF_LIFE_S)
+        self.working.fade(share)
+        self.resting.fade(share)
+        self.first_s *= share
+        speed.add(tokens, seconds)

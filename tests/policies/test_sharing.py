@@ -1,0 +1,78 @@
+"""A trainer beside a server works as much as serving may lose, whatever its work costs."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from policies.sharing import Sharing
+
+
+def shared(sharing: Sharing, slowdown: float, seconds: float, noise: float = 0.0) -> Sharing:
+    """The trainer works 0.02 s at a time and rests as it must, for so many seconds. Speeds of
+    either time scatter by ``noise``."""
+    draws, passed_s = random.Random(0), 0.0
+    while passed_s < seconds:
+        rest_s = 0.02 * (1 / sharing.duty - 1) or 0.01
+        for tell, each_s, speed in (
+            (sharing.worked, 0.02, 1 - slowdown),
+            (sharing.rested, rest_s, 1.0),
+        ):
+            tell(2e4 * speed * each_s * draws.uniform(1 - noise, 1 + noise), each_s)
+        passed_s += 0.02 + rest_s
+    return sharing
+
+
+@pytest.mark.parametrize("slowdown", [0.1, 0.22, 0.42, 0.9])
+@pytest.mark.parametrize("noise", [0.0, 0.3])
+def test_serving_loses_what_it_may_and_no_more(slowdown: float, noise: float) -> None:
+    sharing = shared(Sharing(0.05), slowdown, 60.0, noise)
+
+    assert sharing.slowdown == pytest.approx(slowdown, abs=0.001 + 0.1 * noise)
+    assert sharing.duty * slowdown == pytest.approx(0.05, abs=0.003 + 0.04 * noise)
+    assert sharing.loss == pytest.approx(0.05, abs=0.003 + 0.04 * noise)
+
+
+def test_before_anything_is_known_the_trainer_is_taken_for_costly() -> None:
+    sharing = Sharing(0.05)
+
+    assert sharing.slowdown is sharing.loss is None
+    assert sharing.duty == pytest.approx(0.1)
+
+
+def test_a_trainer_that_costs_nothing_works_all_the_time() -> None:
+    assert shared(Sharing(0.05), 0.02, 20.0).duty == 1.0
+
+
+def test_a_trainer_that_becomes_costly_is_held_again() -> None:
+    sharing = shared(Sharing(0.05), 0.0, 20.0)
+    assert sharing.duty == 1.0
+
+    shared(sharing, 0.5, 40.0)
+
+    assert sharing.duty * 0.5 == pytest.approx(0.05, rel=0.1)
+
+
+def test_one_lucky_measurement_changes_little() -> None:
+    sharing = shared(Sharing(0.05), 0.5, 20.0)
+    before = sharing.duty
+
+    sharing.worked(10000.0, 0.02)
+    sharing.rested(100.0, 0.02)
+
+    assert sharing.duty <= 1.1 * before + 1e-9
+
+
+def test_time_without_requests_says_nothing() -> None:
+    sharing = Sharing(0.05)
+    sharing.worked(0.0, 0.0)
+    sharing.rested(0.0, 0.0)
+
+    assert sharing.slowdown is None and sharing.duty == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("most", [0.0, 1.0, -0.1])
+def test_a_loss_out_of_range_is_refused(most: float) -> None:
+    with pytest.raises(ValueError, match=r"\(0, 1\)"):
+        Sharing(most)
