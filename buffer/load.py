@@ -21,7 +21,7 @@ import weakref
 from dataclasses import dataclass
 from pathlib import Path
 
-from buffer.files import OWNER_FILE, open_regular
+from buffer.files import open_regular
 
 log = logging.getLogger(__name__)
 

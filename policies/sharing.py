@@ -60,7 +60,7 @@ class Sharing:
 
     @property
     def duty(self) -> float:
-        """Share of the time in which the trainer may work while requests are decoding, in (0, 1]."""
+        """Share of the time, in (0, 1], in which the trainer may work while requests decode."""
         return min(1.0, self.most / _FIRST_SLOWDOWN) if self.decided is None else self.decided
 
     @property

@@ -1,7 +1,7 @@
 """When a trainer rests, so that a server on the same device keeps its speed.
 
-With a number, it rests in proportion to its work. With ``auto`` it looks at what the server shows of
-its load (``buffer.load``): while no request is decoding it works without a rest, and else as
+With a number, it rests in proportion to its work. With ``auto`` it looks at what the server shows
+of its load (``buffer.load``): while no request is decoding it works without a rest, and else as
 ``policies.sharing`` allows. It looks after each update and between the pieces of a judgement, so it
 gives way within one of them when load rises.
 

@@ -149,8 +149,10 @@ class Rounds:
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
         most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._drafting.max_draft
-        if self._later.num_left:
-            most = min(most, self._later.made_draft(fitting(self._sizes, len(batch))))
+        if not self._later.is_empty:
+            size = fitting(self._sizes, len(batch))
+            self._later.prefer(size)
+            most = min(most, self._later.made_draft(size))
         return most
 
     def launch(
@@ -187,6 +189,8 @@ class Rounds:
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
         size = fitting(self._sizes, len(batch))
+        if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
+            size = self._later.size_for(size, num_draft)
         self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
         is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from buffer.load import Load
-from configs.load import load_settings
-from configs.load import SettingsError
+from configs.load import SettingsError, load_settings
 from policies.sharing import Sharing
 from trainer.duty import Duty, duty_of
 
