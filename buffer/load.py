@@ -18,6 +18,7 @@ import stat
 import struct
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,8 +31,8 @@ PREFIX = "slipstream.load-"
 ALIVE_S = 1.0
 """A server with requests whose last pass is older has stopped or was killed."""
 _MAGIC = 0x534C_4F41_4400_0001
-_VALUES = struct.Struct("<QQQdQdQ")
-"""Magic number, passes, tokens, seconds, running requests, monotonic time, passes again."""
+_VALUES = struct.Struct("<QQQdQd64pQ")
+"""Magic number, passes, tokens, seconds, running requests, monotonic time, device, passes again."""
 _TRIES = 8
 
 
@@ -48,6 +49,8 @@ class Load:
     """Requests that run now."""
     at_s: float = 0.0
     """``time.monotonic`` of the last pass; all processes of a host share that clock."""
+    device: str = ""
+    """On which it decodes; see ``targets.device.hardware_of``."""
 
     def is_busy(self, now_s: float) -> bool:
         """Requests are decoding."""
@@ -67,9 +70,14 @@ def path_of(run_dir: Path, memory: Path = MEMORY) -> Path:
 class LoadWriter:
     """The server's end. For one thread, but for ``close``."""
 
-    def __init__(self, memory: mmap.mmap | None, leave: weakref.finalize | None) -> None:
+    def __init__(self, memory: mmap.mmap | None, device: str) -> None:
+        """
+        Args:
+            memory: what readers have mapped; ``None``: nothing is published.
+        """
         self._memory = memory
-        self._leave = leave
+        self._device = device.encode()
+        self._leave: Callable[[], object] | None = None
         self._passes = 0
         self._busy_s = 0.0
         self._was_running = False
@@ -91,7 +99,7 @@ class LoadWriter:
         self._passes += 1
         _VALUES.pack_into(
             self._memory, 0,
-            _MAGIC, self._passes, tokens, self._busy_s, running, now_s, self._passes,
+            _MAGIC, self._passes, tokens, self._busy_s, running, now_s, self._device, self._passes,
         )  # fmt: skip
 
     def close(self) -> None:
@@ -101,16 +109,20 @@ class LoadWriter:
             self._leave()
 
 
-def open_writer(run_dir: Path, memory: Path = MEMORY) -> LoadWriter:
+def open_writer(run_dir: Path, device: str, memory: Path = MEMORY) -> LoadWriter:
     """Publish the load of a run's server; one that does nothing if that cannot be, or if another
-    server of the run does so already."""
+    server of the run does so already.
+
+    Args:
+        device: on which it decodes, at most 63 bytes.
+    """
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = path_of(run_dir, memory)
         descriptor = open_regular(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         log.info("the load is not published (%s); a trainer beside this server is not held", error)
-        return LoadWriter(None, None)
+        return LoadWriter(None, device)
     try:
         if not _is_own(descriptor):
             raise PermissionError(f"{path} belongs to somebody else")
@@ -121,8 +133,8 @@ def open_writer(run_dir: Path, memory: Path = MEMORY) -> LoadWriter:
     except OSError as error:
         os.close(descriptor)
         log.info("the load is not published (%s); a trainer beside this server is not held", error)
-        return LoadWriter(None, None)
-    writer = LoadWriter(mapped, None)
+        return LoadWriter(None, device)
+    writer = LoadWriter(mapped, device)
     writer._leave = weakref.finalize(writer, _leave, os.getpid(), path, descriptor)
     return writer
 
@@ -176,9 +188,9 @@ def _read(memory: mmap.mmap) -> Load | None:
     for _ in range(_TRIES):
         content = memory[:]
         if content == before:
-            magic, passes, tokens, busy_s, running, at_s, again = _VALUES.unpack(content)
+            magic, passes, tokens, busy_s, running, at_s, device, again = _VALUES.unpack(content)
             if magic == _MAGIC and passes == again:
-                return Load(passes, tokens, busy_s, running, at_s)
+                return Load(passes, tokens, busy_s, running, at_s, device.decode(errors="replace"))
         before = content
     return None
 

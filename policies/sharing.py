@@ -6,12 +6,13 @@ differs is what the trainer's work costs. If decoding is slower by ``slowdown`` 
 works, and it works for the share ``duty`` of the time, serving loses ``duty * slowdown`` of its
 speed, which is held at ``most``.
 
-A trainer that costs nothing, as on a GPU of its own, works all the time but for short rests in
-which its cost is measured again.
+What is uncertain counts against the trainer, by one standard error. One that costs nothing works
+all the time but for short rests in which its cost is measured again.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 _HALF_LIFE_S = 5.0
@@ -27,18 +28,33 @@ _RISE = 1.1
 
 @dataclass(slots=True)
 class _Speed:
-    """Tokens and the seconds that they took; old ones count less."""
+    """Tokens of intervals and the seconds that they took; old ones count less."""
 
     tokens: float = 0.0
     seconds: float = 0.0
+    squares: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """Sums of tokens^2, tokens * seconds and seconds^2 of the intervals, weighted twice."""
 
     def add(self, tokens: float, seconds: float) -> None:
         self.tokens += tokens
         self.seconds += seconds
+        tt, ts, ss = self.squares
+        self.squares = tt + tokens**2, ts + tokens * seconds, ss + seconds**2
 
     def fade(self, share: float) -> None:
         self.tokens *= share
         self.seconds *= share
+        tt, ts, ss = self.squares
+        self.squares = tt * share**2, ts * share**2, ss * share**2
+
+    @property
+    def variance(self) -> float:
+        """Of the estimated speed, relative to its square, by how intervals differ."""
+        if not self.tokens:
+            return 0.0
+        tt, ts, ss = self.squares
+        speed = self.tokens / self.seconds
+        return max(0.0, tt - 2 * speed * ts + speed**2 * ss) / self.tokens**2
 
 
 @dataclass(slots=True)
@@ -73,6 +89,12 @@ class Sharing:
         return min(1.0, max(0.0, 1 - work.tokens / work.seconds * rest.seconds / rest.tokens))
 
     @property
+    def error(self) -> float:
+        """Standard error of ``slowdown``."""
+        left = 1 - (self.slowdown or 0.0)
+        return left * math.sqrt(self.working.variance + self.resting.variance)
+
+    @property
     def loss(self) -> float | None:
         """Share of its speed that serving has lost lately, while requests were decoding."""
         slowdown = self.slowdown
@@ -96,8 +118,8 @@ class Sharing:
         if slowdown is None:
             return
         known_s = min(self.working.seconds, self.resting.seconds)
-        before_s = self.first_s
-        believed = (slowdown * known_s + _FIRST_SLOWDOWN * before_s) / (known_s + before_s)
+        believed = slowdown * known_s + _FIRST_SLOWDOWN * self.first_s
+        believed = believed / (known_s + self.first_s) + self.error
         allowed = 1.0 if believed <= self.most else self.most / believed
         self.decided = min(allowed, _RISE * self.duty)
 

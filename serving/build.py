@@ -53,7 +53,7 @@ from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
-from targets.device import pick_device
+from targets.device import hardware_of, pick_device
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
 from targets.load import load_served_model, pick_dtype
@@ -309,7 +309,8 @@ def _service(
         tell=_target_changed(maker, several),
         wake_engine=parts.inbox.wake,
     )
-    load = open_load(settings.run_dir) if followers else None
+    device = hardware_of(programs.target.device)
+    load = open_load(settings.run_dir, device) if followers else None
     listeners = _listeners(recorder, maker, several, redaction, savings, target)
     if load is not None:
         listeners = replace(listeners, on_pass=load.passed)

@@ -109,7 +109,7 @@ def build_trainers(
     place = target_of_run(settings)
     head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
-    duty = duty_of(settings.trainer, settings.run_dir, stop)
+    duty = duty_of(settings.trainer, settings.run_dir, stop, device)
     shared = _Shared(
         stop,
         reports or Reports(),

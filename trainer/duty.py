@@ -18,9 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+import torch
+
 from buffer.load import Load, LoadReader
 from configs.schema import TrainerSettings
 from policies.sharing import Sharing
+from targets.device import hardware_of
 
 _BURST_S = 1.0
 """Longest work between two rests."""
@@ -32,7 +35,7 @@ _PASS_S = 0.005
 """Of a pass, while no passes were seen."""
 _LONGEST_PASS_S = 0.05
 """A longer one, such as of a long prompt, is not waited for."""
-_DISTURBED_S = 2.0
+_DISTURBED_S = 1.5
 """Work that takes longer was suspended or waited for something else, and says nothing. So does a
 rest that is so much longer than it was to be."""
 _SLICE_S = 0.05
@@ -63,6 +66,8 @@ class Duty:
     """``None``: the share is fixed."""
     server: Reads | None = None
     """Shows the server's load; ``None``: there is none to look at."""
+    device: str = ""
+    """The trainer's; a server on another one is left alone. See ``targets.device.hardware_of``."""
     stop: threading.Event = field(default_factory=threading.Event)
     """Ends every rest."""
     rested_s: float = 0.0
@@ -77,7 +82,7 @@ class Duty:
         launch, and load that rises would find several updates in the queue."""
         if self.sharing is None:
             return self.share < 1
-        return self.sharing.duty < 1 and self.server is not None and self.server.read() is not None
+        return self.sharing.duty < 1 and self._load() is not None
 
     def rest(self, busy_s: float, settle: Callable[[], None]) -> None:
         """Rest after work, if a rest is due.
@@ -88,8 +93,8 @@ class Duty:
         """
         if self.sharing is None:
             self._wait(busy_s * (1 / self.share - 1))
-        elif self.server is not None:
-            self._share(self.sharing, self.server, settle)
+        else:
+            self._share(self.sharing, settle)
 
     def breathe(self, settle: Callable[[], None]) -> None:
         """The same in the midst of a piece of work, after which ``rest`` is called."""
@@ -106,8 +111,13 @@ class Duty:
             return {"duty": self.share, "slowdown": None, "loss": None}
         return self.sharing.figures()
 
-    def _share(self, sharing: Sharing, server: Reads, settle: Callable[[], None]) -> None:
-        load, now_s = server.read(), self.clock()
+    def _load(self) -> Load | None:
+        """Of a server on this device."""
+        load = None if self.server is None else self.server.read()
+        return load if load is not None and load.device == self.device else None
+
+    def _share(self, sharing: Sharing, settle: Callable[[], None]) -> None:
+        load, now_s = self._load(), self.clock()
         if load is None or not load.is_busy(now_s):
             self.began = None
             return
@@ -117,16 +127,16 @@ class Duty:
             return
         settle()
         self._wait(_SPILL_PASSES * pass_s)
-        spilt = self._look(server)
+        spilt = self._look()
         worked_s = self._told(sharing.worked, self.began, spilt, _DISTURBED_S)
         rest_s = max(worked_s * (1 / sharing.duty - 1), _REST_PASSES * pass_s)
-        self._wait_while_busy(server, rest_s)
-        rested = self._look(server)
+        self._wait_while_busy(rest_s)
+        rested = self._look()
         self._told(sharing.rested, spilt, rested, rest_s + _DISTURBED_S)
         self.began = rested
 
-    def _look(self, server: Reads) -> _Seen | None:
-        load = server.read()
+    def _look(self) -> _Seen | None:
+        load = self._load()
         return None if load is None else _Seen(load, self.clock())
 
     def _told(
@@ -147,12 +157,12 @@ class Duty:
         tell(tokens, seconds)
         return passed_s
 
-    def _wait_while_busy(self, server: Reads, seconds: float) -> None:
+    def _wait_while_busy(self, seconds: float) -> None:
         """Rest, unless the server has nothing to do any more."""
         until_s = self.clock() + seconds
         while (left_s := until_s - self.clock()) > 0 and not self.stop.is_set():
             self._wait(min(left_s, _SLICE_S))
-            load = server.read()
+            load = self._load()
             if load is None or not load.is_busy(self.clock()):
                 return
 
@@ -177,9 +187,12 @@ def _pass_s(since: _Seen | None, now: Load) -> float:
     return min(found, _LONGEST_PASS_S)
 
 
-def duty_of(settings: TrainerSettings, run_dir: Path, stop: threading.Event) -> Duty:
-    """As the settings say."""
+def duty_of(
+    settings: TrainerSettings, run_dir: Path, stop: threading.Event, device: torch.device
+) -> Duty:
+    """As the settings say, for a trainer on this device."""
     if settings.duty == "auto":
         sharing = Sharing(settings.max_serving_loss)
-        return Duty(sharing=sharing, server=LoadReader(run_dir), stop=stop)
+        server = LoadReader(run_dir)
+        return Duty(sharing=sharing, server=server, device=hardware_of(device), stop=stop)
     return Duty(share=settings.duty, stop=stop)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import torch
 
 from buffer.load import Load
 from configs.load import SettingsError, load_settings
@@ -28,6 +29,7 @@ class World(threading.Event):
     busy_s: float = 0.0
     worked_s: float = 0.0
     at_s: float = 100.0
+    device: str = "GPU-1"
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class World(threading.Event):
 
     def read(self) -> Load:
         passes = int(self.done)
-        return Load(passes, 32 * passes, self.busy_s, self.running, self.at_s)
+        return Load(passes, 32 * passes, self.busy_s, self.running, self.at_s, self.device)
 
     def run(self, seconds: float, speed: float) -> None:
         """The server runs on; what it shows is that of its last whole pass."""
@@ -72,7 +74,7 @@ def train(world: World, duty: Duty, seconds: float, update_s: float = 0.008) -> 
 
 
 def duty_beside(world: World, most: float = 0.05) -> Duty:
-    return Duty(sharing=Sharing(most), server=world, stop=world, clock=world.clock)
+    return Duty(sharing=Sharing(most), server=world, device="GPU-1", stop=world, clock=world.clock)
 
 
 @pytest.mark.parametrize("slowdown", [0.2, 0.4, 0.7])
@@ -97,6 +99,14 @@ def test_beside_an_idle_server_and_without_one_a_trainer_does_not_rest() -> None
     alone = Duty(sharing=Sharing(0.05), server=None, stop=world, clock=world.clock)
     assert not alone.waits
     assert train(world, alone, 10.0) == pytest.approx(1.0)
+
+
+def test_a_server_on_another_device_is_left_alone() -> None:
+    world = World(device="GPU-2")
+    duty = duty_beside(world)
+
+    assert not duty.waits, "updates may be in the queue"
+    assert train(world, duty, 10.0) == pytest.approx(1.0)
 
 
 def test_it_gives_way_after_one_update_when_load_rises() -> None:
@@ -187,12 +197,12 @@ def test_between_the_pieces_of_a_judgement_it_rests_as_between_updates() -> None
     assert not fixed.rested_s, "the rest follows the whole judgement"
 
 
-def test_settings_say_which_duty(tmp_path: object) -> None:
+def test_settings_say_which_duty() -> None:
     stop = threading.Event()
 
     def of(*chosen: str) -> Duty:
         settings = load_settings([], list(chosen), {})
-        return duty_of(settings.trainer, settings.run_dir, stop)
+        return duty_of(settings.trainer, settings.run_dir, stop, torch.device("cpu"))
 
     assert of().sharing == Sharing(0.05)
     assert of("trainer.max_serving_loss=0.2").sharing == Sharing(0.2)
