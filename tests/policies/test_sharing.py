@@ -37,10 +37,10 @@ def test_serving_loses_what_it_may_and_no_more(slowdown: float, noise: float) ->
 
 
 def test_the_more_speeds_scatter_the_less_the_trainer_works() -> None:
-    losses = [shared(Sharing(0.05), 0.4, 200.0, noise).loss for noise in (0.0, 0.5, 0.9)]
+    certain, uncertain = (shared(Sharing(0.05), 0.4, 200.0, noise).loss for noise in (0.0, 0.9))
 
-    assert losses == sorted(losses, key=lambda loss: -(loss or 0.0))
-    assert losses[-1] is not None and losses[-1] < 0.045
+    assert certain is not None and uncertain is not None
+    assert uncertain < certain - 0.002
 
 
 def test_before_anything_is_known_the_trainer_is_taken_for_costly() -> None:
