@@ -148,10 +148,8 @@ def window_figures(
         },
         "windows": windows,
         "worst": min((w["over_best"] for w in windows), default=None),
-        "worst_later": min((w["over_best"] for w in windows if w["phase"] != first), default=None),
-        "worst_over_plain": min(
-            (w["over_plain"] for w in windows if w["over_plain"]), default=None
-        ),
+        "worst_later": min((w["over_best"] for w in later), default=None),
+        "worst_over_plain": min(over_plain, default=None),
     }
 
 
