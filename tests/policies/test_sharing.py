@@ -63,14 +63,17 @@ def test_a_trainer_that_becomes_costly_is_held_again() -> None:
     assert sharing.duty * 0.5 == pytest.approx(0.05, rel=0.1)
 
 
-def test_one_lucky_measurement_changes_little() -> None:
-    sharing = shared(Sharing(0.05), 0.5, 20.0)
-    before = sharing.duty
+def test_a_duty_grows_step_by_step() -> None:
+    """However good the first measurement is."""
+    sharing = Sharing(0.05)
+    duties = [sharing.duty]
+    for _ in range(5):
+        sharing.worked(2e4, 1.0)
+        sharing.rested(2e4, 1.0)
+        duties.append(sharing.duty)
 
-    sharing.worked(10000.0, 0.02)
-    sharing.rested(100.0, 0.02)
-
-    assert sharing.duty <= 1.1 * before + 1e-9
+    assert sharing.slowdown == 0.0
+    assert duties == pytest.approx([0.1 * 1.1**n for n in range(6)])
 
 
 def test_time_without_requests_says_nothing() -> None:
