@@ -18,6 +18,8 @@ from dataclasses import dataclass, field
 _HALF_LIFE_S = 5.0
 """Of what is measured, in seconds of serving. Long enough for a hundred steps beside the
 trainer at a small duty, short enough to follow the load."""
+_HALF_LIFE = 16
+"""The same in intervals, where these are long: half of them work, half rests."""
 _FIRST_SLOWDOWN = 0.5
 """Believed before anything was measured. On an H200 a trainer that never rested cost 0.42."""
 _FIRST_S = 0.1
@@ -130,7 +132,7 @@ class Sharing:
     def _add(self, speed: _Speed, tokens: float, seconds: float) -> None:
         if seconds <= 0:
             return
-        share = 0.5 ** (seconds / _HALF_LIFE_S)
+        share = 0.5 ** min(seconds / _HALF_LIFE_S, 1 / _HALF_LIFE)
         self.working.fade(share)
         self.resting.fade(share)
         self.first_s *= share

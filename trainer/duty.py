@@ -35,9 +35,6 @@ _PASS_S = 0.005
 """Of a pass, while no passes were seen."""
 _LONGEST_PASS_S = 0.05
 """A longer one, such as of a long prompt, is not waited for."""
-_DISTURBED_S = 1.5
-"""Work that takes longer was suspended or waited for something else, and says nothing. So does a
-rest that is so much longer than it was to be."""
 _SLICE_S = 0.05
 """Of a long rest, which ends once the server is idle."""
 
@@ -54,6 +51,8 @@ class _Seen:
 
     load: Load
     at_s: float
+    num_suspended: int
+    """How often the trainer had been suspended by then."""
 
 
 @dataclass(slots=True)
@@ -72,6 +71,8 @@ class Duty:
     """Ends every rest."""
     rested_s: float = 0.0
     """Sum of all rests."""
+    num_suspended: int = 0
+    """How often a signal has stopped the process for a while, which is neither work nor rest."""
     clock: Callable[[], float] = time.monotonic
     began: _Seen | None = None
     """Where the present work began; ``None`` if that is unknown."""
@@ -101,6 +102,10 @@ class Duty:
         if self.sharing is not None:
             self.rest(0.0, settle)
 
+    def was_suspended(self) -> None:
+        """The process goes on after a signal had stopped it."""
+        self.num_suspended += 1
+
     def is_idle(self) -> None:
         """There is no work now."""
         self.began = None
@@ -128,34 +133,29 @@ class Duty:
         settle()
         self._wait(_SPILL_PASSES * pass_s)
         spilt = self._look()
-        worked_s = self._told(sharing.worked, self.began, spilt, _DISTURBED_S)
+        worked_s = self._told(sharing.worked, self.began, spilt)
         rest_s = max(worked_s * (1 / sharing.duty - 1), _REST_PASSES * pass_s)
         self._wait_while_busy(rest_s)
         rested = self._look()
-        self._told(sharing.rested, spilt, rested, rest_s + _DISTURBED_S)
+        self._told(sharing.rested, spilt, rested)
         self.began = rested
 
     def _look(self) -> _Seen | None:
         load = self._load()
-        return None if load is None else _Seen(load, self.clock())
+        return None if load is None else _Seen(load, self.clock(), self.num_suspended)
 
     def _told(
-        self,
-        tell: Callable[[float, float], None],
-        since: _Seen | None,
-        until: _Seen | None,
-        longest_s: float,
+        self, tell: Callable[[float, float], None], since: _Seen | None, until: _Seen | None
     ) -> float:
         """Tell what the server did meanwhile; returns how long it was, 0 if that is not sound."""
-        if since is None or until is None:
+        if since is None or until is None or until.num_suspended != since.num_suspended:
             return 0.0
-        passed_s = until.at_s - since.at_s
         tokens = until.load.tokens - since.load.tokens
         seconds = until.load.busy_s - since.load.busy_s
-        if passed_s > longest_s or tokens < 0 or seconds < 0:  # or another server came
+        if tokens < 0 or seconds < 0:  # another server has come
             return 0.0
         tell(tokens, seconds)
-        return passed_s
+        return until.at_s - since.at_s
 
     def _wait_while_busy(self, seconds: float) -> None:
         """Rest, unless the server has nothing to do any more."""

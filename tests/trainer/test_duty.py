@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from buffer.load import Load
 from configs.load import SettingsError, load_settings
 from policies.sharing import Sharing
 from trainer.duty import Duty, duty_of
+from trainer.process import notice_suspension
 
 
 @dataclass
@@ -162,12 +164,38 @@ def test_a_suspended_trainer_learns_nothing_from_the_time_that_it_slept() -> Non
     for _ in range(20):
         world.work(0.004)
         world.run(2.5, 1.0)  # suspended
+        duty.was_suspended()
         world.work(0.004)
         duty.rest(0.008, lambda: None)
         train(world, duty, 2.5)
 
     assert duty.sharing is not None
     assert duty.sharing.slowdown == pytest.approx(before, abs=0.02)
+
+
+def test_a_process_that_goes_on_after_a_signal_notices_that() -> None:
+    duty = Duty()
+    former = signal.getsignal(signal.SIGCONT)
+    notice_suspension(duty)
+    try:
+        signal.raise_signal(signal.SIGCONT)  # what ends a stop, in the process that had stopped
+    finally:
+        signal.signal(signal.SIGCONT, former)
+
+    assert duty.num_suspended == 1
+
+
+@pytest.mark.parametrize("update_s", [0.5, 2.0, 6.0])
+def test_updates_of_seconds_are_held_as_well(update_s: float) -> None:
+    world = World(slowdown=0.4, pass_s=0.02)
+    duty = duty_beside(world)
+    train(world, duty, 600.0, update_s)
+    done, began_s = world.done, world.now_s
+
+    train(world, duty, 1200.0, update_s)
+
+    kept = (world.done - done) * world.pass_s / (world.now_s - began_s)
+    assert 0.94 < kept < 0.97
 
 
 def test_another_server_in_its_place_does_not_confuse_it() -> None:
