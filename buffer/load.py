@@ -28,8 +28,10 @@ log = logging.getLogger(__name__)
 
 MEMORY = Path("/dev/shm")
 PREFIX = "slipstream.load-"
-ALIVE_S = 1.0
+ALIVE_S = 10.0
 """A server with requests whose last pass is older has stopped or was killed."""
+LOOK_S = 1.0
+"""After so long without a pass, and as often, it is looked whether another server has begun."""
 _MAGIC = 0x534C_4F41_4400_0001
 _VALUES = struct.Struct("<QQQdQd64pQ")
 """Magic number, passes, tokens, seconds, running requests, monotonic time, device, passes again."""
@@ -154,14 +156,14 @@ class LoadReader:
     def __init__(self, run_dir: Path, memory: Path = MEMORY) -> None:
         self._run_dir, self._place = run_dir, memory
         self._memory: mmap.mmap | None = None
-        self._looked_s = -ALIVE_S
+        self._looked_s = -LOOK_S
 
     def read(self) -> Load | None:
         """The server's load now; ``None``: no server of the run publishes one on this host."""
         now_s = time.monotonic()
         load = None if self._memory is None else _read(self._memory)
-        is_quiet = load is None or now_s - load.at_s >= ALIVE_S
-        if is_quiet and now_s - self._looked_s >= ALIVE_S:  # another server may have begun
+        is_quiet = load is None or now_s - load.at_s >= LOOK_S
+        if is_quiet and now_s - self._looked_s >= LOOK_S:
             self._looked_s = now_s
             self._memory = self._mapped()
             load = None if self._memory is None else _read(self._memory)

@@ -33,7 +33,7 @@ _REST_PASSES = 4
 """Passes of the shortest rest, in which the server's speed is measured."""
 _PASS_S = 0.005
 """Of a pass, while no passes were seen."""
-_LONGEST_PASS_S = 0.05
+_LONGEST_PASS_S = 0.5
 """A longer one, such as of a long prompt, is not waited for."""
 _SLICE_S = 0.05
 """Of a long rest, which ends once the server is idle."""

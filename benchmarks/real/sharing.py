@@ -287,8 +287,10 @@ def carry_out(
             since, _ = trained(settings.run_dir)
             own = (*settings.overrides, *way.overrides)
             children.append(begin_trainer(replace(settings, overrides=own)))
-            wait_until_learning(settings.run_dir, children, since, 20, patience_s=150.0)
-            if way.duty == "auto":
+            is_auto = way.duty == "auto"
+            num_updates = 5 if is_auto else 20
+            wait_until_learning(settings.run_dir, children, since, num_updates, patience_s=150.0)
+            if is_auto:
                 time.sleep(AUTO_S)
             figures = compare(server, streams, settings.run_dir, children[-1], pairs, seconds)
             stop([children.pop()])

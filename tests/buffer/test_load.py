@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from buffer.load import ALIVE_S, Load, LoadReader, LoadWriter, open_writer, path_of
+from buffer.load import ALIVE_S, LOOK_S, Load, LoadReader, LoadWriter, open_writer, path_of
 
 DEVICE = "GPU-01234567-89ab-cdef-0123-456789abcdef"
 
@@ -77,7 +77,7 @@ def test_a_reader_finds_the_next_server(places: tuple[Path, Path]) -> None:
 
     writer = written(places)
     writer.passed(tokens=7, running=1)
-    time.sleep(1.1 * ALIVE_S)
+    time.sleep(1.1 * LOOK_S)
     found = reader.read()
     assert found is not None and found.tokens == 7
     writer.close()
