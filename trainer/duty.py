@@ -85,6 +85,11 @@ class Duty:
             return self.share < 1
         return self.sharing.duty < 1 and self._load() is not None
 
+    def begin(self) -> None:
+        """Work begins, unless it is under way."""
+        if self.sharing is not None and self.began is None:
+            self.began = self._look()
+
     def rest(self, busy_s: float, settle: Callable[[], None]) -> None:
         """Rest after work, if a rest is due.
 
@@ -106,8 +111,11 @@ class Duty:
         """The process goes on after a signal had stopped it."""
         self.num_suspended += 1
 
-    def is_idle(self) -> None:
-        """There is no work now."""
+    def is_idle(self, settle: Callable[[], None]) -> None:
+        """There is no work now. What was done since the last rest is followed by one, so that a
+        trainer that works whenever a trace comes is held as well."""
+        if self.began is not None:
+            self.breathe(settle)
         self.began = None
 
     def figures(self) -> dict[str, float | None]:

@@ -142,6 +142,7 @@ class Trainer:
     def update(self) -> None:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
         started = time.monotonic()
+        self.pace.duty.begin()
         parts = self.memory.draw(self.random)
         if not parts:
             return  # ``waits_for`` says why
@@ -177,7 +178,7 @@ class Trainer:
     def wait(self) -> None:
         """Report what is missing."""
         self.settle()
-        self.pace.duty.is_idle()
+        self.pace.duty.is_idle(self.learner.wait)
         self._write_status(f"waiting for {self.waits_for()}")
         self.learner.rest()
 
@@ -207,6 +208,7 @@ class Trainer:
         if line := self.publisher.outage.ended():
             self.journal.event("buffer_back", text=line)
         started_s = self.pace.working_s
+        self.pace.duty.begin()
         judgement, content = self._judgement()
         self.updates.latest["gate"] = judgement.to_json()
         self.journal.event(

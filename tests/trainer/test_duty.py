@@ -70,6 +70,7 @@ def train(world: World, duty: Duty, seconds: float, update_s: float = 0.008) -> 
     """Updates for so many seconds; returns the share of time that they took."""
     began_s, worked_s = world.now_s, world.worked_s
     while world.now_s < began_s + seconds:
+        duty.begin()
         world.work(update_s)
         duty.rest(update_s, lambda: None)
     return (world.worked_s - worked_s) / (world.now_s - began_s)
@@ -109,6 +110,28 @@ def test_a_server_on_another_device_is_left_alone() -> None:
 
     assert not duty.waits, "updates may be in the queue"
     assert train(world, duty, 10.0) == pytest.approx(1.0)
+
+
+def test_a_trainer_that_waits_for_traces_after_each_update_is_held_as_well() -> None:
+    world = World(slowdown=0.6)
+    duty = duty_beside(world)
+    for part in range(2):
+        done, began_s = world.done, world.now_s
+        for _ in range(2000 if part else 500):
+            duty.begin()
+            world.work(0.03)
+            duty.rest(0.03, lambda: None)
+            duty.begin()
+            world.work(0.03)
+            duty.is_idle(lambda: None)
+            for _ in range(3):
+                world.run(0.01, 1.0)  # waits, and looks for traces
+                duty.is_idle(lambda: None)
+
+    kept = (world.done - done) * world.pass_s / (world.now_s - began_s)
+    assert 0.94 < kept < 0.97
+    assert duty.sharing is not None
+    assert duty.sharing.slowdown == pytest.approx(0.45, abs=0.03), "with the passes that spill"
 
 
 def test_it_gives_way_after_one_update_when_load_rises() -> None:
