@@ -92,7 +92,8 @@ class LoadWriter:
             tokens: committed since the start.
             running: requests that are left.
         """
-        if self._memory is None:
+        memory = self._memory
+        if memory is None:
             return
         now_s = time.monotonic()
         if self._was_running:
@@ -100,7 +101,7 @@ class LoadWriter:
         self._last_s, self._was_running = now_s, running > 0
         self._passes += 1
         _VALUES.pack_into(
-            self._memory, 0,
+            memory, 0,
             _MAGIC, self._passes, tokens, self._busy_s, running, now_s, self._device, self._passes,
         )  # fmt: skip
 
