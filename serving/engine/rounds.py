@@ -187,7 +187,6 @@ class Rounds:
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
         size = fitting(self._sizes, len(batch))
-        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
         is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
@@ -197,8 +196,11 @@ class Rounds:
         else:
             cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
             key = key._replace(cutting=cutting)
+        program = self._program(key)  # a new one has run on inputs of its own
+        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
+        if allocation is not None:
             self._allocator.upload(allocation, len(batch), num_draft)
-        self._program(key)()
+        program()
         seen = None if allocation is None else self._allocator.download(allocation, size)
         scores = None
         if is_scored:
@@ -381,6 +383,7 @@ class Rounds:
 
     def _program(self, key: _Key) -> Program:
         if key not in self._programs:
+            self._leave_out_requests()
             self._programs[key] = self._graphs.capture(partial(self._round, key))
         return self._programs[key]
 
