@@ -225,7 +225,7 @@ def carry_out(
     server = wait_for_server(settings, children)
     prompts: list[Prompt] = [p for live in texts.live.values() for p in live]
     traffic = Traffic(
-        server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
+        server, prompts * 20, settings.num_clients, settings.sampling, lambda prompt, reply: None
     )
     streams = Streams(server.url, asked(server, prompts, settings), NUM_STREAMS)
     traffic.start()
