@@ -40,7 +40,7 @@ from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import TraceLimits
-from buffer.records import FeatureRows, Sampling, Trace
+from buffer.records import FeatureRows, Rounds, Sampling, Trace
 from configs.schema import DrafterSettings, Settings, TrainerSettings
 from drafters.samples import Sample
 from drafters.trainable import learning_kinds, trainable
@@ -49,6 +49,7 @@ from trainer.build import build_trainer
 from trainer.dataset import Expected, sample_of
 from trainer.figures import UpdateReport
 from trainer.gate import Judge
+from trainer.group import Group
 from trainer.learner import Learner
 from trainer.loop import run
 from trainer.packing import HeldPiece, pack
@@ -125,7 +126,7 @@ def traces(shape: Shape, fingerprint: str, dtype: Literal["bfloat16"] = "bfloat1
                 sampling=Sampling({"temperature": 0.7}),
                 prompt_length=prompt,
                 token_ids=numbers.integers(0, shape.vocab, length).astype(np.int32),
-                rounds=(),
+                rounds=Rounds.of(),
                 features=FeatureRows(
                     np.arange(length - 1, dtype=np.int32),
                     TAPS,
@@ -148,12 +149,16 @@ class Place:
     head: TargetHead
     store: RowStore
     held: list[HeldSample]
+    draft_ids: Tensor | None = None
+    """Vocabulary of the drafter; ``None``: the target's."""
 
-    def learner(self, use_graphs: bool | None) -> Learner:
+    def learner(self, use_graphs: bool | None, group: Group | None = None) -> Learner:
         """A new learner with the same random weights."""
         learns = trainable(KIND)
-        model = learns.new_model(self.head.config, self.head.lm_head.weight_VH, TAPS, seed=0)
-        return Learner(learns, model, self.head, self.settings.trainer, self.store, use_graphs)
+        given = self.head.config, self.head.lm_head.weight_VH, TAPS
+        model = learns.new_model(*given, seed=0, draft_ids=self.draft_ids)
+        trainer = self.settings.trainer
+        return Learner(learns, model, self.head, trainer, self.store, use_graphs, group)
 
     def batches(self) -> Iterator[list[HeldPiece]]:
         """Random batches of at most ``batch_tokens`` positions, without end."""
