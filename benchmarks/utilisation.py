@@ -320,9 +320,13 @@ def rows_of(found: list[dict[str, Any]], peak_tflops: float) -> Iterator[Row]:
     """The claims, with their goals."""
     for one in found:
         is_goal = one["shape"] in ("Qwen3-8B", "Llama-3.1-8B") and one["device"] == "cuda"
-        what = f"{KIND} at the shape of {one['shape']}, {one['batch_tokens']:,} positions a process"
+        what = (
+            f"7. {KIND} at the shape of {one['shape']}, {one['batch_tokens']:,} positions a process"
+        )
         if one["processes"] == 1:
-            measure = f"model FLOPs of updates over {peak_tflops:g} TFLOP/s, rebuilt teacher included"
+            measure = (
+                f"model FLOPs of updates over {peak_tflops:g} TFLOP/s, rebuilt teacher included"
+            )
             yield at_least(what, measure, one["utilisation"], 0.4 if is_goal else None)
             yield Row(what, "rows with a loss trained per second", one["rows_per_s"], None, None)
             continue

@@ -34,7 +34,15 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from benchmarks.harness.results import RESULTS, Out, Row, at_least, at_most, write_result, write_rows
+from benchmarks.harness.results import (
+    RESULTS,
+    Out,
+    Row,
+    at_least,
+    at_most,
+    write_result,
+    write_rows,
+)
 
 SOURCE = "python -m benchmarks.real.stream"
 WINDOW = 500
@@ -206,28 +214,28 @@ def rows_of(figures: Mapping[str, Any]) -> list[Row]:
     below = median(slowest)
     measure = "requests under static after a shift, the slowest of its shifts"
     if below is None:
-        rows.append(Row(what, measure, "a phase ended under it", "at most 200", False))
+        rows.append(Row(f"2. {what}", measure, "a phase ended under it", "at most 200", False))
     else:
-        rows.append(at_most(what, measure, below, 200))
+        rows.append(at_most(f"2. {what}", measure, below, 200))
     speed = f"tokens/s of {WINDOW} requests over the better of static and plain, worst window"
     return [
         *rows,
         at_least(
-            what,
+            f"3. {what}",
             "tokens per step after the first phase over static's",
             median(lambda one: one["mean_over_static"]),
             1.2,
         ),
-        at_least(what, speed, median(lambda one: worst(one, slice(None))), 0.98),
+        at_least(f"4. {what}", speed, median(lambda one: worst(one, slice(None))), 0.98),
         Row(
-            what,
+            f"4. {what}",
             f"{speed}, after the first phase",
             median(lambda one: worst(one, slice(1, None))),
             None,
             None,
         ),
         at_least(
-            what,
+            f"5. {what}",
             f"tokens per step back on the first domain over its best {WINDOW} requests before",
             median(lambda one: one["again_over_peak"]),
             0.97,
@@ -239,7 +247,7 @@ def scratch_rows(scratch: Mapping[str, Any] | None) -> list[Row]:
     """After how many requests from random weights static is passed."""
     if scratch is None:
         return []
-    what = f"all domains at once from random weights, {scratch['requests']:,} requests"
+    what = f"1. all domains at once from random weights, {scratch['requests']:,} requests"
     names = {"static": "static", "tuned": "the stream's last weights with the index"}
     rows = []
     for key, name in names.items():
@@ -251,9 +259,7 @@ def scratch_rows(scratch: Mapping[str, Any] | None) -> list[Row]:
     return rows
 
 
-def _none_if_any(
-    values: Sequence[int | None], of: Callable[[Sequence[int]], int]
-) -> int | None:
+def _none_if_any(values: Sequence[int | None], of: Callable[[Sequence[int]], int]) -> int | None:
     known = [value for value in values if value is not None]
     return of(known) if known and len(known) == len(values) else None
 

@@ -43,7 +43,9 @@ def computed(num_steps: int, folder: Path) -> tuple[list[HeldPiece], Sizes, int,
         given = model, place.head.embed_VH, place.head.lm_head, batch, plan
         ttt_loss(*given).loss.backward()  # type: ignore[arg-type,no-untyped-call]
     by_name = {str(op): flops for op, flops in counter.get_flop_counts()["Global"].items()}
-    linear = sum(flops for op, flops in by_name.items() if op.endswith((".mm", ".addmm", ".addmm_")))
+    linear = sum(
+        flops for op, flops in by_name.items() if op.endswith((".mm", ".addmm", ".addmm_"))
+    )
     config = SHAPES["tiny"]()
     sizes = sizes_of(config, draft_vocab_size(config.vocab_size), num_steps)
     twice = 2 * num_steps * sum(len(piece.rows) for piece in pieces) * sizes.head

@@ -67,7 +67,13 @@ def test_stopped_traffic_finishes_requests_in_flight_and_sends_no_more(server: S
 
 def test_refused_request_is_counted_and_the_others_go_on(server: Server):
     replies: list[Reply] = []
-    traffic = Traffic(server, [Prompt(prompt="x" * 5000), *PROMPTS], 1, SAMPLING, lambda _, reply: replies.append(reply))
+    traffic = Traffic(
+        server,
+        [Prompt(prompt="x" * 5000), *PROMPTS],
+        1,
+        SAMPLING,
+        lambda _, reply: replies.append(reply),
+    )
 
     traffic.start()
     traffic.wait()
