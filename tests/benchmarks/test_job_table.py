@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.job_table import OWN, TABLE, Copied, main, payback_row
 from benchmarks.harness.results import RESULTS
+from benchmarks.job_table import OWN, TABLE, Copied, main, payback_row
 
 
 def row(name: str, source: str, value: float = 1.0) -> dict[str, object]:
