@@ -3,8 +3,8 @@
     python -m benchmarks.job_table
 
 ``rows/jobs.json`` holds rows that were measured for it alone (``benchmarks.jobs``,
-``benchmarks.real.stream``, ``benchmarks.utilisation``) and copies of rows of other topics, each with
-its number in the table, and the hardware, commit and command that it was measured with. This
+``benchmarks.real.stream``, ``benchmarks.utilisation``) and copies of rows of other topics, each
+with its number in the table, and the hardware, commit and command that it was measured with. This
 replaces the copies, and adds when the demos' learning was earned back. Measures nothing.
 
 Numbers: 1 to 5 a stream of requests, 6 the way of a version, 7 use of the card, 8 kills, 9 bad

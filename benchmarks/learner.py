@@ -2,7 +2,7 @@
 
     python -m benchmarks.learner --device cuda        # shape of SmolLM2-135M; about three minutes
     python -m benchmarks.learner --device cpu         # a small shape; about a minute
-    python -m benchmarks.learner --agreement-only     # half a minute; e.g. under a share of CUDA MPS
+    python -m benchmarks.learner --agreement-only     # half a minute, e.g. under CUDA MPS
 
 The target is random, and so are the hidden rows: speed does not depend on them. Measured are
 

@@ -18,17 +18,14 @@ Exit code 0: the demo ran to its end, no request failed and no output changed, w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -58,57 +55,12 @@ from examples.recording import (
     VersionChange,
     learning_of,
 )
-from examples.services import BUFFER, SERVICES, services
+from examples.run_folder import DemoError, own_folder
+from examples.services import SERVICES, services
 from examples.shared_gpu import MpsError
 from examples.texts import Phase, Texts, gather
 from examples.traffic.prompts import Prompt, PromptError
 from reporting.catalog import asked_for, check_writers, writer_kind
-
-MARKER = ".slipstream-demo"
-OWN = ("traces", "weights", "trainer", "logs", "wandb", "tensorboard", BUFFER)
-OWN_FILES = (
-    "server.json", "step_times.json", "recording.json", "report.json", "report.html", "report.svg",
-)  # fmt: skip
-
-
-class DemoError(Exception):
-    """The demo cannot continue; the text says why and what to do."""
-
-
-# Folder
-
-
-@contextlib.contextmanager
-def own_folder(run_dir: Path) -> Iterator[None]:
-    """Lock the run folder and remove what an earlier demo left in it.
-
-    Raises:
-        DemoError: the folder does not carry a demo's marker, or another demo runs in it.
-    """
-    marker = run_dir / MARKER
-    if run_dir.exists() and any(run_dir.iterdir()) and not marker.exists():
-        raise DemoError(
-            f"{run_dir} was not created by the demo (it holds no {MARKER}), so nothing in it was "
-            f"touched. Move it away, or choose another folder with --run-dir."
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with marker.open("a") as file:
-        _lock(file, run_dir)
-        for name in OWN:
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in OWN_FILES:
-            (run_dir / name).unlink(missing_ok=True)
-        yield
-
-
-def _lock(file: IO[str], run_dir: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DemoError(
-            f"another demo runs in {run_dir}. Wait for it, or choose another folder with --run-dir."
-        ) from None
-
 
 # Traffic
 

@@ -9,8 +9,9 @@ does, and reads, checks, stages and copies it with the server's own functions. A
 process of its own changes all weights, makes the bytes, asks whether they were published before,
 and publishes. ``swapped`` is when the weights are in force; the first token follows one step later.
 The processor time of both, writing to the disk included, tells what a loaded machine hides, and so
-do two yardsticks that are taken just before each swap, on one thread: copying as many bytes in memory
-that is warm, and their SHA-256. Every way digests twice, at both ends, on up to four threads each.
+do two yardsticks that are taken just before each swap, on one thread: copying as many bytes in
+memory that is warm, and their SHA-256. Every way digests twice, at both ends, on up to four threads
+each.
 
 ``{folder}`` in a URL is a new folder. Writes ``benchmarks/results/transports.json`` and, with
 ``--publish``, ``rows/swap.json``.

@@ -48,11 +48,11 @@ from examples.demo import (
     begin_server,
     begin_trainer,
     gather_texts,
-    own_folder,
     wait_for_server,
 )
 from examples.plan import TWO_GPU, DemoSettings, real_settings
 from examples.processes import Child, check_alive, stop
+from examples.run_folder import own_folder
 from examples.traffic.prompts import Prompt
 
 SOURCE = "python -m benchmarks.real.sharing"

@@ -11,12 +11,9 @@ from rich.console import Console
 from examples.arms import ALL_ARMS
 from examples.clients import replay_rounds
 from examples.demo import (
-    MARKER,
-    DemoError,
     gather_texts,
     how_to_look,
     is_enough,
-    own_folder,
     settings_of,
     version_changes,
 )
@@ -24,6 +21,7 @@ from examples.live import Now, line, sparkline, summary
 from examples.plan import DemoSettings, real_settings, with_prompts, with_requests
 from examples.recording import VersionChange
 from examples.report import build_report
+from examples.run_folder import MARKER, DemoError, own_folder
 from examples.texts import Kept, Phase
 from examples.traffic.prompts import Prompt, PromptError, asked, write_prompts
 from tests.examples.sample import sample_answers, sample_recording
