@@ -42,6 +42,7 @@ from buffer.backends import open_backend
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
+from configs.schema import TrainerSettings
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
 from trainer.publish import Publisher, sealed_tensors
 
@@ -69,6 +70,7 @@ class Wide(nn.Module):
 def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
     """Publish version 0, and another one for each order."""
     torch.set_num_threads(1)
+    os.nice(TrainerSettings().nice)  # as a trainer beside its server
     store = open_backend(url, run_dir).open_weights()
     publisher = Publisher(store, store.take_over())
     model, manifest = Wide(num_bytes, torch.float32), FIRST  # as trainers hold them
