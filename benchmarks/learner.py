@@ -411,6 +411,8 @@ def main(
     chosen = SHAPES[name]
     if batch_tokens is not None:
         chosen = replace(chosen, batch_tokens=batch_tokens)
+    if agreement_only:
+        chosen = replace(chosen, num_traces=96)
     folder = Path(tempfile.mkdtemp(prefix="learner-"))
     result: dict[str, Any] = {"device": device, "shape": name, "batch_tokens": chosen.batch_tokens}
 
@@ -425,7 +427,8 @@ def main(
         head = load_target_head(folder / "target", where, batch_dtype(where))
         fingerprint = target_fingerprint(folder / "target")
         made = traces(chosen, fingerprint)
-        part("log", {"traces": len(made), "write_s": write_log(made, settings.run_dir)})
+        if not agreement_only:
+            part("log", {"traces": len(made), "write_s": write_log(made, settings.run_dir)})
         expected = Expected(fingerprint, TAPS, chosen.hidden, chosen.vocab)
         samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in made]
         store = RowStore(where, 8 << 30 if where.type == "cuda" else 1 << 28)
