@@ -78,7 +78,7 @@ class Group:
         with _in_words():
             dist.send(torch.tensor([len(text)], dtype=torch.int64), rank)
             dist.send(text, rank)
-            for content in contents.values():
+            for content in filter(len, contents.values()):
                 dist.send(content, rank)
 
     def tell_all(self, message: Message) -> None:
@@ -105,7 +105,8 @@ class Group:
             for place, num_bytes in _sizes(body["tensors"]).items():
                 where = device if place == device.type else torch.device("cpu")
                 contents[place] = torch.empty(num_bytes, dtype=torch.uint8, device=where)
-                dist.recv(contents[place], 0)
+                if num_bytes:
+                    dist.recv(contents[place], 0)
         return Message(body["do"], body["values"], unpacked(body["tensors"], contents))
 
     def add_up(self, flat: Tensor) -> None:
