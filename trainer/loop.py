@@ -364,10 +364,15 @@ class Trainer:
         return most is not None and self.learner.step >= most
 
     def _restore_weights(self) -> None:
-        """Restore the last checkpoint or, if that did not help, the last published version."""
+        """Restore the last checkpoint or, if that did not help, the last published version. What is
+        wrong then may be the graphs of the updates, so these are not captured any more."""
         self.report_checkpoint(wait=True)
-        saved = None if self.restored else self._last_checkpoint()
-        self._restore_from(saved, f"{MAX_SKIPS} updates in a row were not finite")
+        broken = self.learner.not_finite()
+        state = f"nor is {broken[0]} ({len(broken)} in all)" if broken else "though its state is"
+        why = f"{MAX_SKIPS} updates in a row were not finite, {state}"
+        if self.restored and self.learner.give_up_graphs():
+            why += "; updates are not captured in graphs any more"
+        self._restore_from(None if self.restored else self._last_checkpoint(), why)
 
     def _restore_from(self, saved: Checkpoint | None, why: str) -> None:
         """

@@ -50,11 +50,11 @@ from examples.demo import (
     begin_server,
     begin_trainer,
     gather_texts,
-    own_folder,
     wait_for_server,
 )
 from examples.plan import TWO_GPU, DemoSettings, real_settings
 from examples.processes import Child, check_alive, stop
+from examples.run_folder import own_folder
 from examples.traffic.prompts import Prompt
 
 SOURCE = "python -m benchmarks.real.sharing"
@@ -276,7 +276,7 @@ def carry_out(
     server = wait_for_server(settings, children)
     prompts: list[Prompt] = [p for live in texts.live.values() for p in live]
     traffic = Traffic(
-        server, prompts * 20, settings.num_clients, settings.sampling, lambda reply: None
+        server, prompts * 20, settings.num_clients, settings.sampling, lambda prompt, reply: None
     )
     streams = Streams(server.url, asked(server, prompts, settings), NUM_STREAMS)
     traffic.start()
