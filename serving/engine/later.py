@@ -49,9 +49,10 @@ class Later(Generic[KeyT]):
             return
         self._made_draft = dict.fromkeys(self._sizes, most_draft)
         self._left += [
-            _Group(size, num_draft, deque(keys_of(size, num_draft)))
+            _Group(size, num_draft, deque(keys))
             for num_draft in range(most_draft + 1, self._max_draft + 1)
             for size in self._sizes
+            if (keys := keys_of(size, num_draft))
         ]
 
     def prefer(self, size: int) -> None:
