@@ -115,11 +115,12 @@ def real_settings() -> DemoSettings:
     """Chat requests to a real target on one GPU, from random weights, in five minutes.
 
     Numerics are pinned, so that arms can be compared token by token: in bfloat16, two tokens tie
-    now and then, and the shape of a batch would decide.
+    now and then, and the shape of a batch would decide. The trainer never rests, as five minutes
+    are short; by default it would hold what the server loses to 5 %.
     """
     return DemoSettings(
         configs=REAL_CONFIGS,
-        overrides=("engine.numerics=pinned",),
+        overrides=("engine.numerics=pinned", "trainer.duty=1"),
         source=chats,
         phases=phases_of(DOMAINS[:4], seconds=36.0, enough_requests=4000),
         num_clients=32,
