@@ -14,7 +14,7 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
@@ -27,34 +27,17 @@ from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.ledger import Ledger
+from policies.lessons import Lessons, Predicted
 from policies.picks import Kinds, Picker, rows_of, with_mixes
 from policies.probes import Explorer, Option, Stretch
-from policies.rest import Gathered, Glance, Rest, count_rows
+from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
-_TIMED_STEPS = 8
-"""One in so many steps of a rest updates the step times: that takes longer than deciding."""
 _PLAIN = replace(PLAIN, policy="goodput")
-
-
-class Predicted(NamedTuple):
-    """The note of a step that was planned, or that belongs to a stretch."""
-
-    tokens: float
-    """Of a request, the target's own included."""
-    seconds: float
-    """Catching up included."""
-    catches_up: bool
-    pending_rows: Mapping[str, int]
-    on_trial: bool = False
-    """It is charged by what it loses, see ``probes``."""
-
-    def columns(self) -> Mapping[str, float]:
-        return {"tokens": self.tokens, "seconds": self.seconds}
 
 
 class _Weighed(NamedTuple):
@@ -96,8 +79,6 @@ class _Steps:
         """Decisions by reason."""
         self.drafter = "none"
         """That of the last decision."""
-        self.observed = "none"
-        """That of the last step observed."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
         self.obs: StepObs | None = None
@@ -155,6 +136,10 @@ class GoodputPolicy:
         self._ledger = Ledger(probe_share)
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
         self._rest = Rest(self._ledger)
+        self._lessons = Lessons(
+            kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
+            self._rest, self._ledger,
+        )  # fmt: skip
         self._steps = _Steps()
         self._ahead: _Weighed | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it."""
@@ -240,16 +225,16 @@ class GoodputPolicy:
             arm, gain = glanced
             self._rest.note_find(gain)
             return self._resting(arm)
-        self._learn_gathered()
+        self._lessons.learn_gathered()
         return self._steps.note(self._decide(obs))
 
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._ahead = None
-        self._learn(outcome)
+        self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
-            self._learn_gathered()
+            self._lessons.learn_gathered()
             looks = bool(self._kinds.matching) and self._rest.wants_look()
             self._forecaster.prepare(outcome.batch, looks=looks)
             if self._explorer.wants_doubt:
@@ -260,77 +245,9 @@ class GoodputPolicy:
             if obs is not None and obs.batch == outcome.batch and obs.matches is None and not looks:
                 self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
 
-    def _learn(self, outcome: Outcome) -> None:
-        self._acceptance.tick(outcome.batch)
-        plain_s = self._times.plain_s(outcome.batch)
-        if not outcome.has_prefill:
-            self._rest.note_cost(outcome.plan_s, plain_s)
-        self._ledger.pay_off(outcome.step_s / plain_s)
-        if outcome.decision.drafter in self._kinds.needing and not outcome.has_prefill:
-            self._rest.note_saved(
-                outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
-            )
-        if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
-            self._gather(outcome)
-            return
-        self._learn_gathered()
-        note = outcome.decision.note
-        predicted = note if isinstance(note, Predicted) else None
-        if outcome.decision.draft_k:
-            self._observe_rows(outcome)
-        if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
-            self._observe_time(outcome, predicted.pending_rows if predicted else {})
-            self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
-            if predicted and outcome.decision.explore:
-                self._charge(outcome, predicted, plain_s)
-            elif outcome.decision.draft_k:
-                self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
-        self._steps.observed = outcome.decision.drafter
-
-    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
-        """Charge a step of a stretch what it took."""
-        drafter = outcome.decision.drafter
-        if drafter in self._kinds.neural:
-            self._explorer.note_gain(
-                drafter,
-                outcome.rows.tokens_each - outcome.step_s / plain_s,
-                plain_s,
-                on_trial=predicted.on_trial,
-                catches_up=predicted.catches_up,
-            )
-        if not predicted.on_trial:
-            self._explorer.settle(
-                outcome.step_s,
-                predicted.seconds,
-                plain_s,
-                catches_up=predicted.catches_up,
-                is_own=drafter == self._chooser.base != "none",
-            )
-
-    def _gather(self, outcome: Outcome) -> None:
-        """Learn from a step of a rest: its time now and then, the rest at the next plan."""
-        self._rest.gathered.add(outcome)
-        is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
-        if is_timed and self._rest.gathered.num_steps % _TIMED_STEPS == 0:
-            self._observe_time(outcome, {})
-
-    def _learn_gathered(self) -> None:
-        gathered, self._rest.gathered = self._rest.gathered, Gathered()
-        if gathered.rounds:
-            self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
-        if gathered.seconds:
-            is_drafted = gathered.drafter != "none"
-            self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
-        if gathered.seconds and gathered.drafter != "none":
-            plain_s = self._times.plain_s(self._acceptance.batch)
-            self._ledger.earned_s += gathered.tokens_each * plain_s - gathered.seconds
-
-    def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
-        self._ledger.save(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
-
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
-        self._learn_gathered()
+        self._lessons.learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
         for mix, members in self._picker.mixes.items():
             if drafter in members:
@@ -369,7 +286,7 @@ class GoodputPolicy:
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._catches_up(drafter, self._steps.drafter)
+        catches_up = self._lessons.catches_up(drafter, self._steps.drafter)
         if catches_up:
             seconds += ahead.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
@@ -439,10 +356,6 @@ class GoodputPolicy:
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind
 
-    def _catches_up(self, drafter: str, before: str) -> bool:
-        """Whether a drafter must catch up after a step by another one."""
-        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
-
     def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
         """A few steps of a drafter whose weights have just changed, where it is not the base.
 
@@ -472,28 +385,3 @@ class GoodputPolicy:
         if self._rest.is_plain and more[1] and choice.has(more):
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
-
-    def _observe_rows(self, outcome: Outcome) -> None:
-        found = {outcome.decision.drafter: outcome.rows}
-        # The length of a match decides who drafts, and a drafter that needs one is known by it.
-        found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
-        for drafter, rows in found.items():
-            seen: dict[int | None, Counter[tuple[int, int]]] = {}
-            count_rows(rows, seen)
-            if seen:
-                self._acceptance.observe(drafter, seen, outcome.batch)
-
-    def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
-        (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
-        # Most steps are not planned. What planning takes must not look like the time of an arm that
-        # is only tried in steps that are.
-        step_s = outcome.step_s - outcome.plan_s
-        plain_s = self._times.plain_s(batch)
-        if self._catches_up(drafter, self._steps.observed):
-            usual_s = self._times.arm_times(drafter, batch)[k - 1]
-            pending = pending_rows.get(drafter, 0)
-            self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
-            return
-        if k and drafter not in self._kinds.neural:
-            k = max(outcome.rows.num_verified, default=k)
-        self._times.observe(drafter, k, batch, step_s)

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from policies.goodput import GoodputPolicy, Predicted
+from policies.goodput import GoodputPolicy
 from policies.interface import Decision, Outcome, RowOutcomes, StepObs
 from policies.ledger import Purpose
+from policies.lessons import Predicted
 from tests.policies.simulated import (
     DRAFTERS,
     NEURAL,
