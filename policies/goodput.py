@@ -25,7 +25,14 @@ from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
-from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.interface import (
+    CostSample,
+    Decision,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    StepObs,
+)
 from policies.ledger import Ledger
 from policies.lessons import Lessons, Predicted
 from policies.picks import Kinds, Picker, rows_of, with_mixes
@@ -161,6 +168,18 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
+        self._ahead = None
+
+    def start_from(self, other: DraftPolicy) -> None:
+        """Take over step times, and what coming back to drafters costs.
+
+        Raises:
+            TypeError: the other one is of another class.
+        """
+        if not isinstance(other, GoodputPolicy):
+            raise TypeError(f"start_from needs a GoodputPolicy, got {type(other).__name__}")
+        self._times.start_from(other._times)
+        self._switches.start_from(other._switches)
         self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
