@@ -24,7 +24,7 @@ from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind
 from policies.interface import (
     CostSample,
     Decision,
@@ -136,7 +136,7 @@ class GoodputPolicy:
         self._times = StepTimes(context.max_draft, drafters)
         self._switches = SwitchCosts(kinds.neural)
         self._forecaster = Forecaster(
-            self._acceptance, self._times, kinds.needing, context.max_draft
+            self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
         )
         rows = rows_of(context.drafters, context.mixes)
         self._chooser = Chooser(margin, rows, kinds.needing)
@@ -242,6 +242,8 @@ class GoodputPolicy:
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
+            rows = by_kind(obs.matches or (), self._acceptance.num_buckets)
+            self._rest.note_matches(rows, obs.batch)
             self._rest.note_find(gain)
             return self._resting(arm)
         self._lessons.learn_gathered()
@@ -329,6 +331,7 @@ class GoodputPolicy:
         choice = self._chooser.weigh(
             seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
+            plain_lead=self._rest.plain_lead,
         )  # fmt: skip
         return _Weighed(
             obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
@@ -340,6 +343,10 @@ class GoodputPolicy:
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
+        if looked and self._kinds.matching:
+            self._rest.note_matches(seen.rows, seen.batch)
+            tokens, seconds = self._forecaster.needing_match(seen.batch)
+            self._rest.index_alone.appraise(tokens, seconds / seen.plain_s)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0

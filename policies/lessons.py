@@ -99,7 +99,7 @@ class Lessons:
         if drafter in self._kinds.neural:
             self._explorer.note_gain(
                 drafter,
-                outcome.rows.tokens_each - outcome.step_s / plain_s,
+                outcome.rows.tokens_each / self._chooser.plain_lead - outcome.step_s / plain_s,
                 plain_s,
                 on_trial=predicted.on_trial,
                 catches_up=predicted.catches_up,

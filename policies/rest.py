@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import repeat
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ import numpy as np
 from policies.acceptance import Floats
 from policies.average import Average
 from policies.forecast import PLAIN_ARM, Arm, by_kind
+from policies.index_alone import IndexAlone
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
 
@@ -60,8 +62,10 @@ class Rest:
         """Time of a plan without and with a look, as shares of a plain step."""
         self._glances = Average(_REST_GAIN)
         """Time of a look that needed no plan, likewise."""
-        self._find = Average(_REST_GAIN, mean=1.0)
-        """Time that a look saves beyond what the best arm without one takes, likewise."""
+        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        """Time that a look saves beyond what the best arm without one takes, likewise, beside
+        drafts and beside plain decoding."""
+        self.index_alone = IndexAlone()
         self.num_unlooked = 0
         """Steps since the last look."""
         self.left = 0
@@ -85,14 +89,27 @@ class Rest:
         """Looking at every step finds more than it costs: beside drafts what looks took on the
         average, planned for or not; beside plain steps, where a look needs no plan of its own, what
         it takes by itself and its share of a plan, and as long as what was saved bears that out."""
+        return self._pays(is_plain=self.is_plain)
+
+    def _pays(self, *, is_plain: bool) -> bool:
+        if is_plain and not self._ledger.affords(Purpose.LOOK, -_MOST_OWED):
+            return False
+        return self._finds[is_plain].mean >= self._look_cost(is_plain=is_plain)
+
+    def _look_cost(self, *, is_plain: bool) -> float:
         cost = self._costs[True].mean
-        if self.is_plain:
-            planned = self._costs[False].mean
-            alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
-            cost = min(cost, alone + planned / max(self._num_steps(planned), 1))
-            if not self._ledger.affords(Purpose.LOOK, -_MOST_OWED):
-                return False
-        return self._find.mean >= cost
+        if not is_plain:
+            return cost
+        planned = self._costs[False].mean
+        alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
+        return min(cost, alone + planned / max(self._num_steps(planned), 1))
+
+    @property
+    def plain_lead(self) -> float:
+        """Speed of plain decoding, with an index where looks pay, relative to plain decoding."""
+        if not self._pays(is_plain=True):
+            return 1.0
+        return self.index_alone.lead(self._look_cost(is_plain=True))
 
     @property
     def overhead(self) -> float:
@@ -168,8 +185,18 @@ class Rest:
         Args:
             share: time that it saved beyond the best arm that needs none, relative to a plain step.
         """
-        self._find.add(share)
+        self._finds[self.is_plain].add(share)
         self.num_unlooked = 0
+
+    def note_matches(self, rows: Sequence[float], batch: int) -> None:
+        """Take in the matches that a look found; before ``note_find``.
+
+        Args:
+            rows: [B] by kind of match.
+        """
+        saved = self.index_alone.note(rows, batch, is_dense=self.num_unlooked <= 1)
+        if not self.is_plain:
+            self._finds[True].add(saved)
 
     def begin(self, arm: Arm, glance: Glance | None) -> None:
         """Go on with an arm until the next plan is due."""
@@ -201,7 +228,8 @@ class Rest:
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
         self.glance = None
-        self._find, self.left = Average(_REST_GAIN, mean=1.0), 0
+        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        self.left = 0
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
