@@ -142,16 +142,17 @@ class Forecaster:
         self._times.plain_s(batch)
 
     def over(self, seen: Forecast, blind: Arm) -> Gains:
-        """What drafters that need matches gain over an arm that needs none, by length of match."""
+        """What drafters that need matches gain over an arm that needs none, by length of match.
+        No mixes: who drafts for which request is planned."""
         (drafter, k), max_k = blind, seen.max_k
         used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(len(seen.rows))
         blind_s = seen.arm(blind)[1]
         gains, seconds = [], []
-        for kind in self._needing:
+        for kind in self._matching:
             expected = self._acceptance.expected_tokens(kind)
             gains.append((expected[:, 1 : max_k + 1] - used[:, None]).T)
             seconds += self._times.arm_times(kind, seen.batch)[:max_k]
-        arms = tuple((kind, each) for kind in self._needing for each in range(1, max_k + 1))
+        arms = tuple((kind, each) for kind in self._matching for each in range(1, max_k + 1))
         return Gains(arms, np.concatenate(gains), np.array(seconds) - blind_s)
 
     def needing_match(self, batch: int) -> tuple[Floats, Floats]:

@@ -288,6 +288,7 @@ class GoodputPolicy:
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
+            "looks": self._rest.figures(),
             "picks": self._picker.figures(),
             "ledger": self._ledger.figures(),
         }
@@ -331,12 +332,18 @@ class GoodputPolicy:
         choice = self._chooser.weigh(
             seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
-            plain_lead=self._rest.plain_lead,
+            plain_lead=self._plain_lead,
         )  # fmt: skip
         return _Weighed(
             obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
             best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
         )  # fmt: skip
+
+    @property
+    def _plain_lead(self) -> float:
+        """Speed of plain decoding with an index as a rival of drafters. Where a mix has the index,
+        a drafter goes on with it at no catch-up, and what that would bring is not known before."""
+        return 1.0 if self._kinds.mixed else self._rest.plain_lead
 
     def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""

@@ -22,6 +22,8 @@ from policies.switching import SwitchCosts
 
 _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
+_LEAST_SHARE = 0.2
+"""Least share of a step's time that is left to it when the hidden time of its look is taken off."""
 
 
 class Predicted(NamedTuple):
@@ -76,6 +78,8 @@ class Lessons:
             self._rest.note_saved(
                 outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
             )
+        if self._kinds.matching and not outcome.has_prefill and outcome.step_s > outcome.plan_s:
+            self._compare_look(outcome, plain_s)
         if outcome.decision.reason == "rest" and outcome.decision.drafter == self.drafter:
             self._gather(outcome)
             return
@@ -92,6 +96,17 @@ class Lessons:
             elif outcome.decision.draft_k:
                 self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
         self.drafter = outcome.decision.drafter
+
+    def _compare_look(self, outcome: Outcome, plain_s: float) -> None:
+        """Compare the time of a step with and without a look, in arms that need none."""
+        drafter, k = outcome.decision.drafter, outcome.decision.draft_k
+        if drafter in self._kinds.needing or self.catches_up(drafter, self.drafter):
+            return
+        arm_s = self._times.arm_times(drafter, outcome.batch)[k - 1] if k else plain_s
+        # Not relative to what was expected: that follows the speed of the machine too fast.
+        as_plain_s = outcome.step_s - outcome.plan_s - (arm_s - plain_s)
+        looked = outcome.rows.matches is not None
+        self._rest.look_time.note(as_plain_s, plain_s, looked=looked, always=self._rest.pays)
 
     def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
         """Charge a step of a stretch what it took."""
@@ -155,6 +170,10 @@ class Lessons:
         # is only tried in steps that are.
         step_s = outcome.step_s - outcome.plan_s
         plain_s = self._times.plain_s(batch)
+        looked = outcome.rows.matches is not None
+        if looked:
+            hidden_s = self._rest.look_time.hidden * plain_s
+            step_s = max(step_s - hidden_s, _LEAST_SHARE * step_s)
         if self.catches_up(drafter, self.drafter):
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)

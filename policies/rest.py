@@ -26,14 +26,16 @@ from policies.forecast import PLAIN_ARM, Arm, by_kind
 from policies.index_alone import IndexAlone
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
+from policies.look_time import LookTime
 
 _REST_SHARE = 0.003
 """While drafting pays: share of the time that plans may take, and that looks may take while they
 find less than they cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
-_MOST_REST, _MOST_UNLOOKED = 64, 1024
-"""While drafting pays: most steps without a plan, and without a look at matches."""
+_MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
+"""While drafting pays: most steps without a plan, and least and most steps without a look at
+matches where looking at every step does not pay."""
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
@@ -66,6 +68,7 @@ class Rest:
         """Time that a look saves beyond what the best arm without one takes, likewise, beside
         drafts and beside plain decoding."""
         self.index_alone = IndexAlone()
+        self.look_time = LookTime()
         self.num_unlooked = 0
         """Steps since the last look."""
         self.left = 0
@@ -97,11 +100,14 @@ class Rest:
         return self._finds[is_plain].mean >= self._look_cost(is_plain=is_plain)
 
     def _look_cost(self, *, is_plain: bool) -> float:
-        cost = self._costs[True].mean
+        cost = self._costs[True].mean + self.look_time.hidden
         if not is_plain:
             return cost
         planned = self._costs[False].mean
-        alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
+        if self._glances.num:
+            alone = self._glances.mean + self.look_time.hidden
+        else:
+            alone = max(cost - planned, 0.0)
         return min(cost, alone + planned / max(self._num_steps(planned), 1))
 
     @property
@@ -127,12 +133,14 @@ class Rest:
         return not self.left and (not self.is_resting or self.may_plan)
 
     def wants_look(self) -> bool:
+        if self.look_time.is_blind:
+            return False
         if self.pays:
             return True
         if self.is_plain:
             return self._ledger.affords(Purpose.LOOK)
-        least = min(math.ceil(self._costs[True].mean / _REST_SHARE), _MOST_UNLOOKED)
-        return self.num_unlooked >= least
+        least = math.ceil(self._look_cost(is_plain=False) / _REST_SHARE)
+        return self.num_unlooked >= min(max(least, _LEAST_UNLOOKED), _MOST_UNLOOKED)
 
     def _num_steps(self, cost: float) -> int:
         """Steps that a plan holds for."""
@@ -146,6 +154,7 @@ class Rest:
         """
         self._looked, self._is_paid, self._by_glance = looked, is_paid, False
         self.num_unlooked += not looked
+        self._stepped(looked=looked)
 
     def note_cost(self, plan_s: float, plain_s: float) -> None:
         """Take in what the last plan took, unless that is known.
@@ -161,8 +170,9 @@ class Rest:
             if self._by_glance:
                 self._glances.add(share)
             if self.is_plain and not self._is_paid:
-                usual = self._costs[self._looked].mean
-                charge = min(share, _MOST_COST * usual, _MOST_OWED)
+                hidden = self.look_time.hidden if self._looked else 0.0
+                usual = self._costs[self._looked].mean + hidden
+                charge = min(share + hidden, _MOST_COST * usual, _MOST_OWED)
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
                 most = max(charge, min(usual, _MOST_OWED))
@@ -207,10 +217,16 @@ class Rest:
 
     def take(self) -> Arm:
         """The arm of a step without a plan."""
+        self._stepped(looked=False)
         self.left = max(self.left - 1, 0)
         self.num_since += 1
         self.num_unlooked += 1
         return self.arm
+
+    def _stepped(self, *, looked: bool) -> None:
+        looks = looked and self.pays
+        gain = self._finds[self.is_plain].mean - self._look_cost(is_plain=self.is_plain)
+        self.look_time.stepped(looks=looks, gain=gain)
 
     def glanced(self, obs: StepObs) -> tuple[Arm, float] | None:
         """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
@@ -224,6 +240,14 @@ class Rest:
         may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
         self._by_glance = may_go_on
         return (self.arm if arm is None else arm, gain) if may_go_on else None
+
+    def figures(self) -> dict[str, float]:
+        """JSON-ready: time that a look takes beyond planning, in plain steps, and speed of plain
+        decoding with an index relative to plain decoding."""
+        return {
+            "hidden": round(self.look_time.hidden, 4),
+            "plain_lead": round(self.plain_lead, 4),
+        }
 
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""

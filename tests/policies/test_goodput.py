@@ -176,7 +176,8 @@ def test_a_look_that_pays_happens_at_every_step():
     run(made, world, steps=400, seed=0)
     looks = counted_looks(made)
     run(made, world, steps=400, seed=1)
-    assert len(looks) > 390
+    # But for a stretch that shows what steps take without.
+    assert len(looks) >= 400 - 16
 
 
 def test_expensive_inspection_is_charged_to_drafting():
