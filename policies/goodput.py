@@ -253,6 +253,7 @@ class GoodputPolicy:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._ahead = None
+        self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
             self._lessons.learn_gathered()
@@ -353,7 +354,7 @@ class GoodputPolicy:
         if looked and self._kinds.matching:
             self._rest.note_matches(seen.rows, seen.batch)
             tokens, seconds = self._forecaster.needing_match(seen.batch)
-            self._rest.index_alone.appraise(tokens, seconds / seen.plain_s)
+            self._rest.index_alone.learn(tokens, seconds / seen.plain_s)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0

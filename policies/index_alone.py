@@ -38,6 +38,8 @@ class IndexAlone:
         """and the share of the weight that each of them has taken from those before it."""
         self._num_rows = 0
         self._arms: tuple[Floats, Floats] | None = None
+        self._is_due = False
+        """They are not appraised yet."""
         self._tokens = self._steps = 1.0
 
     def note(self, rows: Sequence[float], batch: int, *, is_dense: bool) -> float:
@@ -50,6 +52,7 @@ class IndexAlone:
         Returns:
             Plain steps' worth of time that the look would have saved beside plain decoding.
         """
+        self.appraise()
         shares = np.array(rows) / batch
         self._seen.append(shares)
         self._gains.append(_DENSE_GAIN if is_dense else _SPACED_GAIN)
@@ -60,17 +63,21 @@ class IndexAlone:
         gain = float((shares @ tokens - steps * speed).max()) - (1.0 - speed)
         return max(gain, 0.0) / speed
 
-    def appraise(self, tokens: Floats, steps: Floats) -> None:
-        """Take in what is known of the arms of drafters that need matches, and work out what the
-        looks would have brought with them.
+    def learn(self, tokens: Floats, steps: Floats) -> None:
+        """Take in what is known of the arms of drafters that need matches.
 
         Args:
             tokens: [B, A] expected tokens of a row, by kind of match.
             steps: [A] time of a step, in plain steps.
         """
-        self._arms = tokens, steps
-        if not self._seen:
+        self._arms, self._is_due = (tokens, steps), True
+
+    def appraise(self) -> None:
+        """Work out what the looks would have brought with these arms, unless that is done. It takes
+        as long as a plan, and is best called while the device works."""
+        if not self._is_due or self._arms is None or not self._seen:
             return
+        self._is_due, (tokens, steps) = False, self._arms
         gains = np.array(self._gains)
         left = np.concatenate(([1.0], 1 - gains[:0:-1])).cumprod()[::-1]
         weights = gains * left / (gains @ left)
@@ -91,4 +98,5 @@ class IndexAlone:
         """
         if self._num_rows < _LEAST_ROWS:
             return 1.0
+        self.appraise()
         return max(self._tokens / (self._steps + cost), 1.0)

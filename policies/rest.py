@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 from typing import NamedTuple
 
@@ -45,6 +46,18 @@ that one plan leaves owed at most: the first one of a server may take twenty, an
 index silent for twenty thousand steps."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The last one."""
+
+    looked: bool | None = None
+    """It looked at matches; ``None`` once its time is known."""
+    is_paid: bool = False
+    """Nobody owes what it took,"""
+    by_glance: bool = False
+    """and it was a glance."""
 
 
 class Rest:
@@ -80,12 +93,7 @@ class Rest:
         """Outcomes of steps without a plan."""
         self.glance: Glance | None = None
         """Replaces plans while looks find nothing; ``None``: every look is planned for."""
-        self._looked: bool | None = None
-        """Whether the last plan looked at matches; ``None`` once its time is known."""
-        self._is_paid = False
-        """Nobody owes what it took,"""
-        self._by_glance = False
-        """and it was a glance."""
+        self._plan = _Plan()
 
     @property
     def pays(self) -> bool:
@@ -152,7 +160,7 @@ class Rest:
         Args:
             is_paid: drafts that saved more time than a plan takes have led to it.
         """
-        self._looked, self._is_paid, self._by_glance = looked, is_paid, False
+        self._plan = _Plan(looked, is_paid)
         self.num_unlooked += not looked
         self._stepped(looked=looked)
 
@@ -163,21 +171,21 @@ class Rest:
             plan_s: its seconds; 0 where the host had time for it.
             plain_s: those of a plain step.
         """
-        if self._looked is not None:
-            share, purpose = plan_s / plain_s, Purpose.LOOK if self._looked else Purpose.PLAN
+        if self._plan.looked is not None:
+            share, purpose = plan_s / plain_s, Purpose.LOOK if self._plan.looked else Purpose.PLAN
             self._ledger.note_spent(purpose, plan_s)
-            self._costs[self._looked].add(share)
-            if self._by_glance:
+            self._costs[self._plan.looked].add(share)
+            if self._plan.by_glance:
                 self._glances.add(share)
-            if self.is_plain and not self._is_paid:
-                hidden = self.look_time.hidden if self._looked else 0.0
-                usual = self._costs[self._looked].mean + hidden
+            if self.is_plain and not self._plan.is_paid:
+                hidden = self.look_time.hidden if self._plan.looked else 0.0
+                usual = self._costs[self._plan.looked].mean + hidden
                 charge = min(share + hidden, _MOST_COST * usual, _MOST_OWED)
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
                 most = max(charge, min(usual, _MOST_OWED))
                 self._ledger.charge(purpose, charge, most_owed=most)
-            self._looked = None
+            self._plan.looked = None
 
     def note_saved(self, share: float) -> None:
         """Take in what a draft that needed a look has saved.
@@ -238,7 +246,7 @@ class Rest:
             return None
         arm, gain = glance.best(obs.matches)
         may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
-        self._by_glance = may_go_on
+        self._plan.by_glance = may_go_on
         return (self.arm if arm is None else arm, gain) if may_go_on else None
 
     def figures(self) -> dict[str, float]:
