@@ -73,16 +73,19 @@ class Forecaster:
         times: StepTimes,
         needing: Collection[str],
         max_draft: int,
+        matching: Collection[str] = (),
     ) -> None:
         """
         Args:
             needing: drafters, and mixes, that are of use only where a request has a match.
             max_draft: largest K of both models.
+            matching: drafters among those that need a match, no mixes.
         """
         self.max_draft = max_draft
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
+        self._matching = matching
         self._mix = np.array([1.0] + [0.0] * (acceptance.num_buckets - 1))
         """[B] share of rows by kind of match, in steps without a drafter that needs one."""
         self._known: dict[str, _Usual] = {}
@@ -139,17 +142,28 @@ class Forecaster:
         self._times.plain_s(batch)
 
     def over(self, seen: Forecast, blind: Arm) -> Gains:
-        """What drafters that need matches gain over an arm that needs none, by length of match."""
+        """What drafters that need matches gain over an arm that needs none, by length of match.
+        No mixes: who drafts for which request is planned."""
         (drafter, k), max_k = blind, seen.max_k
         used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(len(seen.rows))
         blind_s = seen.arm(blind)[1]
         gains, seconds = [], []
-        for kind in self._needing:
+        for kind in self._matching:
             expected = self._acceptance.expected_tokens(kind)
             gains.append((expected[:, 1 : max_k + 1] - used[:, None]).T)
             seconds += self._times.arm_times(kind, seen.batch)[:max_k]
-        arms = tuple((kind, each) for kind in self._needing for each in range(1, max_k + 1))
+        arms = tuple((kind, each) for kind in self._matching for each in range(1, max_k + 1))
         return Gains(arms, np.concatenate(gains), np.array(seconds) - blind_s)
+
+    def needing_match(self, batch: int) -> tuple[Floats, Floats]:
+        """All arms of drafters that need matches, mixes left out.
+
+        Returns:
+            [B, A] expected tokens of a row by kind of match, and [A] seconds.
+        """
+        tokens = [self._acceptance.expected_tokens(kind)[:, 1:] for kind in self._matching]
+        seconds = [self._times.arm_times(kind, batch) for kind in self._matching]
+        return np.concatenate(tokens, axis=1), np.concatenate(seconds)
 
     def doubt(self, arm: Arm, batch: int) -> float:
         """How uncertain a drafting arm is: its time relative to a plain step, or what one more

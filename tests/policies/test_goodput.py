@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from policies.goodput import GoodputPolicy, Predicted
+from policies.goodput import GoodputPolicy
 from policies.interface import Decision, Outcome, RowOutcomes, StepObs
 from policies.ledger import Purpose
+from policies.lessons import Predicted
 from tests.policies.simulated import (
     DRAFTERS,
     NEURAL,
@@ -175,7 +176,8 @@ def test_a_look_that_pays_happens_at_every_step():
     run(made, world, steps=400, seed=0)
     looks = counted_looks(made)
     run(made, world, steps=400, seed=1)
-    assert len(looks) > 390
+    # But for a stretch that shows what steps take without.
+    assert len(looks) >= 400 - 16
 
 
 def test_expensive_inspection_is_charged_to_drafting():
