@@ -125,7 +125,7 @@ def test_what_ends_the_thread_ends_the_trainer(world: World, tmp_path: Path) -> 
     intake = intake_of(world, tmp_path)
 
     class Failing(TraceReader):
-        def read(self, max_traces: int) -> Any:
+        def read_located(self, max_traces: int) -> Any:
             raise OSError(errno.EIO, "Input/output error")
 
     intake.continue_with(Failing(open_backend("log:", tmp_path)))
@@ -155,10 +155,10 @@ def test_an_intake_waits_for_a_service_that_is_away_and_goes_on(
     class Away(TraceReader):
         is_away = True
 
-        def read(self, max_traces: int) -> Any:
+        def read_located(self, max_traces: int) -> Any:
             if self.is_away:
                 raise ServiceAwayError(errno.EIO, "redis://there: no answer")
-            return super().read(max_traces)
+            return super().read_located(max_traces)
 
     reader = Away(backend)
     intake.continue_with(reader)
