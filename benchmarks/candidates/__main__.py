@@ -60,6 +60,7 @@ from benchmarks.harness.results import (
     write_rows,
 )
 from buffer.records import Trace
+from policies.rollback import MAX_TRIALS
 from trainer.rows import HeldSample
 
 SOURCE = "python -m benchmarks.candidates"
@@ -70,11 +71,12 @@ LR = 3e-4
 """At which a better one is trained: on other text it gains 6 % in 20 updates; at 1e-3, nothing."""
 GOOD = "good"
 """Stands for an equal and a better candidate among the kinds."""
-MOST_WINDOWS = 9
-"""A version drafts in the watching window and after each of at most eight trials."""
+MOST_WINDOWS = MAX_TRIALS + 1
+"""A version drafts in the watching window and after each trial."""
 _BLOCK = 16
 NUM_DRAWN = 1000
-"""Simulated swaps of each bad one that drafted."""
+"""Simulated swaps of each bad one that drafted, for each seed."""
+SEEDS = (4, 5, 6, 7)
 
 
 def most_rounds(watch_rounds: int) -> int:
@@ -141,7 +143,7 @@ def try_bad(one: World, known: Known, name: str, seed: int, tally: Tally) -> Non
         swap = one.settings.swap
         home = known.rounds["home"]
         tally.drawn.append(
-            watched(home, drafted, swap.watch_rounds, swap.max_drop, NUM_DRAWN, seed=4)
+            watched(home, drafted, swap.watch_rounds, swap.max_drop, NUM_DRAWN, SEEDS)
             | {"lost": 1 - (tokens_per_step(drafted) or 0) / (tokens_per_step(home) or 1)}
         )
     seconds = time.monotonic() - began_s
@@ -242,7 +244,8 @@ def measure(each: int, draws: int, seed: int, minutes: float) -> Iterator[dict[s
         say(f"a better one: {known.better is not None}, {time.monotonic() - began_s:.0f} s")
         watch = one.settings.swap.watch_rounds, one.settings.swap.max_drop
         home, away = known.rounds["home"], known.rounds["away"]
-        swaps = {"equal": watched(home, home, *watch, draws, seed=1)}
+        swaps = {"equal": watched(home, home, *watch, draws, SEEDS)}
+        swaps["equal, on other text"] = watched(away, away, *watch, draws, SEEDS)
         gates = drawn_gates(one, known, draws)
         for number, name in itertools.product(range(each), (*KINDS, GOOD)):
             if time.monotonic() - began_s > 60 * minutes:
@@ -250,7 +253,7 @@ def measure(each: int, draws: int, seed: int, minutes: float) -> Iterator[dict[s
             if name == GOOD:
                 try_good(one, known, number, lives)
                 if known.played and "better" not in swaps:
-                    swaps["better"] = watched(away, known.played, *watch, draws, seed=2)
+                    swaps["better"] = watched(away, known.played, *watch, draws, SEEDS)
             else:
                 try_bad(one, known, name, number, bad[name])
             yield {
@@ -299,7 +302,9 @@ def failures(rows: Sequence[Row]) -> list[Row]:
 
 def main(
     each: Annotated[int, typer.Option(min=1, help="candidates of each kind, good ones too")] = 6,
-    draws: Annotated[int, typer.Option(min=1, help="good ones drawn from real requests")] = 5000,
+    draws: Annotated[
+        int, typer.Option(min=1, help="good ones drawn from real requests, for each of four seeds")
+    ] = 1000,
     minutes: Annotated[
         float, typer.Option(min=0, help="after which no other candidate is begun")
     ] = 30.0,
