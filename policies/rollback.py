@@ -297,4 +297,5 @@ def _block_variance(*windows: Sequence[float]) -> float:
 
 def _sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
     """``math.sumprod``, which Python 3.11 lacks."""
-    return sum(map(mul, one, other))
+    total: float = sum(map(mul, one, other))
+    return total

@@ -96,6 +96,8 @@ class Findings:
     its ``PARTS``, and ``processor``, the time that it had a core."""
     differences: list[str] = field(default_factory=list)
     last_step: int = 0
+    loads: list[float] = field(default_factory=list)
+    """Of the machine, over the last minute, at each kill."""
 
 
 def kill_often(
@@ -121,6 +123,7 @@ def kill_often(
         if not os.WIFSIGNALED(status):
             raise RuntimeError(f"the trainer ended by itself, with status {status}")
         _take(found, told)
+        found.loads.append(os.getloadavg()[0])
         seen.look(store, again=True)
         if (life + 1) % 50 == 0:
             say(f"{life + 1} kills, step {found.last_step}, {time.monotonic() - begun:.0f} s")
@@ -186,8 +189,9 @@ def finish(settings: Settings, folder: Path) -> dict[str, Any]:
     }
 
 
-def cold_starts(settings: Settings, folder: Path, num: int) -> list[float]:
-    """Seconds from the start of the real command until its trainer has resumed."""
+def cold_starts(settings: Settings, folder: Path, num: int) -> list[dict[str, float]]:
+    """Seconds from the start of the real command until its trainer has resumed: ``total``, and
+    ``processor``, the time that it had a core."""
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     log = settings.run_dir / "trainer" / "log.jsonl"
@@ -202,10 +206,12 @@ def cold_starts(settings: Settings, folder: Path, num: int) -> list[float]:
                 if process.poll() is not None or time.monotonic() - began_s > _STUCK_S:
                     raise RuntimeError(f"{' '.join(command)} did not resume")
                 time.sleep(0.02)
-            found.append(time.monotonic() - began_s)
+            total = time.monotonic() - began_s
         finally:
             process.kill()
-            process.wait()
+            _, _, usage = os.wait4(process.pid, 0)
+            process.returncode = -signal.SIGKILL  # so that nobody waits for it again
+        found.append({"total": total, "processor": usage.ru_utime + usage.ru_stime})
     return found
 
 
@@ -235,7 +241,7 @@ def trainer_settings(url: str, run_dir: Path, target: Path) -> Settings:
 def measure(url: str, num_kills: int, num_cold: int, seed: int) -> dict[str, Any]:
     """All of it, in a folder of its own."""
     torch.set_num_threads(1)
-    chance, begun, load = random.Random(seed), time.monotonic(), os.getloadavg()[1]
+    chance, begun = random.Random(seed), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="trainer-kills-") as name:
         folder = Path(name)
         model = save_target(folder / "target")
@@ -281,21 +287,23 @@ def measure(url: str, num_kills: int, num_cold: int, seed: int) -> dict[str, Any
         },
         "traces": {name: value for name, value in last.items() if name != "last"},
         "seconds": time.monotonic() - begun,
-        "load": load,
+        "load": statistics.fmean(found.loads),
         "seed": seed,
     }
 
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
     kills, traces, versions = found["kills"], found["traces"], found["versions"]
-    what = f"trainer, {found['url']} kill -9 at random points"
+    what = f"trainer, {found['url']} kill -9 at random points, load {found['load']:.0f} on average"
     wrong = [*versions["watched"]["problems"], *versions["after_kills"]["problems"]]
     yield at_least(what, "kills", sum(kills.values()), NUM_KILLS)
     longest = found["resumed_s"]["longest"]["total"]
     yield at_most(what, "longest resume, s, Python's imports apart", longest, RESUME_S)
     if found["cold_s"]:
         cold = f"longest of {len(found['cold_s'])} starts of the command until it resumed, s"
-        yield at_most(what, cold, max(found["cold_s"]), RESUME_S)
+        yield at_most(what, cold, max(one["total"] for one in found["cold_s"]), RESUME_S)
+        had = max(one["processor"] for one in found["cold_s"])
+        yield Row(what, "most of that for which it had a core, s", had, None, None)
     seen = f"wrong or partial versions seen, of {versions['watched']['versions']} read"
     yield at_most(what, seen, len(wrong), 0)
     differing = f"differences from the checkpoint after {found['resumed']} resumes"
