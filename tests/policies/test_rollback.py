@@ -57,7 +57,7 @@ def test_an_equal_version_is_kept():
 
 
 @pytest.mark.parametrize(
-    ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (260, 1.3)]
+    ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (180, 1.3), (260, 1.3)]
 )
 def test_a_shift_of_traffic_does_not_roll_a_version_back(shift_at, shift):
     outcomes = [
