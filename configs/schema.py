@@ -267,8 +267,8 @@ class SwapSettings(Section):
     """Rounds that a new version and its parent decode in turn, until it is certain which is better
     or both are about equal."""
     max_drop: float = Field(0.15, gt=0, lt=1)
-    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back. What
-    parts good from bad versions is 0.7 of it."""
+    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back; 0.7
+    of it parts good versions from bad ones."""
     public_key: Path | None = None
     """PEM file with one or more Ed25519 public keys, as ``buffer keys`` writes it: only versions
     that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""
