@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,7 @@ from safetensors.torch import load
 from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
-from buffer.interface import Backend
+from buffer.interface import Backend, Location
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.run_target import former_of
@@ -321,7 +321,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         seen = SeenTraces.from_json(state["offsets"]["seen"])
         again = _seen_by(saved.damaged, seen)
         wanted = keys_in(state["memory"])
-        found = intake.find(wanted | again, TraceReader(backend))
+        found = intake.find(wanted | again, TraceReader(backend), _locations_in(state))
         if not is_former:
             trainer.memory.restore(state["memory"], found)
         for key in again & found.keys():
@@ -353,6 +353,18 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
             text="the state of a damaged checkpoint is damaged, too: which traces its trainer had "
             "committed is unknown, and they are not trained on again",
         )
+
+
+def _locations_in(state: Mapping[str, Any]) -> dict[str, Location]:
+    """Where the samples of a checkpoint are in the buffer; those from before 2026-12 do not say.
+
+    Raises:
+        ValueError: what it says is no location.
+    """
+    stored = state.get("locations", {})
+    if not all(isinstance(part, str) for pair in stored.values() for part in pair):
+        raise ValueError("a location must be two texts")
+    return {key: (writer, location) for key, (writer, location) in stored.items()}
 
 
 def _seen_by(damaged: Iterable[dict[str, Any] | None], seen: SeenTraces) -> set[str]:

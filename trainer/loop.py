@@ -28,7 +28,7 @@ from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
 from trainer.publish import Publisher, bundle_content, is_same, publish_version
-from trainer.replay import Memory
+from trainer.replay import Memory, keys_in
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.target import follow
@@ -345,6 +345,7 @@ class Trainer:
 
     def state_to_json(self) -> dict[str, Any]:
         """State that ``trainer.build.resume`` restores, besides the tensors."""
+        memory = self.memory.to_json()
         return {
             **self.identity(),
             "step": self.learner.step,
@@ -355,7 +356,8 @@ class Trainer:
             "refused_in_row": self.pace.refused_in_row,
             "worth": self.worth.to_json(),
             "random": self.random.bit_generator.state,
-            "memory": self.memory.to_json(),
+            "memory": memory,
+            "locations": self.intake.locations(keys_in(memory)),
             "offsets": self.intake.offsets(),
         }
 
