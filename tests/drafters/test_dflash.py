@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drafters.dflash.paged import DFlash
+from drafters.dflash.model import DFlash
 from drafters.dflash.trainable import (
     DFlashTrainable,
     _anchors,
