@@ -143,6 +143,13 @@ class PEagle(Eagle3):
         """Embedding and h, [H] each, of a row whose token and features are not known."""
         return self.mask_embed, self.fuse(self.mask_hidden.flatten())
 
+    def masked_heads(self) -> Tensor:
+        """[C] queries, keys and values of such a row in the first layer, before RoPE."""
+        embed, hidden = self.masked()
+        pair = torch.cat((self.input_layernorm(embed), self.hidden_norm(hidden)), dim=-1)
+        heads: Tensor = self.qkv_proj(pair)
+        return heads
+
     def run(
         self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: LayerAttend
     ) -> Tensor:
@@ -190,26 +197,26 @@ class FusedPEagle:
         Raises:
             ValueError: the drafter cannot be fused.
         """
+        self.module = module
         self.first = FusedEagle3(module, embed, num_positions, **options)
         self.rest: FusedLayers | None = None
         if module.layers:
             layers = tuple(_fused_layer(layer, self.first.heads) for layer in module.layers)
             self.rest = FusedLayers(Parts(layers, {}), **options)
-        self._id = torch.zeros(1, dtype=torch.int64, device=module.mask_embed.device)
-        self._mask_qkv, self._mask_hidden = self._mask_rows()
+        self._masks = self._mask_rows()
 
     def _mask_rows(self) -> tuple[Tensor, Tensor]:
-        """Queries, keys and values [1, C] of a row that is not known, and its h [1, H]."""
-        module = self.first.module
-        hidden = self.first.fuse(module.mask_hidden.detach().view(1, -1))
-        return self.first.heads_of(self._id, module.mask_embed.detach()[None], hidden), hidden
+        """Queries, keys and values [1, C] of a row that is not known, and its h [1, H]. By the
+        module's own code: a kernel would be compiled here, alone."""
+        module = self.module
+        return module.masked_heads().detach()[None], module.masked()[1].detach()[None]
 
     def follow(self) -> None:
         """The module's weights were overwritten where they lie."""
         self.first.follow()
         if self.rest is not None:
             self.rest.follow()
-        for kept, made in zip((self._mask_qkv, self._mask_hidden), self._mask_rows(), strict=True):
+        for kept, made in zip(self._masks, self._mask_rows(), strict=True):
             kept.copy_(made)
 
     def observe(
@@ -226,14 +233,14 @@ class FusedPEagle:
             features: [T, m * H] tapped rows in ``layer_ids`` order.
             places: [R, Q] positions and slots of the rows.
         """
-        hidden, table = self.first.fuse(features), self.first.embed.weight.detach()
-        qkv = self.first.heads_of(ids_T.contiguous(), table, hidden)
+        hidden = self.first.fuse(features)
+        qkv = self.first.heads_of(ids_T, hidden)
         return self._layers(qkv, hidden, places, attend, pool)
 
     def ahead(self, places: Places, attend: fused_layers.Attend, pool: KvPool) -> Tensor:
         """Outputs [T, H] of rows that are not known."""
         num_rows = places.positions.numel()
-        qkv, hidden = (x.expand(num_rows, -1) for x in (self._mask_qkv, self._mask_hidden))
+        qkv, hidden = (x.expand(num_rows, -1) for x in self._masks)
         return self._layers(qkv, hidden, places, attend, pool)
 
     def logits(self, outputs: Tensor) -> Tensor:

@@ -148,18 +148,14 @@ class FusedEagle3:
         Returns:
             Outputs [T, H], before the final norm, and their squares for ``logits``.
         """
-        qkv = self.heads_of(ids_T.contiguous(), self.embed.weight.detach(), hidden)
+        qkv = self.heads_of(ids_T, hidden)
         return self.behind_heads(qkv, hidden, positions_T, slots_T, attend, keys, values)
 
-    def heads_of(self, ids_T: Tensor, table_VH: Tensor, hidden: Tensor) -> Tensor:
-        """[T, C] queries, keys and values of rows, before RoPE.
-
-        Args:
-            table_VH: the embeddings that ``ids_T`` name.
-        """
-        m = self.module
+    def heads_of(self, ids_T: Tensor, hidden: Tensor) -> Tensor:
+        """[T, C] queries, keys and values of rows, before RoPE."""
+        do, m = self._operations, self.module
         norms = norm_of(m.input_layernorm), norm_of(m.hidden_norm)
-        pair = self._operations.norm_pair(ids_T, table_VH, hidden, *norms)
+        pair = do.norm_pair(ids_T.contiguous(), self.embed.weight.detach(), hidden, *norms)
         return self._product(pair, "qkv_proj")
 
     def behind_heads(
