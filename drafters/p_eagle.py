@@ -28,7 +28,7 @@ from drafters import fused_layers
 from drafters.eagle3.fused import FusedEagle3, supports_first_layer
 from drafters.eagle3.model import Attend, Eagle3, Eagle3Config
 from drafters.fused_layers import FusedLayers, Parts, norm_of
-from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.rotary import rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass, Places
@@ -363,7 +363,7 @@ class PagedPEagle:
             outputs = torch.cat((outputs_RH[None], masks.transpose(0, 1))).flatten(0, 1)
         model = self.module if self._fused is None else self._fused
         logits = model.logits(outputs).view(num_draft, num_requests, -1)
-        return torch.stack([choose(logits[k], k) for k in range(num_draft)], dim=1)
+        return choose_block(choose, logits)
 
     def _masks(self, at: DecodePass, num_requests: int, ahead: int) -> Tensor:
         """Outputs [R * ahead, H] of the rows behind the anchors."""

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from drafters.dflash.fused import FusedDFlash, supports
 from drafters.dflash.model import DFlash, DFlashConfig
-from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass, Places
 from specops.device import decode_attention, places_of, prepare_pass
@@ -126,7 +126,7 @@ class PagedDFlash:
         hidden = by_own(outputs_RH, rows, passes).view(num_requests, block, -1)
         # By position, so that each position's logits are adjacent.
         logits = self.lm_head(hidden.transpose(0, 1)[1:].contiguous())
-        return torch.stack([choose(logits[k], k) for k in range(num_draft)], dim=1)
+        return choose_block(choose, logits)
 
     def _by_fused(self, outputs_RH: Tensor, rows: Places, passes: Passes) -> Tensor:
         """The lm_head's input [R * B, H] at the rows of blocks."""

@@ -41,33 +41,19 @@ def p_eagle(shape, num_layers=2, draft_vocab=VOCAB):
 
 
 def dflash(shape, windows=(None, None), causal=(False, False)):
-    return DFlash(
-        DFlashConfig(
-            target_vocab_size=VOCAB,
-            layer_ids=TAPS,
-            block_size=8,
-            mask_token_id=VOCAB - 2,
-            windows=windows,
-            causal=causal,
-            rms_norm_eps=1e-5,
-            rope_theta=1e4,
-            **shape,
-        )  # fmt: skip
-    )
+    config = DFlashConfig(
+        target_vocab_size=VOCAB, layer_ids=TAPS, block_size=8, mask_token_id=VOCAB - 2,
+        windows=windows, causal=causal, rms_norm_eps=1e-5, rope_theta=1e4, **shape,
+    )  # fmt: skip
+    return DFlash(config)
 
 
 def mtp(shape, order="deepseek_v3", draft_vocab=VOCAB, **parts):
-    return Mtp(
-        MtpConfig(
-            target_vocab_size=VOCAB,
-            draft_vocab_size=draft_vocab,
-            layer_ids=(3,),
-            rms_norm_eps=1e-5,
-            rope_theta=1e4,
-            order=order,
-            **{"rotary_dim": shape["head_dim"], **shape, **parts},
-        )  # fmt: skip
-    )
+    config = MtpConfig(
+        target_vocab_size=VOCAB, draft_vocab_size=draft_vocab, layer_ids=(3,), rms_norm_eps=1e-5,
+        rope_theta=1e4, order=order, **{"rotary_dim": shape["head_dim"], **shape, **parts},
+    )  # fmt: skip
+    return Mtp(config)
 
 
 KINDS = {
@@ -150,6 +136,12 @@ def draft(drafter, rows, num_query, sizes):
                            logits=[x for _, x in seen])  # fmt: skip
 
 
+def disturb(parameter):
+    generator = torch.Generator(parameter.device).manual_seed(parameter.numel())
+    noise = torch.randn(parameter.shape, generator=generator, device=parameter.device)
+    parameter.add_((noise * 0.2).to(parameter.dtype))
+
+
 def relative_error(got, want):
     return ((got - want).float().norm() / want.float().norm()).item()
 
@@ -213,7 +205,7 @@ def test_new_weights_are_in_force_when_they_were_announced(kind, how, is_flat):
     before = draft(fused, rows, 3, (3,))
 
     for parameter in made[0].parameters():
-        parameter.add_(torch.randn_like(parameter) * 0.3)
+        disturb(parameter)
     weights_were_overwritten(fused)
     want, got = (draft(one, rows, 3, (3,)) for one in (module, fused))
 
@@ -231,7 +223,7 @@ def test_every_parameter_of_a_draft_is_followed(kind):
 
     for name, parameter in made[0].named_parameters():
         before = draft(fused, rows, 2, (3,)).logits
-        parameter.add_(torch.randn_like(parameter))
+        disturb(parameter)
         weights_were_overwritten(fused)
         want, got = (draft(one, rows, 2, (3,)).logits for one in (module, fused))
         assert not all(map(torch.equal, before, got)), name
@@ -349,7 +341,7 @@ def test_a_captured_draft_repeats_itself_and_follows_new_weights(kind):
         assert all(map(torch.equal, first, captured))
 
     for parameter in made[0].parameters():
-        parameter.add_(torch.randn_like(parameter) / 8)
+        disturb(parameter)
     weights_were_overwritten(drafter)
     graph.replay()
     assert not torch.equal(first[-1], captured[-1])

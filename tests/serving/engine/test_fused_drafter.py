@@ -102,17 +102,17 @@ def test_drafts_equal_those_of_the_module(num_draft, draft_vocab, swaps, samplin
             assert answers[str(index)] == one[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("num_draft", [1, 4])
+@pytest.mark.parametrize(("num_draft", "heat"), [(1, 0), (4, 0), (4, 0.8)])
 @pytest.mark.parametrize("kind", ["p_eagle", "dflash", "mtp"])
-def test_drafts_of_other_kinds_equal_those_of_their_modules(kind, num_draft):
-    """With new weights every second step; half of them are greedy, half are sampled."""
-    sampling = {"temperature": 0.8, "seed": 3} if num_draft == 4 else {}
+def test_drafts_of_other_kinds_equal_those_of_their_modules(kind, num_draft, heat):
+    """With new weights every second step."""
+    sampling = {"temperature": heat, "seed": 3} if heat else {}
     _, answers, drafts = decoded(True, num_draft, swap=scramble, kind=kind, **sampling)
     _, want_answers, want = decoded(False, num_draft, swap=scramble, kind=kind, **sampling)
 
     assert answers == want_answers
     assert drafts == want
-    assert any(len(set(ids)) > 1 or num_draft == 1 for one in drafts.values() for _, ids, _ in one)
+    assert len({ids for one in drafts.values() for _, ids, _ in one}) > 10
 
 
 def test_programs_say_why_a_drafter_is_not_fused(caplog):
