@@ -30,7 +30,6 @@ from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.linear import Norm
 from specops.rope import Heads, rope_table
 from targets.layers import Layer, columns_of
 
@@ -414,15 +413,15 @@ class FusedMtp:
 def _fused_layer(module: Mtp) -> Layer:
     """The layer's weights, which are the module's own."""
     c, attention = module.config, module.attention
-    norms: list[Norm | None] = [
+    q_norm, k_norm = (
         norm_of(norm) if isinstance(norm, nn.RMSNorm) else None
         for norm in (attention.q_norm, attention.k_norm)
-    ]
+    )
     bias = attention.qkv_proj.bias
     return Layer(
         norm_of(module.input_layernorm),
         attention.qkv_proj.weight.detach(),
-        Heads(c.num_heads, c.num_kv_heads, *norms, None if bias is None else bias.detach()),
+        Heads(c.num_heads, c.num_kv_heads, q_norm, k_norm, None if bias is None else bias.detach()),
         attention.o_proj.weight.detach(),
         norm_of(module.post_attention_layernorm),
         module.gate_up_proj.weight.detach(),
