@@ -310,7 +310,6 @@ def test_the_compiled_kernels_equal_the_module(kind, num_requests, overlap):
     module's. Four requests observe 16 rows, which are few; five do not."""
     if overlap and not can_overlap(torch.device("cuda")):
         pytest.skip("needs compute capability 9.0")
-    allowed, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, False
     made = make(kind, torch.bfloat16, "cuda", LARGE)
     wide = [copy.deepcopy(one).float() for one in made]
     exact, exact_fused, module, fused = (paged_of(own) for own in (wide, wide, made, made))
@@ -326,7 +325,6 @@ def test_the_compiled_kernels_equal_the_module(kind, num_requests, overlap):
     # Later tokens of a chain follow those drawn, which may differ where two are nearly as likely.
     own, other, right = (one.logits[0] for one in (ours, theirs, best))
     assert relative_error(own, right) < 2 * relative_error(other, right) + 1e-3
-    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ import torch
 
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.protocol import weights_were_overwritten
-from oracles.engines import make_engine, random_model, request_of, run
+from oracles.engines import make_engine, new_weights, random_model, request_of, run
 from policies.fixed import FixedPolicy
 from serving.capture.rounds import round_columns
 from serving.engine.loop import Listeners
@@ -31,10 +31,13 @@ def decoded(
     draft_vocab=None,
     swap=lambda _engine, _step: None,
     kind="eagle3",
+    device="cpu",
     **sampling,
 ):
     """Answers, and drafts of every round, of prompts long enough to be cut into chunks."""
     model = random_model("qwen3", head_dim=16)
+    weights = None if kind == "eagle3" else new_weights(kind, model)
+    model.to(device)
     drafts = {}
 
     def keep(sequence):
@@ -49,6 +52,7 @@ def decoded(
         suffix=False,
         drafter=reduced_drafter(model, draft_vocab) if draft_vocab else None,
         kind=None if kind == "eagle3" else kind,
+        weights=weights,
         fused_drafter=fuse_drafter,
         listeners=Listeners(on_finished=keep),
     )
@@ -102,13 +106,15 @@ def test_drafts_equal_those_of_the_module(num_draft, draft_vocab, swaps, samplin
             assert answers[str(index)] == one[0, len(prompt) :].tolist()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(("num_draft", "heat"), [(1, 0), (4, 0), (4, 0.8)])
 @pytest.mark.parametrize("kind", ["p_eagle", "dflash", "mtp"])
-def test_drafts_of_other_kinds_equal_those_of_their_modules(kind, num_draft, heat):
-    """With new weights every second step."""
-    sampling = {"temperature": heat, "seed": 3} if heat else {}
-    _, answers, drafts = decoded(True, num_draft, swap=scramble, kind=kind, **sampling)
-    _, want_answers, want = decoded(False, num_draft, swap=scramble, kind=kind, **sampling)
+def test_drafts_of_other_kinds_equal_those_of_their_modules(kind, num_draft, heat, device):
+    """With new weights every second step; on a GPU from captured programs."""
+    how = {"swap": scramble, "kind": kind, "device": device}
+    how |= {"temperature": heat, "seed": 3} if heat else {}
+    _, answers, drafts = decoded(True, num_draft, **how)
+    _, want_answers, want = decoded(False, num_draft, **how)
 
     assert answers == want_answers
     assert drafts == want
