@@ -348,7 +348,10 @@ class FusedMtp:
         if reason is not None:
             raise ValueError(f"the drafter cannot be fused: {reason}")
         assert isinstance(embed, nn.Embedding)
-        self._module, self._embed, self._head_DH = module, embed, head_DH
+        self._table_VH, self._head_DH = embed.weight.detach(), head_DH
+        self._hidden_first = ORDERS[module.config.order].hidden_first
+        self._pair_norms = norm_of(module.embed_norm), norm_of(module.hidden_norm)
+        self._target_norm, self._final_norm = norm_of(module.target_norm), norm_of(module.norm)
         weight = module.proj.weight.detach()
         self._table = rope_table(
             module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
@@ -362,9 +365,7 @@ class FusedMtp:
 
     def fuse(self, features: Tensor) -> Tensor:
         """See ``Mtp.fuse``; [T, H]."""
-        found: Tensor = self.layers.do.add_norm(
-            features, None, norm_of(self._module.target_norm), None
-        )
+        found: Tensor = self.layers.do.add_norm(features, None, self._target_norm, None)
         return found
 
     def forward(
@@ -388,21 +389,19 @@ class FusedMtp:
         Returns:
             Outputs [T, H], behind the final norm, and ``None``.
         """
-        do, m = self.layers.do, self._module
+        do, (heads,) = self.layers.do, self.layers.heads
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
         pair = do.norm_pair(
-            ids_T, self._embed.weight.detach(), hidden, norm_of(m.embed_norm),
-            norm_of(m.hidden_norm), hidden_first=ORDERS[m.config.order].hidden_first,
-        )  # fmt: skip
+            ids_T, self._table_VH, hidden, *self._pair_norms, hidden_first=self._hidden_first
+        )
         table = do.rope_rows(self._table, positions_T)
 
         def heads_of(_index: int, qkv: Tensor) -> Tensor:
-            (heads,) = self.layers.heads
             q = do.rope_and_write(qkv, heads, table, positions_T, slots_T, keys, values)
             return attend(q).flatten(1)
 
         stream = self.layers.product(pair, "proj")
-        return self.layers.forward(stream, None, heads_of, norm_of(m.norm))
+        return self.layers.forward(stream, None, heads_of, self._final_norm)
 
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""

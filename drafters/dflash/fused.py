@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.dflash.model import DFlash
+from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.fused_layers import (
     Attend,
     FusedLayers,
@@ -77,7 +77,9 @@ class FusedDFlash:
         if reason is not None:
             raise ValueError(f"the drafter cannot be fused: {reason}")
         assert isinstance(embed, nn.Embedding)
-        self._embed, self._module = embed, module
+        self._table_VH = embed.weight.detach()
+        self._mask_H = self._table_VH[module.config.mask_token_id]
+        self._hidden_norm, self._final_norm = norm_of(module.hidden_norm), norm_of(module.norm)
         c, weight = module.config, module.fc.weight.detach()
         table = rope_table(
             module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
@@ -89,14 +91,14 @@ class FusedDFlash:
         self._by_columns = weight.device.type == "cpu" and not use_kernels
         self._joined = [RowsOf(both, self._by_columns)]
         parts = Parts(
-            tuple(self._layer(layer) for layer in layers),
+            tuple(self._layer(layer, c) for layer in layers),
             {"fc": weight, "context": self._joined[0].weight},
         )
         self._keys = [_key_heads(one, c.num_kv_heads) for one in attentions]
         self.layers = FusedLayers(parts, use_kernels=use_kernels, **options)
 
-    def _layer(self, layer: Any) -> Layer:
-        attention, mlp, c = layer.self_attn, layer.mlp, self._module.config
+    def _layer(self, layer: Any, c: DFlashConfig) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
         products = (attention.q_proj, attention.k_proj, attention.v_proj)
         qkv = RowsOf([product.weight for product in products], self._by_columns)
         gate_up = RowsOf([mlp.gate_proj.weight, mlp.up_proj.weight], self._by_columns)
@@ -120,9 +122,8 @@ class FusedDFlash:
 
     def embeds(self, ids_T: Tensor) -> Tensor:
         """The target's embeddings of tokens, [T, H]."""
-        table = self._embed.weight.detach()
-        out = table.new_empty(len(ids_T), table.shape[1])
-        self.layers.do.embed(ids_T.contiguous(), table, out)
+        out = self._table_VH.new_empty(len(ids_T), self._table_VH.shape[1])
+        self.layers.do.embed(ids_T.contiguous(), self._table_VH, out)
         return out
 
     def write_context(self, features: Tensor, places: Places, pool: KvPool) -> None:
@@ -133,7 +134,7 @@ class FusedDFlash:
             places: [R, Q] positions and slots of the rows.
         """
         hidden = self.layers.product(features, "fc")
-        both = self.layers.product(hidden, "context", norm_of(self._module.hidden_norm))
+        both = self.layers.product(hidden, "context", self._hidden_norm)
         positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
         do = self.layers.do
         table = do.rope_rows(self._table, positions_T)
@@ -151,8 +152,7 @@ class FusedDFlash:
         """
         num_requests, width = anchors_RH.shape
         num_masks = places.positions.shape[1] - 1
-        mask_H = self._embed.weight.detach()[self._module.config.mask_token_id]
-        masks = mask_H.expand(num_requests, num_masks, width)
+        masks = self._mask_H.expand(num_requests, num_masks, width)
         stream = torch.cat((anchors_RH[:, None], masks), dim=1).flatten(0, 1)
         positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
         do, all_heads = self.layers.do, self.layers.heads
@@ -163,7 +163,7 @@ class FusedDFlash:
             q = do.rope_and_write(qkv, all_heads[index], table, positions_T, slots_T, *kept)
             return attend(index, q).flatten(1)
 
-        return self.layers.forward(stream, None, heads_of, norm_of(self._module.norm))[0]
+        return self.layers.forward(stream, None, heads_of, self._final_norm)[0]
 
 
 def _key_heads(attention: Any, num_kv: int) -> Heads:
