@@ -6,7 +6,7 @@ Every section forbids unknown keys: a misspelt setting is an error, never a sile
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -296,10 +296,12 @@ class TrainerSettings(Section):
     nice: int = Field(5, ge=0, le=19)
     """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
     machine."""
-    duty: float = Field(1.0, gt=0, le=1)
-    """Largest share of time in which the trainer works on updates and candidates. On a GPU that it
-    shares with a server, less of it slows the server less. 1: it never rests while it has traces to
-    train on."""
+    duty: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Largest share of time in which the trainer works on updates and candidates. ``auto``: while a
+    server of this run on this host decodes, as much as costs it ``max_serving_loss``; else all. 1:
+    it never rests while it has traces to train on."""
+    max_serving_loss: float = Field(0.05, gt=0, lt=1)
+    """With ``duty: auto``, the share of its speed that a server may lose to the trainer's work."""
     gpu_share: float = Field(1.0, gt=0, le=1)
     """Under CUDA MPS: share of the GPU's multiprocessors that the trainer may use, the others being
     the server's alone. Without MPS it has no effect. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` in the

@@ -20,6 +20,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend, TraceWriter
 from buffer.late_writer import LateWriter
+from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
@@ -52,7 +53,7 @@ from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
 from targets.config import load_config
-from targets.device import pick_device
+from targets.device import hardware_of, pick_device
 from targets.find import checked_folder, target_name
 from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
 from targets.load import load_served_model, pick_dtype
@@ -308,9 +309,13 @@ def _service(
         tell=_target_changed(maker, several),
         wake_engine=parts.inbox.wake,
     )
+    device = hardware_of(programs.target.device)
+    load = open_load(settings.run_dir, device) if followers else None
     listeners = _listeners(recorder, maker, several, redaction, savings, target)
+    if load is not None:
+        listeners = replace(listeners, on_pass=load.passed)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, followers, policies, savings, target)
+    return Service(model, engine, recorder, maker, followers, policies, savings, target, load=load)
 
 
 def _trace_writer(settings: Settings, backend: Backend) -> TraceWriter:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,7 @@ from reporting.reports import Reports
 from targets.head import TargetHead, load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
+from trainer.duty import Duty, duty_of
 from trainer.gate import Judge, Static
 from trainer.group import Group, device_of, single
 from trainer.intake import Intake
@@ -70,6 +72,7 @@ class _Shared:
     fingerprint: str
     backend: Backend
     num_trainers: int
+    duty: Duty
 
 
 def build_trainers(
@@ -106,8 +109,17 @@ def build_trainers(
     place = target_of_run(settings)
     head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
+    duty = duty_of(settings.trainer, settings.run_dir, stop, device)
     shared = _Shared(
-        stop, reports or Reports(), group, device, head, place.fingerprint, backend, len(kinds)
+        stop,
+        reports or Reports(),
+        group,
+        device,
+        head,
+        place.fingerprint,
+        backend,
+        len(kinds),
+        duty,
     )
     return [_trainer(_of_line(settings, kind), line_of(settings, kind), shared) for kind in kinds]
 
@@ -188,10 +200,11 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         random=np.random.default_rng(settings.seed),
         journal=journal,
         stop=shared.stop,
-        pace=Pace(settings.trainer),
+        pace=Pace(settings.trainer, duty=shared.duty),
         saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
         worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
+    trainer.judge.between = partial(shared.duty.breathe, trainer.learner.wait)
     trainer.worth.begin(manifest)
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:

@@ -149,8 +149,10 @@ class Rounds:
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
         most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._drafting.max_draft
-        if self._later.num_left:
-            most = min(most, self._later.made_draft(fitting(self._sizes, len(batch))))
+        if not self._later.is_empty:
+            size = fitting(self._sizes, len(batch))
+            self._later.prefer(size)
+            most = min(most, self._later.made_draft(size))
         return most
 
     def launch(
@@ -187,7 +189,8 @@ class Rounds:
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
         size = fitting(self._sizes, len(batch))
-        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
+        if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
+            size = self._later.size_for(size, num_draft)
         is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
@@ -197,8 +200,11 @@ class Rounds:
         else:
             cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
             key = key._replace(cutting=cutting)
+        program = self._program(key)  # a new one has run on inputs of its own
+        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
+        if allocation is not None:
             self._allocator.upload(allocation, len(batch), num_draft)
-        self._program(key)()
+        program()
         seen = None if allocation is None else self._allocator.download(allocation, size)
         scores = None
         if is_scored:
@@ -381,6 +387,7 @@ class Rounds:
 
     def _program(self, key: _Key) -> Program:
         if key not in self._programs:
+            self._leave_out_requests()
             self._programs[key] = self._graphs.capture(partial(self._round, key))
         return self._programs[key]
 

@@ -226,6 +226,8 @@ def test_weights_that_went_wrong_are_restored_and_the_rate_is_halved(
     assert trainer.learner.model.fc.weight.equal(weights(tmp_path, 0)["fc.weight"])
     assert [e["source"] for e in events(tmp_path, "restored")] == ["checkpoint", "version 0"]
     assert [e["lr_scale"] for e in events(tmp_path, "restored")] == [0.5, 0.25]
+    why = "3 updates in a row were not finite, nor is model.norm.weight (1 in all)"
+    assert all(e["text"].startswith(why) for e in events(tmp_path, "restored"))
     assert trainer.learner.step == 10  # never goes back
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
+from policies.fixed import FixedPolicy
 from policies.interface import Decision
 from serving.engine.later import Later
 from serving.engine.making import Making
@@ -31,17 +32,17 @@ def making_of(durations):
     return Making(make_next, clock), clock, left
 
 
-def test_beside_requests_making_takes_a_twentieth_of_the_time():
+def test_beside_requests_making_takes_a_fiftieth_of_the_time():
     making, clock, left = making_of([0.1, 0.2, 0.1])
     making.begin()
     assert making.is_due and making.make()
 
     assert not making.is_due
-    clock.now_s += 1.9
+    clock.now_s += 4.9
     assert not making.is_due
     clock.now_s += 0.2
     assert making.is_due and making.make()
-    clock.now_s += 3.9
+    clock.now_s += 9.9
     assert not making.is_due and left == [0.1]
 
 
@@ -80,8 +81,32 @@ def test_a_k_is_used_once_all_its_programs_are_made():
     assert order[1] == ((1, 2, "sampled"), 1, 1)
     assert order[2] == ((2, 2, "greedy"), 2, 1)
     assert order[4] == ((1, 3, "greedy"), 2, 2)
-    assert all(small >= large for _, small, large in order), "a batch may shrink"
-    assert later.made_draft(1) == later.made_draft(2) == 3
+    assert later.made_draft(1) == later.made_draft(2) == 3 and later.is_empty
+
+
+def test_without_programs_nothing_is_left():
+    """As of a server that has no drafters."""
+    later = Later([1, 2], 3)
+    later.leave(1, lambda size, k: [])
+
+    assert later.is_empty and later.next is None and later.num_left == 0
+
+
+def test_programs_of_the_size_that_batches_have_are_made_first():
+    later = Later([1, 2, 4], 3)
+    later.leave(1, lambda size, k: [(size, k)])
+    later.prefer(4)
+    order = []
+    while later.next is not None:
+        order.append(later.next)
+        later.was_made()
+        if len(order) == 2:
+            assert [later.made_draft(size) for size in (1, 2, 4)] == [1, 1, 3]
+            assert later.size_for(1, 3) == later.size_for(2, 2) == 4, "where a batch is padded to"
+            assert later.size_for(1, 1) == 1
+            later.prefer(2)
+
+    assert order == [(4, 2), (4, 3), (2, 2), (2, 3), (1, 2), (1, 3)]
 
 
 class Eager(RandomPolicy):
@@ -113,6 +138,30 @@ def test_requests_decode_alike_while_programs_are_made(overlaps):
 
     assert programs.rounds.num_left < num_left
     assert policy.most[0] == 1 and max(policy.most) >= 2
+    for key, collected in wanted.items():
+        assert found[key].token_ids == collected.token_ids
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_batch_of_a_size_without_programs_of_its_k_is_padded(overlaps):
+    """As after requests that ended once K was chosen: only batches of three have drafts of 2."""
+    requests = [request_of(str(i), [5, 6, 7, 5, 6, 7, 5, 6 + i], 8 + 8 * i) for i in range(3)]
+    wanted = run(make_engine(random_model("qwen3"), max_batch=3, overlaps=overlaps), requests)
+
+    policy = FixedPolicy("eagle3", 2)
+    engine = make_engine(random_model("qwen3"), policy=policy, max_batch=3, overlaps=overlaps)
+    rounds = engine.programs.rounds
+    rounds.leave_for_later(0)
+    rounds._later.prefer(3)
+    while rounds._later.made_draft(3) < 2:
+        rounds._later.was_made()
+    rounds.most_draft = lambda batch: 2
+    launched, program = [], rounds._program
+    rounds._program = lambda key: launched.append(key) or program(key)
+    found = run(engine, requests)
+
+    drafted = [key.size for key in launched if key.num_draft == 2]
+    assert len(drafted) > 8 and set(drafted) == {3}
     for key, collected in wanted.items():
         assert found[key].token_ids == collected.token_ids
 
