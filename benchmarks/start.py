@@ -36,8 +36,8 @@ _PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
 _PROGRAMS = re.compile(
     r"(?P<num>\d+) programs are ready after [0-9.]+ s, (?P<left>\d+) are left for later"
 )
-_WITHIN = "programs, "
-"""Begins the name of a part of another part."""
+_WITHIN = ("programs, ", "beside, ")
+"""These begin the name of a part of another part, or of what went on beside others."""
 _POLL_S = 0.02
 _GIVE_UP_S = 600.0
 

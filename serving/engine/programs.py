@@ -16,7 +16,6 @@ from pathlib import Path
 from drafters.protocol import HostDrafter, NeuralDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
-from serving.engine.captures import uncollected
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
@@ -26,6 +25,7 @@ from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
+from serving.phases import uncollected
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 
