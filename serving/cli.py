@@ -108,9 +108,11 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
     # --help and --print-config skip these imports: FastAPI, torch and transformers take seconds.
     from serving.http.connections import raise_limit
     from serving.http.port import bind
+    from targets.find import refuse_early
 
     raise_limit()
     bound = bind(settings)
+    refuse_early(settings.target)
     with uncollected():
         importing = Ahead("imported torch and the engine", partial(_import_engine, settings))
         with timed("imported HTTP"):
