@@ -85,7 +85,10 @@ def main(
     }
     print(json.dumps(summary), flush=True)
     if out is not None:
-        write_result(out, {"cores": os.cpu_count(), "set_up_s": set_up_s, "median": summary, "starts": starts})
+        write_result(
+            out,
+            {"cores": os.cpu_count(), "set_up_s": set_up_s, "median": summary, "starts": starts},
+        )
     if row is not None:
         command = ["python -m benchmarks.start", *(f"--config {c}" for c in config or [])]
         source = " ".join([*command, *(["--bare"] if bare else [])])

@@ -75,7 +75,7 @@ class _Record(msgspec.Struct, array_like=True, gc=False):
     garbage collector, and without names in a message."""
 
 
-class TokenLogprob(_Record, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The target's own log probability of one emitted token: without bias and penalties, at
     temperature 1, untruncated; vLLM's default."""
 

@@ -152,7 +152,8 @@ def _stretched(plain: np.ndarray, rope: Mapping[str, Any]) -> np.ndarray:
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
     share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return share * plain + (1 - share) * plain / rope["factor"]
+    found: np.ndarray = share * plain + (1 - share) * plain / rope["factor"]
+    return found
 
 
 def _unknown_scaling() -> ValueError:

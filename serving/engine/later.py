@@ -42,7 +42,11 @@ class Later(Generic[KeyT]):
         self._left: deque[_Left[KeyT]] = deque()
 
     def leave(
-        self, most_draft: int, keys_of: Callable[[int, int], list[KeyT]], *, are_scored: bool = False
+        self,
+        most_draft: int,
+        keys_of: Callable[[int, int], list[KeyT]],
+        *,
+        are_scored: bool = False,
     ) -> None:
         """Leave all programs of larger K than ``most_draft``, behind those that are left already.
 

@@ -18,11 +18,11 @@ from serving.http.boundary import Boundary
 from serving.http.context import Context, attach, of_app
 from serving.http.errors import (
     ApiError,
+    invalid,
     on_api_error,
     on_client_gone,
     on_engine_gone,
     on_http_exception,
-    invalid,
     printable,
 )
 from serving.http.face import RunningServer

@@ -23,6 +23,8 @@ logger = logging.getLogger("serving.http")
 
 LAST_WORDS_S = 2.0
 """Time to answer clients whose requests were cancelled at the end of the drain."""
+
+
 @contextlib.contextmanager
 def announced(
     listener: socket.socket, settings: Settings, model_name: str

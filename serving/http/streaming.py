@@ -125,9 +125,7 @@ class EventStream(Response):
         for each event would be a twentieth of its price."""
         clock, left_s = asyncio.get_running_loop().time, self._stall_s
         while left_s > 0:
-            done, _ = await asyncio.wait(
-                tasks, timeout=left_s, return_when=asyncio.FIRST_COMPLETED
-            )
+            done, _ = await asyncio.wait(tasks, timeout=left_s, return_when=asyncio.FIRST_COMPLETED)
             if done:
                 return
             waited_s = 0.0 if self._since_s is None else clock() - self._since_s

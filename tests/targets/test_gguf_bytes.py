@@ -45,9 +45,7 @@ def test_every_file_is_that_of_the_library(architecture, tied, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [GGMLQuantizationType.Q4_1, GGMLQuantizationType.F16])
-def test_weights_are_rounded_as_torch_rounds_them_whatever_the_blocks(
-    kind, tmp_path, monkeypatch
-):
+def test_weights_are_rounded_as_torch_rounds_them_whatever_the_blocks(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(gguf_convert, "_BLOCK", 1)  # one head at a time
     source = random_source("llama")
     with torch.no_grad():
@@ -135,7 +133,8 @@ files = read_target(sys.argv[1], Path(sys.argv[2]))
 text = files.tokenizer.apply_chat_template(
     [{"role": "user", "content": "hi"}], add_generation_prompt=True, tokenize=False
 )
-print(files.fingerprint, files.name, files.config.hidden_size, len(files.tokenizer(text)["input_ids"]))
+num = len(files.tokenizer(text)["input_ids"])
+print(files.fingerprint, files.name, files.config.hidden_size, num)
 """
 
 
