@@ -34,17 +34,18 @@ class Ring(NamedTuple):
     tokens: Tokens
     """[N]."""
     spaces: NDArray[np.int64]
-    """[N] number of the namespace of each."""
+    """[N or more] number of the namespace of each."""
     heads: Tokens
     """[L, C] latest position."""
     links: Tokens
-    """[N, L] position before each in its chain; -1: none."""
+    """[N or more, L] position before each in its chain; -1: none."""
 
     @classmethod
     def empty(cls, capacity: int, num_lengths: int) -> Ring:
         """A ring of ``capacity`` slots."""
         num_chains = 1 << max(10, (capacity - 1).bit_length())
-        slots = _in_lines(capacity, 2 + num_lengths)
+        # Two slots at least: one row alone is contiguous, which would be another type to Numba.
+        slots = _in_lines(max(capacity, 2), 2 + num_lengths)
         spaces, links = slots.view(np.int64)[:, 0], slots[:, 2 : 2 + num_lengths]
         spaces[:] = 0
         return cls(
