@@ -68,7 +68,7 @@ def test_a_device_that_cannot_make_more_goes_on_with_what_there_is(caplog):
 
 
 def test_a_k_is_used_once_all_its_programs_are_made():
-    later = Later([1, 2], 3)
+    later = Later([1, 2], 3, 0)
     later.leave(1, lambda size, k: [(size, k, "greedy"), (size, k, "sampled")])
     assert later.num_left == 8 and later.made_draft(1) == later.made_draft(2) == 1
 
@@ -107,6 +107,22 @@ def test_programs_of_the_size_that_batches_have_are_made_first():
             later.prefer(2)
 
     assert order == [(4, 2), (4, 3), (2, 2), (2, 3), (1, 2), (1, 3)]
+
+
+def test_programs_that_score_are_made_last_and_bound_only_those_who_ask():
+    later = Later([1, 2], 2, 1)
+    later.leave(0, lambda size, k: [(size, k, "scored")], are_scored=True)
+    later.leave(1, lambda size, k: [(size, k)])
+    assert (later.made_draft(2), later.made_draft(2, is_scored=True)) == (1, 0)
+
+    order, timed = [], []
+    while later.next is not None:
+        order.append(later.next)
+        timed.append(later.was_made())
+
+    assert order == [(1, 1, "scored"), (2, 1, "scored"), (1, 2), (2, 2)]
+    assert timed == [False, False, True, True], "drafting is timed by programs that do not score"
+    assert (later.made_draft(2), later.made_draft(2, is_scored=True)) == (2, 1)
 
 
 class Eager(RandomPolicy):
@@ -169,10 +185,13 @@ def test_a_batch_of_a_size_without_programs_of_its_k_is_padded(overlaps):
 def test_a_request_with_log_probabilities_takes_no_longer_drafts_than_are_made():
     engine = make_engine(random_model("qwen3"), policy=Eager())
     rounds = engine.programs.rounds
-    rounds.leave_for_later(2)
+    rounds.leave_for_later(2, 1)
 
     run(engine, [request_of("a", [5, 6, 7, 5, 6, 7], 20, logprobs=2)])
+    assert max(engine.policy.most) == 1
 
+    engine.policy.most.clear()
+    run(engine, [request_of("b", [5, 6, 7, 5, 6, 7], 20)])
     assert max(engine.policy.most) == 2
 
 
@@ -195,5 +214,10 @@ def test_looking_through_programs_meets_each_that_is_made_and_no_request():
     def called(each):
         return sorted((work.func.__qualname__, *map(repr, work.args)) for work in each)
 
-    assert called(works) == called(made)
+    scoring = [work for work in made if any(getattr(key, "is_scored", False) for key in work.args)]
+    assert scoring, "they launch the kernels of the same program that does not score"
+    others = [work for work in made if work not in scoring]
+    assert called(work.args[0] for work in works) == called(others)
+    twins = {work.args[0]._replace(is_scored=False) for work in scoring}
+    assert twins <= {work.args[0] for work in others}
     assert run(engine, [request_of("b", [5, 6, 7], 8)])["b"].token_ids == wanted["a"].token_ids
