@@ -13,7 +13,8 @@ from oracles.support import save_tiny_target
 from tests.serving.http.live import MODEL, running_server
 
 BAD = 9
-BODY = {"model": MODEL, "max_tokens": 4, "temperature": 0}
+BODY = {"model": MODEL, "max_tokens": 4, "temperature": 0, "logit_bias": {str(BAD): -100}}
+"""Or a sound request may draw the bad token."""
 POISONED = [3, BAD, 4]
 SOUND = [3, 5, 4]
 
