@@ -18,13 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, Self
 
-import numpy as np
-
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
-from policies.choice import Choice, Chooser, best_of
+from policies.choice import Choice, Chooser, Footing, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, Outline
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.ledger import Ledger
 from policies.picks import Kinds, Picker, rows_of, with_mixes
@@ -57,15 +55,37 @@ class Predicted(NamedTuple):
         return {"tokens": self.tokens, "seconds": self.seconds}
 
 
+class _Basis(NamedTuple):
+    """What a plan weighs whatever its requests are like: computed when it is asked for, or ahead
+    of it."""
+
+    obs: StepObs
+    """For which it was computed."""
+    max_k: int
+    fresh: str
+    """The drafter of the decision before."""
+    outline: Outline
+    catch_up_s: dict[str, float]
+    """Seconds to come back to each neural drafter that may propose."""
+    footing: Footing
+
+    def is_for(self, obs: StepObs, max_k: int, fresh: str) -> bool:
+        """Whether this is what the plan would weigh."""
+        own = self.obs
+        return (
+            obs.batch == own.batch
+            and max_k == self.max_k
+            and fresh == self.fresh
+            and obs.drafters == own.drafters
+            and obs.pending_rows == own.pending_rows
+        )
+
+
 class _Weighed(NamedTuple):
     """All that a plan weighs before it draws: computed when it is asked for, or ahead of it."""
 
-    obs: StepObs
-    fresh: str
-    """The drafter of the decision before."""
+    basis: _Basis
     seen: Forecast
-    catch_up_s: dict[str, float]
-    """Seconds to come back to each neural drafter that can propose."""
     choice: Choice
     options: list[Option]
     """Stretches that could begin."""
@@ -73,19 +93,6 @@ class _Weighed(NamedTuple):
     """The best arm that needs no look at matches."""
     draft: Arm
     """The best arm that drafts; plain decoding if none can."""
-
-    def is_for(self, obs: StepObs, fresh: str) -> bool:
-        """Whether this is what the plan would weigh."""
-        own = self.obs
-        return (
-            obs.matches is None
-            and obs.batch == own.batch
-            and fresh == self.fresh
-            and obs.max_draft == own.max_draft
-            and obs.drafters == own.drafters
-            and obs.pending_rows == own.pending_rows
-            and obs.caps == own.caps
-        )
 
 
 class _Steps:
@@ -156,8 +163,10 @@ class GoodputPolicy:
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
         self._rest = Rest(self._ledger)
         self._steps = _Steps()
+        self._basis: _Basis | None = None
+        """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: _Weighed | None = None
-        """For the next plan, if that is as the last one was and nothing is learned before it."""
+        """and all that it weighs, if its requests are alike too."""
         self._picker = Picker(
             context.mixes, self._acceptance, explore, context.seed, kinds.matching
         )
@@ -176,7 +185,7 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
-        self._ahead = None
+        self._basis = self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
         """Predicted seconds of a plain step; ``None`` while it is only a guess."""
@@ -246,7 +255,7 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
-        self._ahead = None
+        self._basis = self._ahead = None
         self._learn(outcome)
         if self._kinds.neural and self._rest.is_over:
             self._learn_gathered()
@@ -257,8 +266,10 @@ class GoodputPolicy:
                 self._explorer.note_doubt(doubt)
             obs = self._steps.obs
             # The next plan mostly is for a batch like that of the last one.
-            if obs is not None and obs.batch == outcome.batch and obs.matches is None and not looks:
-                self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
+            if obs is not None and obs.batch == outcome.batch:
+                self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
+                if obs.matches is None and not looks:
+                    self._ahead = self._weigh(obs, self._basis)
 
     def _learn(self, outcome: Outcome) -> None:
         self._acceptance.tick(outcome.batch)
@@ -336,7 +347,7 @@ class GoodputPolicy:
             if drafter in members:
                 self._versions.on_change(mix)
         self._rest.reset()
-        self._ahead = None
+        self._basis = self._ahead = None
         self._explorer.under_way = None
         self._steps.untried.update({drafter} & self._kinds.neural)
 
@@ -358,10 +369,12 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        self._steps.obs, ahead = obs, self._ahead
-        self._ahead = None
-        if ahead is None or not ahead.is_for(obs, self._steps.drafter):
-            ahead = self._weigh(obs, max_k)
+        basis, ahead, self._steps.obs = self._basis, self._ahead, obs
+        self._basis = self._ahead = None
+        if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
+            basis, ahead = self._based(obs, max_k), None
+        if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
+            ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
         self._chooser.take(choice, seen, self._steps.drafter)
         if obs.matches is not None and self._needs_no_look(choice.arm[0]):
@@ -371,7 +384,7 @@ class GoodputPolicy:
         tokens, seconds = seen.arm((drafter, k))
         catches_up = self._catches_up(drafter, self._steps.drafter)
         if catches_up:
-            seconds += ahead.catch_up_s[drafter]
+            seconds += basis.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
         on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
         picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
@@ -380,22 +393,28 @@ class GoodputPolicy:
             note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
         )  # fmt: skip
 
-    def _weigh(self, obs: StepObs, max_k: int) -> _Weighed:
-        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
-        seen, fresh = self._forecaster.forecast(obs, max_k), self._steps.drafter
+    def _based(self, obs: StepObs, max_k: int) -> _Basis:
+        """Compute what arms take and which one is the base, for a batch of this size."""
+        outline, fresh = self._forecaster.outline(obs, max_k), self._steps.drafter
         catch_up_s = {
             kind: self._switches.seconds(
-                kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
+                kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
             )
-            for kind in seen.seconds
+            for kind in obs.drafters
             if kind in self._kinds.neural
         }
-        choice = self._chooser.weigh(
-            seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
-            lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
+        footing = self._chooser.footing(
+            outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
+            lambda arm: self._forecaster.spread(arm, obs.batch),
         )  # fmt: skip
+        return _Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+
+    def _weigh(self, obs: StepObs, basis: _Basis) -> _Weighed:
+        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
+        seen = self._forecaster.forecast(obs, basis.outline)
+        choice = self._chooser.weigh(seen, basis.footing, looked=obs.matches is not None)
         return _Weighed(
-            obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
+            basis, seen, choice, self._explorer.options(seen, choice),
             best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
         )  # fmt: skip
 
@@ -431,10 +450,7 @@ class GoodputPolicy:
         are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
         if not self._kinds.matching or not are_whole:
             return None
-        table = self._forecaster.over(seen, blind)
-        charges_s = [choice.charges_s.get(arm[0], 0.0) for arm in table.arms]
-        longer_s = table.seconds + (np.array(charges_s) - choice.charges_s[blind[0]])
-        return Glance(table.arms, table.gains, longer_s * choice.speed, choice.speed * seen.plain_s)
+        return Glance(self._forecaster.over(seen, blind), choice, blind[0])
 
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind

@@ -14,14 +14,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from itertools import repeat
-from typing import NamedTuple
 
 import numpy as np
 
 from policies.acceptance import Floats
 from policies.average import Average
-from policies.forecast import PLAIN_ARM, Arm, by_kind
+from policies.choice import Choice
+from policies.forecast import PLAIN_ARM, Arm, Gains, by_kind
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
 
@@ -205,29 +206,43 @@ class Rest:
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
-class Glance(NamedTuple):
+class Glance:
     """Decides from a look alone, between plans, whether a drafter that needs matches gains, and at
     which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
     taken without a plan: a plan at every match would cost more than most matches save."""
 
-    arms: tuple[Arm, ...]
-    """[A] drafters that need matches, each at every K."""
-    gains: Floats
-    """[A, B] tokens that a row with each kind of match gains over the arm in use."""
-    losses: Floats
-    """[A] tokens' worth of time that the step takes longer."""
-    step_tokens: float
-    """Tokens that the speed reached so far makes in the time of a plain step."""
+    def __init__(self, gains: Gains, choice: Choice, blind: str) -> None:
+        """
+        Args:
+            gains: of drafters that need matches over the arm in use.
+            choice: of the plan.
+            blind: drafter of the arm in use.
+        """
+        self._gains, self._choice, self._blind = gains, choice, blind
+        self._table: tuple[tuple[Arm, ...], Floats, Floats] | None = None
+        """[A] drafters that need matches, each at every K; [A, B] tokens that a row with each kind
+        of match gains; [A] tokens' worth of time that the step takes longer. ``None`` until the
+        first look, because most plans are followed by none."""
 
-    def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
+    def _weighed(self) -> tuple[tuple[Arm, ...], Floats, Floats]:
+        arms, gains, seconds = self._gains.table()
+        charges_s = self._choice.charges_s
+        own_s = [charges_s.get(drafter, 0.0) for drafter, _ in arms]
+        longer_s = seconds + (np.array(own_s) - charges_s[self._blind])
+        return arms, gains, longer_s * self._choice.speed
+
+    def best(self, matches: Sequence[int]) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
-        rows = by_kind(matches, self.gains.shape[1])
-        values = (self.gains @ np.array(rows) - self.losses).tolist()
+        if self._table is None:
+            self._table = self._weighed()
+        arms, gains, losses = self._table
+        rows = by_kind(np.frombuffer(bytes(matches), np.uint8), gains.shape[1])
+        values = (gains @ rows - losses).tolist()
         most = max(values)
         if most <= 0:
             return None, 0.0
-        return self.arms[values.index(most)], most / self.step_tokens
+        return arms[values.index(most)], most / (self._choice.speed * self._choice.plain_s)
 
 
 class Gathered:
