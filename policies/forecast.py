@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence, Set
+from typing import NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,14 +34,16 @@ class Outline(NamedTuple):
     usual_tokens: Mapping[str, list[float]]
     """Over a batch of this size with the matches that rows usually have, by drafters that need
     none."""
+    expected: Mapping[str, Floats]
+    """[B, K + 1] expected tokens of a row in each bucket, by drafter; K is the largest of all."""
 
 
 class Forecast(NamedTuple):
     """Predictions for one step. Lists are over K = 0, 1, ... max_k. There are B kinds of match."""
 
     batch: int
-    caps: tuple[int, ...]
-    """[batch] largest K of each request."""
+    is_whole: bool
+    """Every request may have drafts of ``max_k``."""
     max_k: int
     plain_s: float
     seconds: dict[str, list[float]]
@@ -60,27 +62,32 @@ class Forecast(NamedTuple):
 
 
 class Gains(NamedTuple):
-    """Arms of drafters that need matches against one arm that needs none, as of one plan. Nothing
-    is computed before ``table`` is asked for."""
+    """Arms of drafters that need matches against one arm that needs none."""
 
-    max_k: int
-    tokens: dict[str, Floats]
-    """[B, K + 1] by drafter: expected tokens of a row in each bucket."""
-    seconds: dict[str, list[float]]
-    """Of a step at K = 1, 2, ... by drafter."""
-    blind_tokens: Floats | None
-    """[B] tokens of a row by the arm that needs none; ``None``: one."""
-    blind_s: float
+    arms: tuple[Arm, ...]
+    """[A]"""
+    tokens: Floats
+    """[A, B] more tokens of a row in each bucket."""
+    seconds: Floats
+    """[A] more seconds of a step."""
 
-    def table(self) -> tuple[tuple[Arm, ...], Floats, Floats]:
-        """The arms; [A, B] more tokens of a row in each bucket; [A] more seconds of a step."""
-        gains, seconds = [], []
-        for kind, expected in self.tokens.items():
-            used = np.ones(len(expected)) if self.blind_tokens is None else self.blind_tokens
-            gains.append((expected[:, 1 : self.max_k + 1] - used[:, None]).T)
-            seconds += self.seconds[kind][: self.max_k]
-        arms = tuple((kind, k) for kind in self.tokens for k in range(1, self.max_k + 1))
-        return arms, np.concatenate(gains), np.array(seconds) - self.blind_s
+    @classmethod
+    def over(cls, blind: Arm, outline: Outline, needing: Set[str]) -> Self:
+        """Over an arm of a drafter that needs no match.
+
+        Args:
+            needing: drafters, and mixes, that are of use only where a request has a match.
+        """
+        arms: list[Arm] = []
+        tokens, seconds = [], []
+        (drafter, k), expected = blind, outline.expected
+        blind_s = outline.seconds[drafter][k] if k else outline.plain_s
+        for kind in needing & expected.keys():
+            used = expected[drafter][:, k] if k else np.ones(len(expected[kind]))
+            tokens.append((expected[kind][:, 1 : outline.max_k + 1] - used[:, None]).T)
+            seconds += outline.seconds[kind][1:]
+            arms += [(kind, each) for each in range(1, outline.max_k + 1)]
+        return cls(tuple(arms), np.concatenate(tokens), np.array(seconds) - blind_s)
 
 
 class _Usual(NamedTuple):
@@ -98,7 +105,7 @@ class Forecaster:
         self,
         acceptance: AcceptanceModel,
         times: StepTimes,
-        needing: Collection[str],
+        needing: Set[str],
         max_draft: int,
     ) -> None:
         """
@@ -127,12 +134,14 @@ class Forecaster:
 
     def outline(self, obs: StepObs, max_k: int) -> Outline:
         """What does not depend on the requests of a step: by its batch and its drafters alone."""
-        seconds, usual = {}, {}
+        seconds, usual, expected = {}, {}, {}
         for drafter in obs.drafters:
+            expected[drafter] = self._acceptance.expected_tokens(drafter)
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
             if drafter not in self._needing:
                 usual[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
-        return Outline(obs.batch, max_k, self._times.plain_s(obs.batch), seconds, usual)
+        plain_s = self._times.plain_s(obs.batch)
+        return Outline(obs.batch, max_k, plain_s, seconds, usual, expected)
 
     def forecast(self, obs: StepObs, outline: Outline) -> Forecast:
         """Predict every arm of a step.
@@ -141,26 +150,30 @@ class Forecaster:
             outline: of it, or of one with the same batch, with these drafters among others, and
                 with nothing learned since.
         """
-        max_k, num_kinds = outline.max_k, self._acceptance.num_buckets
-        kinds = None if obs.matches is None else np.frombuffer(bytes(obs.matches), np.uint8)
-        rows = self._usual_rows(obs.batch) if kinds is None else by_kind(kinds, num_kinds)
-        has_match = kinds is not None and rows[0] < obs.batch
-        is_capped = obs.caps.count(max_k) < obs.batch
-        by_cap = self._by_cap(obs.caps, kinds, max_k) if is_capped else None
-        self._drafters_last, self._was_capped = obs.drafters, max_k if is_capped else 0
+        max_k, batch, num_kinds = outline.max_k, obs.batch, self._acceptance.num_buckets
+        caps, has_match = bytes(obs.caps), False  # counted by C, at a tenth of the time of integers
+        is_whole = caps.count(max_k) == batch
+        if obs.matches is None:
+            kinds, rows = None, self._usual_rows(batch)
+        else:
+            kinds = np.frombuffer(bytes(obs.matches), np.uint8)
+            rows = by_kind(kinds, num_kinds)
+            has_match = rows[0] < batch
+        by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
+        self._drafters_last, self._was_capped = obs.drafters, 0 if is_whole else max_k
         seconds, tokens = {}, {}
         for drafter in obs.drafters:
             if drafter in self._needing and not has_match:
                 continue
             seconds[drafter] = outline.seconds[drafter]
             if by_cap is not None:
-                tokens[drafter] = (by_cap @ self._capped(drafter, max_k)).tolist()
+                table = self._capped(drafter, outline.expected[drafter], max_k)
+                tokens[drafter] = (by_cap @ table).tolist()
             elif kinds is not None:
-                expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
-                tokens[drafter] = (rows @ expected).tolist()
+                tokens[drafter] = (rows @ outline.expected[drafter][:, : max_k + 1]).tolist()
             else:
                 tokens[drafter] = outline.usual_tokens[drafter]
-        return Forecast(obs.batch, obs.caps, max_k, outline.plain_s, seconds, tokens, rows)
+        return Forecast(batch, is_whole, max_k, outline.plain_s, seconds, tokens, rows)
 
     def prepare(self, batch: int, *, looks: bool) -> None:
         """Compute what the next forecast will most likely ask for, while the device works: the same
@@ -174,19 +187,9 @@ class Forecaster:
                 self._times.arm_times(drafter, batch)
                 self._usual_tokens(drafter, batch)
                 if self._was_capped:
-                    self._capped(drafter, self._was_capped)
+                    expected = self._acceptance.expected_tokens(drafter)
+                    self._capped(drafter, expected, self._was_capped)
         self._times.plain_s(batch)
-
-    def over(self, seen: Forecast, blind: Arm) -> Gains:
-        """What drafters that need matches gain over an arm that needs none, by length of match."""
-        drafter, k = blind
-        return Gains(
-            seen.max_k,
-            {kind: self._acceptance.expected_tokens(kind) for kind in self._needing},
-            {kind: self._times.arm_times(kind, seen.batch) for kind in self._needing},
-            self._acceptance.expected_tokens(drafter)[:, k] if k else None,
-            seen.arm(blind)[1],
-        )
 
     def doubt(self, arm: Arm, batch: int) -> float:
         """How uncertain a drafting arm is: its time relative to a plain step, or what one more
@@ -220,20 +223,19 @@ class Forecaster:
             rows = self._rows[batch] = batch * self._mix
         return rows
 
-    def _capped(self, drafter: str, max_k: int) -> Floats:
+    def _capped(self, drafter: str, expected: Floats, max_k: int) -> Floats:
         """[B * (max_k + 1), max_k + 1] expected tokens of a row by kind of match and by those it
         may have."""
-        expected = self._acceptance.expected_tokens(drafter)
         known = self._tables.get((drafter, max_k))
         if known is None or known[0] is not expected:
             table = expected[:, _CAPPED[max_k]].reshape(-1, max_k + 1)
             known = self._tables[drafter, max_k] = expected, table
         return known[1]
 
-    def _by_cap(self, caps: Sequence[int], kinds: Bytes | None, max_k: int) -> Floats:
+    def _by_cap(self, caps: bytes, kinds: Bytes | None, max_k: int) -> Floats:
         """[B * (max_k + 1)] rows by kind of match and by the tokens that they may have."""
         shape = self._acceptance.num_buckets, max_k + 1
-        held = np.minimum(np.frombuffer(bytes(caps), np.uint8), np.uint8(max_k))
+        held = np.minimum(np.frombuffer(caps, np.uint8), np.uint8(max_k))
         if kinds is not None:
             codes = kinds * np.int64(max_k + 1) + held
             return np.bincount(codes, minlength=shape[0] * shape[1]).astype(np.float64)

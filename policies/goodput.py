@@ -442,15 +442,11 @@ class GoodputPolicy:
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
-            self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
+            glance = None
+            if looked and self._kinds.matching and seen.is_whole:
+                glance = Glance(weighed.basis.outline, choice, blind, self._kinds.needing)
+            self._rest.begin(blind, glance)
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
-
-    def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
-        """What drafters that need matches gain over an arm without, by kind of match."""
-        are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
-        if not self._kinds.matching or not are_whole:
-            return None
-        return Glance(self._forecaster.over(seen, blind), choice, blind[0])
 
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind

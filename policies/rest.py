@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from itertools import repeat
 
 import numpy as np
@@ -22,7 +22,7 @@ import numpy as np
 from policies.acceptance import Floats
 from policies.average import Average
 from policies.choice import Choice
-from policies.forecast import PLAIN_ARM, Arm, Gains, by_kind
+from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
 
@@ -211,38 +211,39 @@ class Glance:
     which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
     taken without a plan: a plan at every match would cost more than most matches save."""
 
-    def __init__(self, gains: Gains, choice: Choice, blind: str) -> None:
+    def __init__(self, outline: Outline, choice: Choice, blind: Arm, needing: Set[str]) -> None:
         """
         Args:
-            gains: of drafters that need matches over the arm in use.
-            choice: of the plan.
-            blind: drafter of the arm in use.
+            outline: of the last plan,
+            choice: which was this.
+            blind: the arm in use.
+            needing: drafters, and mixes, that are of use only where a request has a match.
         """
-        self._gains, self._choice, self._blind = gains, choice, blind
-        self._table: tuple[tuple[Arm, ...], Floats, Floats] | None = None
-        """[A] drafters that need matches, each at every K; [A, B] tokens that a row with each kind
-        of match gains; [A] tokens' worth of time that the step takes longer. ``None`` until the
-        first look, because most plans are followed by none."""
+        self._outline, self._choice, self._blind = outline, choice, blind
+        self._needing = needing
+        self._gains: tuple[Gains, Floats] | None = None
+        """What they gain, and [A] tokens' worth of time that the step takes longer. ``None`` until
+        the first look: most plans are followed by none."""
 
-    def _weighed(self) -> tuple[tuple[Arm, ...], Floats, Floats]:
-        arms, gains, seconds = self._gains.table()
-        charges_s = self._choice.charges_s
-        own_s = [charges_s.get(drafter, 0.0) for drafter, _ in arms]
-        longer_s = seconds + (np.array(own_s) - charges_s[self._blind])
-        return arms, gains, longer_s * self._choice.speed
+    def _weighed(self) -> tuple[Gains, Floats]:
+        gains, charges_s = Gains.over(self._blind, self._outline, self._needing), []
+        for drafter, _ in gains.arms:
+            charges_s.append(self._choice.charges_s.get(drafter, 0.0))
+        longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
+        return gains, longer_s * self._choice.speed
 
     def best(self, matches: Sequence[int]) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
-        if self._table is None:
-            self._table = self._weighed()
-        arms, gains, losses = self._table
-        rows = by_kind(np.frombuffer(bytes(matches), np.uint8), gains.shape[1])
-        values = (gains @ rows - losses).tolist()
+        if self._gains is None:
+            self._gains = self._weighed()
+        gains, losses = self._gains
+        rows = by_kind(np.frombuffer(bytes(matches), np.uint8), gains.tokens.shape[1])
+        values = (gains.tokens @ rows - losses).tolist()
         most = max(values)
         if most <= 0:
             return None, 0.0
-        return arms[values.index(most)], most / (self._choice.speed * self._choice.plain_s)
+        return gains.arms[values.index(most)], most / (self._choice.speed * self._choice.plain_s)
 
 
 class Gathered:
