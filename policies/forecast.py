@@ -235,7 +235,7 @@ class Forecaster:
     def _by_cap(self, caps: bytes, kinds: Bytes | None, max_k: int) -> Floats:
         """[B * (max_k + 1)] rows by kind of match and by the tokens that they may have."""
         shape = self._acceptance.num_buckets, max_k + 1
-        held = np.minimum(np.frombuffer(caps, np.uint8), np.uint8(max_k))
+        held = np.minimum(np.frombuffer(caps, np.uint8), _HELD[max_k])
         if kinds is not None:
             codes = kinds * np.int64(max_k + 1) + held
             return np.bincount(codes, minlength=shape[0] * shape[1]).astype(np.float64)
@@ -265,3 +265,5 @@ def by_kind(matches: Bytes, num_kinds: int) -> Floats:
 
 _CAPPED = [np.minimum(np.arange(k + 1)[:, None], np.arange(k + 1)) for k in range(MAX_DRAFT + 1)]
 """[K + 1, K + 1] by K: tokens that a row has, by its cap and by K of the step."""
+_HELD = [np.uint8(k) for k in range(MAX_DRAFT + 1)]
+"""Numbers of numpy: to make one takes longer than to use it."""

@@ -20,17 +20,18 @@ from typing import Any, NamedTuple, Self
 
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
-from policies.choice import Choice, Chooser, Footing, best_of
+from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, Outline
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.ledger import Ledger
 from policies.picks import Kinds, Picker, rows_of, with_mixes
-from policies.probes import Explorer, Option, Stretch
+from policies.probes import Explorer, Stretch
 from policies.rest import Gathered, Glance, Rest, count_rows
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
+from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
@@ -53,46 +54,6 @@ class Predicted(NamedTuple):
 
     def columns(self) -> Mapping[str, float]:
         return {"tokens": self.tokens, "seconds": self.seconds}
-
-
-class _Basis(NamedTuple):
-    """What a plan weighs whatever its requests are like: computed when it is asked for, or ahead
-    of it."""
-
-    obs: StepObs
-    """For which it was computed."""
-    max_k: int
-    fresh: str
-    """The drafter of the decision before."""
-    outline: Outline
-    catch_up_s: dict[str, float]
-    """Seconds to come back to each neural drafter that may propose."""
-    footing: Footing
-
-    def is_for(self, obs: StepObs, max_k: int, fresh: str) -> bool:
-        """Whether this is what the plan would weigh."""
-        own = self.obs
-        return (
-            obs.batch == own.batch
-            and max_k == self.max_k
-            and fresh == self.fresh
-            and obs.drafters == own.drafters
-            and obs.pending_rows == own.pending_rows
-        )
-
-
-class _Weighed(NamedTuple):
-    """All that a plan weighs before it draws: computed when it is asked for, or ahead of it."""
-
-    basis: _Basis
-    seen: Forecast
-    choice: Choice
-    options: list[Option]
-    """Stretches that could begin."""
-    blind: Arm
-    """The best arm that needs no look at matches."""
-    draft: Arm
-    """The best arm that drafts; plain decoding if none can."""
 
 
 class _Steps:
@@ -163,9 +124,9 @@ class GoodputPolicy:
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
         self._rest = Rest(self._ledger)
         self._steps = _Steps()
-        self._basis: _Basis | None = None
+        self._basis: Basis | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
-        self._ahead: _Weighed | None = None
+        self._ahead: Weighed | None = None
         """and all that it weighs, if its requests are alike too."""
         self._picker = Picker(
             context.mixes, self._acceptance, explore, context.seed, kinds.matching
@@ -393,7 +354,7 @@ class GoodputPolicy:
             note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
         )  # fmt: skip
 
-    def _based(self, obs: StepObs, max_k: int) -> _Basis:
+    def _based(self, obs: StepObs, max_k: int) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""
         outline, fresh = self._forecaster.outline(obs, max_k), self._steps.drafter
         catch_up_s = {
@@ -407,18 +368,18 @@ class GoodputPolicy:
             outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch),
         )  # fmt: skip
-        return _Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+        return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
 
-    def _weigh(self, obs: StepObs, basis: _Basis) -> _Weighed:
+    def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
         """Compare the arms of a step; nothing but what is remembered of the batch changes."""
         seen = self._forecaster.forecast(obs, basis.outline)
         choice = self._chooser.weigh(seen, basis.footing, looked=obs.matches is not None)
-        return _Weighed(
+        return Weighed(
             basis, seen, choice, self._explorer.options(seen, choice),
             best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
         )  # fmt: skip
 
-    def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
+    def _decided(self, weighed: Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
@@ -471,7 +432,7 @@ class GoodputPolicy:
                 return stretch
         return None
 
-    def _next_stretch(self, weighed: _Weighed) -> tuple[Stretch | None, float]:
+    def _next_stretch(self, weighed: Weighed) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
         choice = weighed.choice
         left = self._explorer.goes_on(choice, self._times.num_changes)

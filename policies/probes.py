@@ -241,27 +241,27 @@ class Explorer:
 
     def options(self, seen: Forecast, choice: Choice) -> list[Option]:
         """The stretches that could begin, whatever they lose; nothing changes."""
-        (drafter, k), options = choice.arm, {}
-        if choice.base != "none" or k:  # an index may draft in every step beside no base
-            options[PLAIN_ARM] = self._haste
+        (drafter, k), weights = choice.arm, {}
         if k:
-            options[drafter, seen.max_k] = 1.0
-            options[drafter, min(k + 2, seen.max_k)] = 1.0
-            options[drafter, min(k + 1, seen.max_k)] = 2.0
-            options[drafter, max(k - 1, 1)] = 2.0
-        for idle in seen.seconds.keys() - {drafter}:
-            options[choice.best_of(idle)] = 2.0
-        options.pop(choice.arm, None)
+            most_k = seen.max_k
+            weights[drafter, most_k] = weights[drafter, min(k + 2, most_k)] = 1.0
+            weights[drafter, min(k + 1, most_k)] = weights[drafter, max(k - 1, 1)] = 2.0
         values, speed, base = choice.values, choice.speed, choice.base
+        if k or base != "none":  # an index may draft in every step beside no base
+            weights[PLAIN_ARM] = self._haste
+        for idle in seen.seconds:
+            if idle != drafter:
+                weights[choice.best_of(idle)] = 2.0
+        weights.pop(choice.arm, None)
         most, found = values[drafter][k], []
-        for arm in sorted(options):
+        for arm in sorted(weights):
             kind, length = arm
             loss_s = (most - values[kind][length]) / speed
             if length and (kind == base or kind not in self._neural):
                 purpose = Purpose.LENGTH if kind == drafter else Purpose.ARM
-                found.append(Option(arm, options[arm], 1, loss_s, purpose))
+                found.append(Option(arm, weights[arm], 1, loss_s, purpose))
             else:
-                found.append(self._option(arm, options[arm], choice, loss_s))
+                found.append(self._option(arm, weights[arm], choice, loss_s))
         return found
 
     def _affordable(self, found: Sequence[Option]) -> list[Option]:
