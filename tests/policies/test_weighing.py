@@ -15,9 +15,9 @@ import pytest
 from policies.goodput import GoodputPolicy
 from policies.interface import StepObs
 from tests.policies.decided import Capped
-from tests.policies.simulated import INDEX, NEURAL, Rows, World, context
+from tests.policies.simulated import DRAFTERS, INDEX, NEURAL, Rows, World, context
 
-DRAFTERS = {"eagle3": NEURAL, "other": NEURAL, "suffix": INDEX}
+ALL = {"eagle3": NEURAL, "other": NEURAL, "suffix": INDEX}
 MOST = 8
 CLOSE = 1e-9
 """Tokens by which sums that are added up in another order may differ."""
@@ -25,18 +25,18 @@ CLOSE = 1e-9
 
 def taught(rng: random.Random) -> GoodputPolicy:
     """A policy that has seen drafts of all drafters, a base that may be any of them."""
-    made = GoodputPolicy(context(DRAFTERS), explore=0.05, half_life_rounds=200, margin=1.01)
+    made = GoodputPolicy(context(ALL), explore=0.05, half_life_rounds=200, margin=1.01)
     made.calibrate(World(batch=rng.choice([1, 8, 64])).profile())
     acceptance = made._acceptance
     for _ in range(rng.randrange(40)):
         acceptance.tick(rng.randint(1, 64))
-        kind, verified = rng.choice(list(DRAFTERS)), rng.randint(1, MOST)
+        kind, verified = rng.choice(list(ALL)), rng.randint(1, MOST)
         outcomes = Counter({(verified, rng.randint(0, verified)): rng.randint(1, 9)})
         bucket = rng.randrange(1, 6) if kind == "suffix" else rng.choice([None, 0, 3])
         acceptance.observe(kind, {bucket: outcomes}, 8)
         made._times.observe(kind, verified, rng.randint(1, 64), rng.uniform(0.005, 0.03))
     made._chooser.base = rng.choice(["none", "eagle3", "other"])
-    made._steps.drafter = rng.choice(["none", *DRAFTERS])
+    made._steps.drafter = rng.choice(["none", *ALL])
     return made
 
 
@@ -49,7 +49,7 @@ def seen(rng: random.Random) -> StepObs:
     matches = tuple(rng.choice([0, 0, 1, 3, 5]) for _ in caps) if looked else None
     if looked and rng.random() < 0.2:
         matches = (0,) * batch
-    kinds = tuple(DRAFTERS) if looked else ("eagle3", "other")
+    kinds = tuple(ALL) if looked else ("eagle3", "other")
     pending = {"eagle3": rng.randrange(40), "other": rng.randrange(40)}
     return StepObs(0, batch, tuple(caps), matches, kinds, MOST, 0, pending)
 
@@ -93,16 +93,18 @@ def test_every_arm_is_worth_the_tokens_of_its_requests_less_its_time(seed):
         assert wanted[weighed.choice.arm] >= best - CLOSE * obs.batch, "but for ties"
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_what_was_computed_ahead_changes_no_decision(seed):
+@pytest.mark.parametrize("has_index", [False, True])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_was_computed_ahead_changes_no_decision(seed, has_index):
+    drafters = DRAFTERS if has_index else {"eagle3": NEURAL}
     world = World(
-        batch=6, eagle=(0.6,) * 8, request_tokens=25,
+        batch=6, eagle=(0.6,) * 8, request_tokens=25, has_index=has_index,
         rows={1: Rows(0.25, 0.15), 3: Rows(0.1, 0.45, 0.5), 5: Rows(0.1, 0.8, 1.0)},
     )  # fmt: skip
 
     def decided(*, forgets: bool) -> list[tuple[str, int, float, str]]:
         made = GoodputPolicy(
-            context(), explore=0.05, half_life_rounds=200, margin=1.01, probe_share=0.05
+            context(drafters), explore=0.05, half_life_rounds=200, margin=1.01, probe_share=0.05
         )
         made.calibrate(world.profile())
         plan, found, ahead = made.plan, [], Counter()
