@@ -2,21 +2,22 @@
 
     python -m benchmarks.learned_lengths --run-dir runs/lengths        # seven minutes on two cores
 
-The engine decodes sampled text of three domains with the bundled drafter (as ``benchmarks.policies``
-does), eight requests at a time, drafts eight tokens in every round and verifies all of them. So a
-round tells exactly what each K from 0 to 8 would have brought. The rounds of one request after
-another are a log of batch 1. What a round brings does not depend on step times, so one log is judged
-under several of them, stated here and not measured: a constant for drafting at all, and a slope.
+The engine decodes sampled text of three domains with the bundled drafter, eight requests at a time,
+drafts eight tokens in every round and verifies all of them. So a round tells exactly what each K
+from 0 to 8 would have brought. The rounds of one request after another are a log of batch 1. What a
+round brings does not depend on step times, so one log is judged under several of them, stated here
+and not measured: a constant for drafting at all, and a slope.
 
-``ltd`` is fitted from full information on three quarters of the steps and judged on the rest against
-the best fixed K, as ``trainer policy`` does, for several seeds. Traces in the folder are used again.
-Writes ``learned_lengths.json`` and ``rows/learned_lengths.json`` in ``benchmarks/results``.
+``ltd`` is fitted from full information on three quarters of the steps and judged on the rest
+against the best fixed K, as ``trainer policy`` does, for several seeds. Traces in the folder are
+used again. Writes ``learned_lengths.json`` and ``rows/learned_lengths.json`` in
+``benchmarks/results``.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Any
@@ -29,20 +30,25 @@ from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from benchmarks.policies import generate
+from buffer.records import Trace
 from configs.load import load_settings
 from configs.schema import Settings
 from policies.evaluation import best_ks, rate_of
 from policies.interface import CostSample
 from policies.logged import LoggedRow, LoggedStep
 from policies.replayed_log import ReplayedLog
-from policies.run_log import read_steps
+from policies.run_log import read_traces
 from trainer.ltd import FullInformation, fit_full_information, judge_network, split
 
 SOURCE = "python -m benchmarks.learned_lengths"
 BATCH, MAX_DRAFT = 8, 8
-TIMES = {"0.12 + 0.17 K": (0.12, 0.17), "0.02 + 0.10 K": (0.02, 0.10), "0.02 + 0.05 K": (0.02, 0.05)}
-"""Time that a draft of K tokens adds to a step, in plain steps: like the bundled target on a CPU, and
-like larger targets on a GPU."""
+TIMES = {
+    "0.12 + 0.17 K": (0.12, 0.17),
+    "0.02 + 0.10 K": (0.02, 0.10),
+    "0.02 + 0.05 K": (0.02, 0.05),
+}
+"""Time that a draft of K tokens adds to a step, in plain steps: like the bundled target on a CPU,
+and like larger targets on a GPU."""
 PLAIN_S = 0.01
 
 
@@ -57,16 +63,16 @@ def settings_of(folder: Path) -> Settings:
     return load_settings([DEMO], chosen, {})
 
 
-def alone(steps: list[LoggedStep]) -> list[LoggedStep]:
-    """Steps of one request each, whose drafts were whole. K as logged is drawn, so that features of
-    the log are those of any policy."""
+def alone(traces: Iterable[Trace]) -> list[LoggedStep]:
+    """Rounds of one request after another, as far as their drafts were whole. K as logged is drawn,
+    so that features of the log are those of any policy."""
     rng = random.Random(1)
     return [
         LoggedStep(
-            LEARNED, rng.randint(1, MAX_DRAFT), 1, 1.0, "", step.version, PLAIN_S,
-            (LoggedRow(row.num_verified, row.num_accepted),),
+            LEARNED, rng.randint(1, MAX_DRAFT), 1, 1.0, "", one.version, PLAIN_S,
+            (LoggedRow(len(one.draft_ids), one.num_accepted),),
         )
-        for step in steps for row in step.rows if row.num_verified == MAX_DRAFT
+        for trace in traces for one in trace.rounds if len(one.draft_ids) == MAX_DRAFT
     ]  # fmt: skip
 
 
@@ -121,7 +127,7 @@ def main(
         service, _ = build(settings)
         generate(service, settings, [BATCH], seconds)
         service.engine.stop()
-    steps = alone(read_steps(settings.buffer.url, run_dir, 1_000_000))
+    steps = alone(read_traces(settings.buffer.url, run_dir))
     say(f"{len(steps)} rounds")
     found = {name: judged(steps, *times, seeds) for name, times in TIMES.items()}
     write_result(out, {"num_rounds": len(steps), "times": found})

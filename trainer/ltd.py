@@ -39,8 +39,8 @@ Rows = NDArray[np.bool_]
 
 _RESAMPLES = 1000
 _LEAST_DEVIATION = 1e-3
-"""Of a feature. One that never varied says nothing: in service it may, as the step times of a single
-load do, and would drown the others if it were divided by next to nothing."""
+"""Of a feature. One that never varied says nothing: in service it may, as the step times of a
+single load do, and would drown the others if it were divided by next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +156,12 @@ def _expected_tokens(x: Tensor, steps: _Steps, how: FullInformation) -> Tensor:
     for number in range(how.passes):
         for group in optimizer.param_groups:
             group["lr"] = how.lr * (1 - number / how.passes)
-        for drawn in torch.randperm(len(x)).split(how.minibatch):
+        for drawn in torch.split(torch.randperm(len(x)), how.minibatch):
             odds, num = hazards(x[drawn]), steps.reached[drawn]
             losses = num * nn.functional.softplus(odds) - steps.kept[drawn] * odds
             loss = losses.sum() / num.sum().clamp_min(1)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
     with torch.no_grad():
         survivals = torch.sigmoid(hazards(x)).cumprod(1)
