@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
-from policies.features import NUM_FEATURES
+from policies.features import NAMES, NUM_FEATURES, Features
 from policies.ltd import CALIBRATION_KEY
 from policies.network import Network
 from policies.replayed_log import ReplayedLog, play
@@ -81,6 +81,25 @@ def test_the_server_plays_what_was_fitted():
 
     easy = np.array([np.mean([r.num_accepted for r in s.rows]) for s in whole.steps])
     assert ks[easy >= 4].mean() > ks[easy == 0].mean() + 2, "and other step times change nothing"
+
+
+def test_a_policy_that_stopped_drafting_does_not_see_hard_text_for_ever():
+    features, shares = Features(MAX_DRAFT), [1.0] * (MAX_DRAFT + 1)
+    for accepted in [4] * 300 + [0] * 20:
+        features.observe(4, [4], [accepted])
+    hard = dict(zip(NAMES, features.vector(1, shares), strict=True))
+    for _ in range(100):
+        features.observe(0, [0], [0])
+    later = dict(zip(NAMES, features.vector(1, shares), strict=True))
+
+    assert hard["tokens_fast"] < 0.6 * hard["tokens_slow"]
+    for recent, usual in (
+        ("tokens_fast", "tokens_slow"),
+        ("tokens_middle", "tokens_slow"),
+        ("recent_hazard_1", "hazard_1"),
+    ):
+        assert later[recent] == pytest.approx(later[usual], rel=0.01)
+        assert later[usual] == hard[usual]
 
 
 @pytest.fixture(scope="module")
