@@ -113,7 +113,7 @@ class SimulatedEngine:
             due = begun + number * period_s
             self._step(self._running)
             for index, sequence in enumerate(self._running):
-                if sequence.num_completion > NUM_ANSWER:
+                if len(sequence.tokens) - sequence.num_prompt > NUM_ANSWER:
                     self._recorder.put(self._maker.finished(sequence))
                     self._running[index] = self._start()
             while time.perf_counter() < due + busy_share * period_s:

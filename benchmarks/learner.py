@@ -2,11 +2,13 @@
 
     python -m benchmarks.learner --device cuda        # shape of SmolLM2-135M; about three minutes
     python -m benchmarks.learner --device cpu         # a small shape; about a minute
+    python -m benchmarks.learner --agreement-only     # half a minute, e.g. under CUDA MPS
 
 The target is random, and so are the hidden rows: speed does not depend on them. Measured are
 
 - whether captured updates agree with eager ones, and these with updates without padding: losses of
-  five updates and the weights after them (exit code 1 if not);
+  five updates and the weights after them; and whether updates that were all captured before the
+  first, as a trainer's are, stay finite (exit code 1 if not);
 - updates whose rows are in the device's memory, captured and eager;
 - the gate on 64 held-out traces, with the incumbent's figures unknown and known;
 - ``trainer.loop.run`` on a log of synthetic traces: reading, checking, updates, gates and
@@ -40,7 +42,7 @@ from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.fingerprint import target_fingerprint
 from buffer.interface import TraceLimits
-from buffer.records import FeatureRows, Sampling, Trace
+from buffer.records import FeatureRows, Rounds, Sampling, Trace
 from configs.schema import DrafterSettings, Settings, TrainerSettings
 from drafters.samples import Sample
 from drafters.trainable import learning_kinds, trainable
@@ -49,6 +51,7 @@ from trainer.build import build_trainer
 from trainer.dataset import Expected, sample_of
 from trainer.figures import UpdateReport
 from trainer.gate import Judge
+from trainer.group import Group
 from trainer.learner import Learner
 from trainer.loop import run
 from trainer.packing import HeldPiece, pack
@@ -125,7 +128,7 @@ def traces(shape: Shape, fingerprint: str, dtype: Literal["bfloat16"] = "bfloat1
                 sampling=Sampling({"temperature": 0.7}),
                 prompt_length=prompt,
                 token_ids=numbers.integers(0, shape.vocab, length).astype(np.int32),
-                rounds=(),
+                rounds=Rounds.of(),
                 features=FeatureRows(
                     np.arange(length - 1, dtype=np.int32),
                     TAPS,
@@ -148,12 +151,16 @@ class Place:
     head: TargetHead
     store: RowStore
     held: list[HeldSample]
+    draft_ids: Tensor | None = None
+    """Vocabulary of the drafter; ``None``: the target's."""
 
-    def learner(self, use_graphs: bool | None) -> Learner:
+    def learner(self, use_graphs: bool | None, group: Group | None = None) -> Learner:
         """A new learner with the same random weights."""
         learns = trainable(KIND)
-        model = learns.new_model(self.head.config, self.head.lm_head.weight_VH, TAPS, seed=0)
-        return Learner(learns, model, self.head, self.settings.trainer, self.store, use_graphs)
+        given = self.head.config, self.head.lm_head.weight_VH, TAPS
+        model = learns.new_model(*given, seed=0, draft_ids=self.draft_ids)
+        trainer = self.settings.trainer
+        return Learner(learns, model, self.head, trainer, self.store, use_graphs, group)
 
     def batches(self) -> Iterator[list[HeldPiece]]:
         """Random batches of at most ``batch_tokens`` positions, without end."""
@@ -244,14 +251,30 @@ def agreement(place: Place) -> dict[str, Any]:
         "eager_again_distance": distance(again, eager, start),
         "graph_distance": distance(graph, eager, start),
         "exact_shape_distance": distance(exact, eager, start),
-        "average_is_finite": all(
-            bool(torch.isfinite(t).all()) for t in graph.average.state_dict().values()
-        ),
+        **captured_before(place),
     }
     pairs = zip(losses, found["eager_losses"], strict=True)
     close = all(abs(a - b) <= CLOSE_LOSS * abs(b) for a, b in pairs)
     found["agrees"] = close and found["graph_distance"] <= CLOSE_WEIGHTS
+    found["agrees"] &= not found["skipped"] and not found["not_finite"]
     return found
+
+
+def captured_before(place: Place) -> dict[str, Any]:
+    """Updates of all shapes in turn, captured before the first of them: how many were skipped, and
+    what is not finite after them."""
+    learner = place.learner(True)
+    learner.capture_all()
+    alphas = []
+    for number, batch in zip(range(48), place.batches(), strict=False):
+        few = batch[: max(1, len(batch) * (number % 8 + 1) // 8)]
+        alphas += [report.alpha[0] for report in learner.update(few)]
+    alphas += [report.alpha[0] for report in learner.settle()]
+    return {
+        "skipped": learner.num_skipped,
+        "not_finite": learner.not_finite(),
+        "overlaps": alphas,  # 1 where the drafter's logits are NaN
+    }
 
 
 # Speed
@@ -379,6 +402,7 @@ def main(
     seconds: Annotated[float, typer.Option(help="of each measurement of updates")] = 10.0,
     loop_s: Annotated[float, typer.Option(help="of the loop")] = 30.0,
     batch_tokens: Annotated[int | None, typer.Option(help="positions of a batch")] = None,
+    agreement_only: Annotated[bool, typer.Option(help="measure no speed")] = False,
     out: Out = RESULTS / "learner.json",
 ) -> None:
     """Measure each part, print it, and write all that is known so far."""
@@ -387,6 +411,8 @@ def main(
     chosen = SHAPES[name]
     if batch_tokens is not None:
         chosen = replace(chosen, batch_tokens=batch_tokens)
+    if agreement_only:
+        chosen = replace(chosen, num_traces=96)
     folder = Path(tempfile.mkdtemp(prefix="learner-"))
     result: dict[str, Any] = {"device": device, "shape": name, "batch_tokens": chosen.batch_tokens}
 
@@ -401,13 +427,16 @@ def main(
         head = load_target_head(folder / "target", where, batch_dtype(where))
         fingerprint = target_fingerprint(folder / "target")
         made = traces(chosen, fingerprint)
-        part("log", {"traces": len(made), "write_s": write_log(made, settings.run_dir)})
+        if not agreement_only:
+            part("log", {"traces": len(made), "write_s": write_log(made, settings.run_dir)})
         expected = Expected(fingerprint, TAPS, chosen.hidden, chosen.vocab)
         samples = [sample_of(t, expected, settings.trainer.max_sequence) for t in made]
         store = RowStore(where, 8 << 30 if where.type == "cuda" else 1 << 28)
         held = store.put([x for x in samples if isinstance(x, Sample)])
         place = Place(chosen, settings, head, store, held)
         part("agreement", agreement(place))
+        if agreement_only:
+            raise typer.Exit(code=0 if result["agreement"].get("agrees", True) else 1)
         release(where)
         part("updates", speed(place, None, seconds))
         release(where)

@@ -38,6 +38,7 @@ from examples.plan import DemoSettings
 from examples.processes import Child, stop
 from examples.recording import Replay
 from examples.report import mismatched_outputs, speeds, tokens_per_step
+from examples.run_folder import own_folder
 from examples.texts import Kept, Phase
 from targets.find import target_folder
 from targets.head import load_target_head
@@ -209,7 +210,7 @@ def main(
     if not torch.cuda.is_available():
         raise typer.BadParameter("this benchmark needs an NVIDIA GPU, but none was found")
     try:
-        with demo.own_folder(run_dir), View(console) as view:
+        with own_folder(run_dir), View(console) as view:
             result, spans = carry_out(settings, view, children, begin)
     finally:
         stop(children)

@@ -4,8 +4,10 @@ python -m benchmarks.start                                   # the bundled targe
 python -m benchmarks.start --config real --config one_gpu --linger-s 20 --goals 25 12 \
     --row "SmolLM2-135M on a card" --out benchmarks/results/start_gpu.json
 
-The first start of a trial finds an empty run folder and empty caches of tokenizers and compiled
-kernels, the second one what the first has left. Python's compiled modules are there for both, as
+The first start of a trial finds an empty run folder, an empty cache of compiled kernels and, of the
+target, what setting it up has left: a GGUF file is converted before, as ``make real`` does, and the
+JSON says how long that took. ``--bare`` leaves the conversion to the first start. The second start
+finds what the first has left. Python's compiled modules are there for both, as
 after any start of this installation. Processor time (user and system, of the server and of what it
 started) says what a start costs also where the machine is busy with other work. Where the seconds
 went is read from the server's log; parts of "made all programs" are called "programs, ...".
@@ -31,13 +33,21 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.harness.results import Row, at_most, write_result, write_rows
+from configs.load import load_settings
+from targets.find import GGUF
 
 _PHASE = re.compile(r"(?P<what>[a-z][^:]*?) in (?P<seconds>[0-9.]+) s$")
 _PROGRAMS = re.compile(
     r"(?P<num>\d+) programs are ready after [0-9.]+ s, (?P<left>\d+) are left for later"
 )
-_WITHIN = "programs, "
-"""Begins the name of a part of another part."""
+_WITHIN = ("programs, ", "beside, ")
+"""These begin the name of a part of another part, or of what went on beside others."""
+_SET_UP = """
+import sys
+from pathlib import Path
+from targets.files import read_target
+read_target(sys.argv[1], Path(sys.argv[2]))
+"""
 _POLL_S = 0.02
 _GIVE_UP_S = 600.0
 
@@ -47,6 +57,7 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="a.b=c")] = None,
     trials: Annotated[int, typer.Option(min=1, help="first and second starts")] = 1,
     linger_s: Annotated[float, typer.Option(min=0, help="seconds that it runs once ready")] = 0,
+    bare: Annotated[bool, typer.Option(help="do not convert a GGUF file beforehand")] = False,
     row: Annotated[
         str | None, typer.Option(help="publish the medians as rows of this name")
     ] = None,
@@ -54,9 +65,11 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file to write")] = None,
 ) -> None:
     """Print one line of JSON for each start, and a summary."""
-    starts = []
+    starts, set_up_s = [], []
     for trial in range(trials):
         with tempfile.TemporaryDirectory() as folder:
+            if not bare:
+                set_up_s.append(set_up(Path(folder), config or ["demo"], set_ or []))
             for which in ("first", "second"):
                 found = {"start": which, "trial": trial} | one_start(
                     Path(folder), config or ["demo"], set_ or [], linger_s
@@ -72,9 +85,13 @@ def main(
     }
     print(json.dumps(summary), flush=True)
     if out is not None:
-        write_result(out, {"cores": os.cpu_count(), "median": summary, "starts": starts})
+        write_result(
+            out,
+            {"cores": os.cpu_count(), "set_up_s": set_up_s, "median": summary, "starts": starts},
+        )
     if row is not None:
-        source = " ".join(["python -m benchmarks.start", *(f"--config {c}" for c in config or [])])
+        command = ["python -m benchmarks.start", *(f"--config {c}" for c in config or [])]
+        source = " ".join([*command, *(["--bare"] if bare else [])])
         write_rows("start", _rows(row, summary, goals), source)
 
 
@@ -83,6 +100,27 @@ def _rows(row: str, summary: dict[str, Any], goals: tuple[float, float]) -> list
         at_most(f"{row}, {which} start", "seconds to ready", summary[which]["ready_s"], goal)
         for which, goal in zip(("first", "second"), goals, strict=True)
     ]
+
+
+def set_up(home: Path, configs: list[str], chosen: list[str]) -> float:
+    """Convert the target of some settings if it is a GGUF file, in a process of its own; seconds
+    that took.
+
+    Args:
+        home, configs, chosen: see ``one_start``.
+    """
+    target = load_settings([*map(Path, configs)], chosen, {}).target
+    if not target.endswith(GGUF):
+        return 0.0
+    started_s = time.perf_counter()
+    subprocess.run([sys.executable, "-c", _SET_UP, target, str(_cache(home))], check=True)
+    took_s = round(time.perf_counter() - started_s, 2)
+    print(json.dumps({"set_up_s": took_s}), flush=True)
+    return took_s
+
+
+def _cache(home: Path) -> Path:
+    return home / "targets"
 
 
 def one_start(
@@ -107,7 +145,7 @@ def one_start(
     command += [part for setting in settings for part in ("--set", setting)]
     env = os.environ | {
         "TRITON_CACHE_DIR": str(home / "kernels"),
-        "SLIPSTREAM_TARGET_CACHE": str(home / "targets"),
+        "SLIPSTREAM_TARGET_CACHE": str(_cache(home)),
         "CUDA_CACHE_PATH": str(home / "driver"),  # what the driver compiles, if anything
     }
     log = home / "log.txt"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from buffer.backends import open_backend
@@ -10,6 +10,7 @@ from buffer.counts import BufferStats
 from buffer.deletions import Deleted, Deletions
 from buffer.interface import (
     Backend,
+    Location,
     Offsets,
     Payload,
     RecordReader,
@@ -52,6 +53,9 @@ class WeightsApart(Backend):
         self, offsets: Offsets | None = None, group: str | None = None
     ) -> RecordReader:
         return self._traces.open_record_reader(offsets, group)
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload] | None:
+        return self._traces.fetch(locations)
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         self._traces.keep_unreadable(name, payload)

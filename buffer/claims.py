@@ -21,12 +21,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from buffer.interface import Record
+from buffer.interface import Location, Record
 from buffer.plain_values import is_count
 from buffer.seen import Identity, SeenTraces
-
-Location = tuple[str, str]
-"""Writer and location of a record, see ``interface.Record``."""
 
 Place = tuple[int, int] | None
 """One past a record, in the numbers of its location; ``None``: behind all of a writer."""

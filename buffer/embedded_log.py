@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from buffer.counts import BufferStats
@@ -16,6 +16,7 @@ from buffer.foreign import foreign_reports
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
+    Location,
     Offsets,
     Payload,
     RecordReader,
@@ -26,6 +27,7 @@ from buffer.interface import (
 from buffer.layout import QUARANTINE, file_of, quarantined, stored_bytes
 from buffer.log_deletion import delete_from_log, read_deletions, undelete_in_log
 from buffer.sealing import OpeningReader, Sealer, SealingWriter, check_key, note_key, read_key
+from buffer.segment_fetch import records_at
 from buffer.segment_member import SegmentMember
 from buffer.segment_reader import SegmentReader
 from buffer.segment_report import check_segments, report_size
@@ -67,6 +69,12 @@ class EmbeddedLog(Backend):
         else:
             found = SegmentMember(self._root, group, offsets)
         return found if self._sealer is None else OpeningReader(found, self._sealer)
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload]:
+        check_key(self._root, self._sealer)
+        opened = bytes_of(self._sealer)
+        found = records_at(self._root, locations)
+        return {location: opened(stored) for location, stored in found.items()}
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         folder = self._root / QUARANTINE

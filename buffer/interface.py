@@ -13,7 +13,7 @@ To add a backend, subclass ``Backend``, ``TraceWriter``, ``RecordReader`` and
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -31,6 +31,9 @@ MAX_UNREADABLE_BYTES = 64 << 20
 
 Payload = bytes | bytearray | memoryview
 """Bytes of a record."""
+
+Location = tuple[str, str]
+"""Writer and location of a record, see ``Record``."""
 
 Offsets = Mapping[str, Any]
 """How far a reader has come, as its backend stores it; survives a round trip through JSON."""
@@ -334,6 +337,18 @@ class Backend(Protocol):
                 no such name.
         """
         ...
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload] | None:
+        """The records at these locations, as far as they are still stored and sound, in time that
+        does not grow with what else is stored.
+
+        Returns:
+            ``None``: this backend finds records only by reading all of them.
+
+        Raises:
+            OSError: storage failed.
+        """
+        return None
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         """Keep a record that could not be decoded, for inspection. Best effort: never raises, and

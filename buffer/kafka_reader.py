@@ -29,10 +29,9 @@ from kafka.errors import (
     UnknownMemberIdError,
 )
 
-from buffer.claims import Location
 from buffer.counts import ReaderCounts
 from buffer.deletions import Deletions, DeletionWatch
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader
+from buffer.interface import MAX_READ_BYTES, Location, Offsets, Record, RecordReader
 from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_deletions import DeletionLog
 from buffer.kafka_fetch import fetch_at, held_ends

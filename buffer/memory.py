@@ -9,18 +9,19 @@ from __future__ import annotations
 import secrets
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from buffer.claims import Claims, Location
+from buffer.claims import Claims
 from buffer.counts import BufferStats, GroupCounts, ReaderCounts, WriterCounts
 from buffer.deletions import Deleted, Deletions, Ends, digest_of, may_be_of, owner_of
 from buffer.interface import (
     MAX_READ_BYTES,
     MAX_UNREADABLE_BYTES,
     Backend,
+    Location,
     Offsets,
     Payload,
     Record,
@@ -82,6 +83,17 @@ class MemoryBackend(Backend):
             return MemoryReader(self._held, offsets)
         check_group(group)
         return MemoryMember(self._held, group, offsets)
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload]:
+        with self._held.lock:
+            found = {at: self._record_at(*at) for at in locations}
+        return {at: payload for at, payload in found.items() if payload is not None}
+
+    def _record_at(self, name: str, location: str) -> bytes | None:
+        stream = self._held.streams.get(name)
+        is_number = location.isascii() and location.isdigit()
+        record = stream.records.get(int(location)) if stream is not None and is_number else None
+        return None if record is None else record.payload
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         with self._held.lock:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from buffer.claims import Location
-from buffer.interface import Record
+from buffer.interface import Location, Record
 from buffer.redis_batches import (
     claimed_key,
     claims_key,

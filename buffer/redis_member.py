@@ -22,9 +22,15 @@ from dataclasses import replace
 from itertools import takewhile
 from typing import Any
 
-from buffer.claims import Location
 from buffer.counts import ReaderCounts
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
+from buffer.interface import (
+    MAX_READ_BYTES,
+    Location,
+    Offsets,
+    Record,
+    RecordReader,
+    ServiceAwayError,
+)
 from buffer.redis_batches import Entry, number_of, payload_of
 from buffer.redis_client import RedisClient
 from buffer.redis_group import Consumer, Pending, RedisGroup

@@ -26,12 +26,19 @@ from pathlib import Path
 from typing import Any
 
 from buffer.claim_file import ClaimFile
-from buffer.claims import Location, Place
+from buffer.claims import Place
 from buffer.committed import read_committed, sound_committed, why_impossible, write_committed
 from buffer.counts import ReaderCounts
 from buffer.distinct_writers import distinct_writers
 from buffer.files import OWNER_FILE, OWNER_FOLDER, leads_to, open_regular
-from buffer.interface import MAX_READ_BYTES, Offsets, Record, RecordReader, ServiceAwayError
+from buffer.interface import (
+    MAX_READ_BYTES,
+    Location,
+    Offsets,
+    Record,
+    RecordReader,
+    ServiceAwayError,
+)
 from buffer.layout import GROUPS, file_of, said_once, segment_path
 from buffer.seen import Identity
 from buffer.segment_reader import Position, SegmentReader, position_of

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import (
     MAX_READ_BYTES,
     Backend,
+    Location,
     Offsets,
     Record,
     ServiceAwayError,
@@ -127,6 +129,10 @@ class TraceReader:
         self._records.close()
 
     def read(self, max_traces: int) -> list[Trace]:
+        """``read_located``, without the locations."""
+        return [trace for _, trace in self.read_located(max_traces)]
+
+    def read_located(self, max_traces: int) -> list[tuple[Location, Trace]]:
         """Up to ``max_traces`` new traces; never blocks.
 
         Records set aside count towards ``max_traces``, so fewer traces, even none, may be returned
@@ -142,6 +148,28 @@ class TraceReader:
             self._places = self._records.offsets()
             self._unclaimed = self._next_traces(max_traces)
         return self._claimed()
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Trace] | None:
+        """Traces at locations that ``read_located`` gave, whatever was read since. Those that
+        are no longer there, or were deleted with their tenant, are missing. Nothing is counted.
+
+        Returns:
+            ``None``: the backend finds traces only by reading all of them.
+
+        Raises:
+            OSError: storage failed.
+        """
+        self._deletions.look()
+        stored = self._backend.fetch(locations)
+        if stored is None:
+            return None
+        decoded = zip(stored, decode_traces(stored.values()), strict=True)
+        return {
+            location: trace
+            for location, trace in decoded
+            if isinstance(trace, Trace)
+            and not self._deletions.latest.covers(trace.tenant, trace.finished_unix_ms)
+        }
 
     def _next_traces(self, max_records: int) -> list[tuple[Record, Trace]]:
         """Traces of the next records, with these; those that are none are put aside."""
@@ -169,7 +197,7 @@ class TraceReader:
                     traces.append((record, trace))
         return traces
 
-    def _claimed(self) -> list[Trace]:
+    def _claimed(self) -> list[tuple[Location, Trace]]:
         """Those of ``_unclaimed`` that are new, to this reader and to its group."""
         # Each record is asked about, for another one with the same trace may be the one it is
         # learnt from.
@@ -178,8 +206,8 @@ class TraceReader:
         claims = iter(self._records.claim(unknown) if unknown else ())
         is_ours = [of not in self._seen and next(claims) for _, of in found]
         traces = [
-            trace
-            for (_, trace), is_first in zip(self._unclaimed, is_ours, strict=True)
+            ((record.writer, record.location), trace)
+            for (record, trace), is_first in zip(self._unclaimed, is_ours, strict=True)
             if is_first and self._seen.add(*_identity_of(trace))
         ]
         self._unclaimed = []

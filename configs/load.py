@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -342,6 +342,8 @@ def _type_text(annotation: Any) -> str:
     """Name of a type in a message, e.g. ``int or None``."""
     if get_origin(annotation) is Literal:
         return "one of " + ", ".join(repr(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is Annotated:
+        return _type_text(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
         return f"a list of {_type_text(get_args(annotation)[0])}"
     parts = _members(annotation)

@@ -6,7 +6,7 @@ Every section forbids unknown keys: a misspelt setting is an error, never a sile
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -264,10 +264,11 @@ class SwapSettings(Section):
     poll_s: float = Field(0.25, gt=0)
     """Seconds between two checks for a newer version."""
     watch_rounds: int = Field(200, ge=1)
-    """Rounds to observe before a new version is compared with its parent."""
+    """Rounds that a new version and its parent decode in turn, until it is certain which is better
+    or both are about equal."""
     max_drop: float = Field(0.15, gt=0, lt=1)
-    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back. One
-    that clearly lost seven tenths of it may be, too."""
+    """Relative drop of tokens_per_step, on the same traffic, at which a version is rolled back; 0.7
+    of it parts good versions from bad ones."""
     public_key: Path | None = None
     """PEM file with one or more Ed25519 public keys, as ``buffer keys`` writes it: only versions
     that one of them signed are taken. Needs the extra ``signatures``. ``None``: any sound one."""
@@ -279,7 +280,7 @@ class DeepSpeedSettings(Section):
     stage: Literal[0, 1, 2, 3] = 0
     """ZeRO stage. 0: every process holds everything, and DeepSpeed is not needed. 1: the moments of
     the optimizer are divided; 2: the gradients, too; 3: the weights, too. With one process it has
-    no effect. 1 to 3 need ``pip install 'slipstream-serving[deepspeed]'`` and a C++ compiler."""
+    no effect. 1 to 3 need ``pip install 'slipstream-serving[deepspeed]'``."""
 
 
 class TrainerSettings(Section):
@@ -296,10 +297,12 @@ class TrainerSettings(Section):
     nice: int = Field(5, ge=0, le=19)
     """Niceness of the trainer process; above 0 it yields CPU time to a server on the same
     machine."""
-    duty: float = Field(1.0, gt=0, le=1)
-    """Largest share of time in which the trainer works on updates and candidates. On a GPU that it
-    shares with a server, less of it slows the server less. 1: it never rests while it has traces to
-    train on."""
+    duty: Annotated[float, Field(gt=0, le=1)] | Literal["auto"] = "auto"
+    """Largest share of time in which the trainer works on updates and candidates. ``auto``: while a
+    server of this run on this host decodes, as much as costs it ``max_serving_loss``; else all. 1:
+    it never rests while it has traces to train on."""
+    max_serving_loss: float = Field(0.05, gt=0, lt=1)
+    """With ``duty: auto``, the share of its speed that a server may lose to the trainer's work."""
     gpu_share: float = Field(1.0, gt=0, le=1)
     """Under CUDA MPS: share of the GPU's multiprocessors that the trainer may use, the others being
     the server's alone. Without MPS it has no effect. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` in the

@@ -17,7 +17,7 @@ tokens from one head.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -25,11 +25,13 @@ import torch
 from torch import Tensor, nn
 
 from drafters.eagle3.model import Attend, rope_theta
-from drafters.eagle3.paged import PagedEagle3
+from drafters.eagle3.paged import FusedPass, PagedEagle3
+from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_fused
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
-from targets.layers import columns_of
+from specops.rope import Heads, rope_table
+from targets.layers import Layer, columns_of
 
 TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
 
@@ -252,6 +254,10 @@ class Mtp(nn.Module):
         """See ``RotaryAngles.at``; the first ``rotary_dim`` elements of a head are rotated."""
         return self._angles.at(positions)
 
+    def inverse_frequency(self, device: torch.device) -> Tensor:
+        """See ``RotaryAngles.inverse_frequency``."""
+        return self._angles.inverse_frequency(device)
+
     def fuse(self, features: Tensor) -> Tensor:
         """The target's last layer [..., H] -> its lm_head's input, h [..., H]."""
         normed: Tensor = self.target_norm(features)
@@ -299,6 +305,129 @@ class Mtp(nn.Module):
         return dict(self.state_dict())
 
 
+def supports(module: nn.Module, embed: nn.Module) -> str | None:
+    """``None`` if ``FusedMtp`` computes what this head does, else why not.
+
+    Args:
+        embed: the target's token embedding; must be a plain ``nn.Embedding``.
+    """
+    if type(module) is not Mtp:
+        return f"the drafter is a {type(module).__name__}"
+    c = module.config
+    if c.has_output_gate:
+        return "attention's output has a gate"
+    if c.rotary_dim != c.head_dim:
+        return f"RoPE rotates only {c.rotary_dim} of {c.head_dim} elements of each head"
+    shape = c.hidden_size, c.target_vocab_size, c.head_dim
+    return why_not_fused(module, embed, *shape) or bias_in(module, ("attention.qkv_proj",))
+
+
+class FusedMtp:
+    """An ``Mtp`` run by our operations on the module's own weights, as ``FusedEagle3`` runs its
+    drafter: ten launches a pass with its logits, and attention."""
+
+    def __init__(
+        self,
+        module: Mtp,
+        embed: nn.Module,
+        head_DH: Tensor,
+        num_positions: int,
+        **options: Any,
+    ) -> None:
+        """
+        Args:
+            module, embed: see ``supports``.
+            head_DH: weight of the lm_head, [Vd, H]; never packed.
+            num_positions: exclusive upper bound on the rows' positions.
+            options: keywords of ``FusedLayers``.
+
+        Raises:
+            ValueError: the head cannot be fused.
+        """
+        reason = supports(module, embed)
+        if reason is not None:
+            raise ValueError(f"the drafter cannot be fused: {reason}")
+        assert isinstance(embed, nn.Embedding)
+        self._table_VH, self._head_DH = embed.weight.detach(), head_DH
+        self._hidden_first = ORDERS[module.config.order].hidden_first
+        self._pair_norms = norm_of(module.embed_norm), norm_of(module.hidden_norm)
+        self._target_norm, self._final_norm = norm_of(module.target_norm), norm_of(module.norm)
+        weight = module.proj.weight.detach()
+        self._table = rope_table(
+            module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
+        )
+        parts = Parts((_fused_layer(module),), {"proj": weight})
+        self.layers = FusedLayers(parts, alone=(head_DH,), **options)
+
+    def follow(self) -> None:
+        """The module's weights were overwritten where they lie."""
+        self.layers.follow()
+
+    def fuse(self, features: Tensor) -> Tensor:
+        """See ``Mtp.fuse``; [T, H]."""
+        found: Tensor = self.layers.do.add_norm(features, None, self._target_norm, None)
+        return found
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        hidden: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attend: Callable[[Tensor], Tensor],
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the layer like ``Mtp.forward``, and write its keys and values to the rows' slots.
+
+        Args:
+            ids_T, positions_T, slots_T: [T] int64 of the rows.
+            hidden: [T, H], see ``fuse``, or the output of the preceding row.
+            attend: see ``drafters.eagle3.fused``.
+            keys, values: [num_slots, Hkv, D] contiguous, written in place.
+
+        Returns:
+            Outputs [T, H], behind the final norm, and ``None``.
+        """
+        do, (heads,) = self.layers.do, self.layers.heads
+        ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
+        pair = do.norm_pair(
+            ids_T, self._table_VH, hidden, *self._pair_norms, hidden_first=self._hidden_first
+        )
+        table = do.rope_rows(self._table, positions_T)
+
+        def heads_of(_index: int, qkv: Tensor) -> Tensor:
+            q = do.rope_and_write(qkv, heads, table, positions_T, slots_T, keys, values)
+            return attend(q).flatten(1)
+
+        stream = self.layers.product(pair, "proj")
+        return self.layers.forward(stream, None, heads_of, self._final_norm)
+
+    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
+        """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
+        found: Tensor = self.layers.multiply(outputs, self._head_DH)
+        return found
+
+
+def _fused_layer(module: Mtp) -> Layer:
+    """The layer's weights, which are the module's own."""
+    c, attention = module.config, module.attention
+    q_norm, k_norm = (
+        norm_of(norm) if isinstance(norm, nn.RMSNorm) else None
+        for norm in (attention.q_norm, attention.k_norm)
+    )
+    bias = attention.qkv_proj.bias
+    return Layer(
+        norm_of(module.input_layernorm),
+        attention.qkv_proj.weight.detach(),
+        Heads(c.num_heads, c.num_kv_heads, q_norm, k_norm, None if bias is None else bias.detach()),
+        attention.o_proj.weight.detach(),
+        norm_of(module.post_attention_layernorm),
+        module.gate_up_proj.weight.detach(),
+        module.down_proj.weight.detach(),
+    )
+
+
 class PagedMtp(PagedEagle3):
     """An MTP head in a running engine. A ``NeuralDrafter``, with EAGLE-3's rows and passes."""
 
@@ -325,7 +454,15 @@ class PagedMtp(PagedEagle3):
         if self.module.d2t is not None:
             self._head_weight.copy_(self.module.head_weight(self._target_head_VH))
 
+    def _why_not_fused(self) -> str | None:
+        return supports(self.module, self.embed)
+
+    def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
+        return FusedMtp(self.module, self.embed, self._head_weight, num_positions, **options)
+
     def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
+        if self._fused is not None:
+            return self._fused.logits(outputs)
         return nn.functional.linear(outputs, self._head_weight)
 
 

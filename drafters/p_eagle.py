@@ -24,13 +24,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafters import fused_layers
+from drafters.eagle3.fused import FusedEagle3, supports_first_layer
 from drafters.eagle3.model import Attend, Eagle3, Eagle3Config
-from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.fused_layers import FusedLayers, Parts, norm_of
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.rotary import rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.attention import DecodePass, PagedPass
+from specops.attention import DecodePass, PagedPass, Places
 from specops.device import decode_attention, places_of, prepare_pass
 from specops.draft_sampling import vocab_map
+from specops.rope import Heads
+from targets.layers import Layer
 from targets.target import KvPool
 
 TRAITS = Traits(
@@ -121,17 +126,29 @@ class PEagle(Eagle3):
     def initialise(self, seed: int, target_lm_head: Tensor | None = None) -> None:
         """Draw random weights as ``Eagle3`` does; further layers pass the stream on unchanged."""
         super().initialise(seed, target_lm_head)
-        layers: Any = self.rest
-        for layer in layers:
+        for layer in self.layers:
             layer.o_proj.weight.zero_()
             layer.down_proj.weight.zero_()
         generator = torch.Generator().manual_seed(seed + 1)
         for mask in (self.mask_hidden, self.mask_embed):
             mask.copy_(torch.randn(mask.shape, generator=generator))
 
+    @property
+    def layers(self) -> list[_Layer]:
+        """The layers behind the first."""
+        found: Any = self.rest
+        return list(found)
+
     def masked(self) -> tuple[Tensor, Tensor]:
         """Embedding and h, [H] each, of a row whose token and features are not known."""
         return self.mask_embed, self.fuse(self.mask_hidden.flatten())
+
+    def masked_heads(self) -> Tensor:
+        """[C] queries, keys and values of such a row in the first layer, before RoPE."""
+        embed, hidden = self.masked()
+        pair = torch.cat((self.input_layernorm(embed), self.hidden_norm(hidden)), dim=-1)
+        heads: Tensor = self.qkv_proj(pair)
+        return heads
 
     def run(
         self, embeds: Tensor, hidden: Tensor, cos: Tensor, sin: Tensor, attend: LayerAttend
@@ -147,6 +164,124 @@ class PEagle(Eagle3):
         for index, layer in enumerate(self.rest, start=1):
             stream = layer(stream, cos, sin, partial(attend, index))
         return stream
+
+
+def supports(module: nn.Module, embed: nn.Module) -> str | None:
+    """``None`` if ``FusedPEagle`` computes what this drafter does, else why not.
+
+    Args:
+        embed: the target's token embedding; must be a plain ``nn.Embedding``.
+    """
+    if type(module) is not PEagle:
+        return f"the drafter is a {type(module).__name__}"
+    return supports_first_layer(module, embed)
+
+
+class FusedPEagle:
+    """A ``PEagle`` run by our operations on the module's own weights: the first layer as
+    ``FusedEagle3`` runs it, the others as ``FusedLayers`` does.
+
+    All rows behind an anchor read the same pair, so the input of their first layer, up to RoPE, is
+    one row. It is computed when the weights change, not in every pass.
+    """
+
+    def __init__(
+        self, module: PEagle, embed: nn.Module, num_positions: int, **options: Any
+    ) -> None:
+        """
+        Args:
+            module, embed: see ``supports``.
+            num_positions: exclusive upper bound on the rows' positions.
+            options: keywords of ``FusedEagle3``.
+
+        Raises:
+            ValueError: the drafter cannot be fused.
+        """
+        self.module = module
+        self.first = FusedEagle3(module, embed, num_positions, **options)
+        self.rest: FusedLayers | None = None
+        if module.layers:
+            layers = tuple(_fused_layer(layer, self.first.heads) for layer in module.layers)
+            self.rest = FusedLayers(Parts(layers, {}), **options)
+        self._masks = self._mask_rows()
+
+    def _mask_rows(self) -> tuple[Tensor, Tensor]:
+        """Queries, keys and values [1, C] of a row that is not known, and its h [1, H]. By the
+        module's own code: a kernel would be compiled here, alone."""
+        module = self.module
+        return module.masked_heads().detach()[None], module.masked()[1].detach()[None]
+
+    def follow(self) -> None:
+        """The module's weights were overwritten where they lie."""
+        self.first.follow()
+        if self.rest is not None:
+            self.rest.follow()
+        for kept, made in zip(self._masks, self._mask_rows(), strict=True):
+            kept.copy_(made)
+
+    def observe(
+        self,
+        ids_T: Tensor,
+        features: Tensor,
+        places: Places,
+        attend: fused_layers.Attend,
+        pool: KvPool,
+    ) -> Tensor:
+        """Outputs [T, H] of committed rows before the final norm.
+
+        Args:
+            features: [T, m * H] tapped rows in ``layer_ids`` order.
+            places: [R, Q] positions and slots of the rows.
+        """
+        hidden = self.first.fuse(features)
+        qkv = self.first.heads_of(ids_T, hidden)
+        return self._layers(qkv, hidden, places, attend, pool)
+
+    def ahead(self, places: Places, attend: fused_layers.Attend, pool: KvPool) -> Tensor:
+        """Outputs [T, H] of rows that are not known."""
+        num_rows = places.positions.numel()
+        qkv, hidden = (x.expand(num_rows, -1) for x in self._masks)
+        return self._layers(qkv, hidden, places, attend, pool)
+
+    def logits(self, outputs: Tensor) -> Tensor:
+        """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
+        return self.first.logits(outputs)
+
+    def _layers(
+        self,
+        qkv: Tensor,
+        hidden: Tensor,
+        places: Places,
+        attend: fused_layers.Attend,
+        pool: KvPool,
+    ) -> Tensor:
+        positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
+        stream, squares = self.first.behind_heads(
+            qkv, hidden, positions_T, slots_T, partial(attend, 0), pool.keys[0], pool.values[0]
+        )
+        if self.rest is None:
+            return stream
+        do, heads = self.rest.do, self.rest.heads
+        table = do.rope_rows(self.first.table, positions_T)
+
+        def heads_of(index: int, qkv: Tensor) -> Tensor:
+            kept = pool.keys[index + 1], pool.values[index + 1]
+            q = do.rope_and_write(qkv, heads[index], table, positions_T, slots_T, *kept)
+            return attend(index + 1, q).flatten(1)
+
+        return self.rest.forward(stream, squares, heads_of)[0]
+
+
+def _fused_layer(layer: _Layer, heads: Heads) -> Layer:
+    return Layer(
+        norm_of(layer.input_layernorm),
+        layer.qkv_proj.weight.detach(),
+        heads,
+        layer.o_proj.weight.detach(),
+        norm_of(layer.post_attention_layernorm),
+        layer.gate_up_proj.weight.detach(),
+        layer.down_proj.weight.detach(),
+    )
 
 
 class PagedPEagle:
@@ -169,22 +304,46 @@ class PagedPEagle:
         self.layer_ids = c.layer_ids
         self.output_size = c.hidden_size
         self.scale = c.head_dim**-0.5
+        self._heads_per_key = c.num_heads // c.num_kv_heads
         self.pool = KvPool(
             module.parallel.num_layers, num_slots, c.num_kv_heads, c.head_dim, weight.dtype,
             weight.device,
         )  # fmt: skip
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
+        self._fused: FusedPEagle | None = None
 
-    def fuse(self, num_positions: int) -> str | None:
-        """See ``NeuralDrafter.fuse``: there are no fused operations for it."""
-        return "the layers of P-EAGLE are computed by torch's operations"
+    def fuse(self, num_positions: int, **options: Any) -> str | None:
+        """See ``NeuralDrafter.fuse``.
+
+        Args:
+            options: passed to ``FusedPEagle``.
+        """
+        reason = supports(self.module, self.embed)
+        if reason is None:
+            options = {"packs": True, **options}
+            self._fused = FusedPEagle(self.module, self.embed, num_positions, **options)
+        return reason
+
+    def follow_weights(self) -> None:
+        """See ``drafters.protocol.FollowsWeights``."""
+        if self._fused is not None:
+            self._fused.follow()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether passes run our operations instead of the module's own code."""
+        return self._fused is not None
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
         """See ``NeuralDrafter.observe``."""
         num_query = at.num_query(len(ids_T))
-        rows, paged = places_of(at, num_query), prepare_pass(at, num_query)
-        hidden = self.module.fuse(features_TmH.flatten(1))
+        rows, paged = places_of(at, num_query), prepare_pass(at, num_query, self._heads_per_key)
+        features = features_TmH.flatten(1)
+        if self._fused is not None:
+            attend = self._attend_to(paged)
+            return self._fused.observe(ids_T, features, rows, attend, self.pool)
+        hidden = self.module.fuse(features)
         embeds = self.embed(ids_T).to(hidden.dtype)
         return self._pass(embeds, hidden, rows.positions.flatten(), paged)
 
@@ -195,16 +354,31 @@ class PagedPEagle:
         num_draft: int,
         choose: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
-        """See ``NeuralDrafter.propose``: one pass, over one row fewer than are drafted."""
-        tokens = [choose(self.module.logits(outputs_RH), 0)]
-        if num_draft > 1:
-            num_requests, ahead = len(outputs_RH), num_draft - 1
-            rows, paged = places_of(at, ahead), prepare_pass(at, ahead)
-            embed, hidden = (x.expand(num_requests * ahead, -1) for x in self.module.masked())
-            outputs = self._pass(embed, hidden, rows.positions.flatten(), paged)
-            logits = self.module.logits(outputs).view(num_requests, ahead, -1)
-            tokens += [choose(logits[:, k].contiguous(), k + 1) for k in range(ahead)]
-        return torch.stack(tokens, dim=1)
+        """See ``NeuralDrafter.propose``: one pass, over one row fewer than are drafted, and one
+        product of all of them and the anchors with the lm_head."""
+        num_requests, ahead = len(outputs_RH), num_draft - 1
+        outputs = outputs_RH
+        if ahead:
+            masks = self._masks(at, num_requests, ahead).view(num_requests, ahead, -1)
+            outputs = torch.cat((outputs_RH[None], masks.transpose(0, 1))).flatten(0, 1)
+        model = self.module if self._fused is None else self._fused
+        logits = model.logits(outputs).view(num_draft, num_requests, -1)
+        return choose_block(choose, logits)
+
+    def _masks(self, at: DecodePass, num_requests: int, ahead: int) -> Tensor:
+        """Outputs [R * ahead, H] of the rows behind the anchors."""
+        rows, paged = places_of(at, ahead), prepare_pass(at, ahead, self._heads_per_key)
+        if self._fused is not None:
+            return self._fused.ahead(rows, self._attend_to(paged), self.pool)
+        embed, hidden = (x.expand(num_requests * ahead, -1) for x in self.module.masked())
+        return self._pass(embed, hidden, rows.positions.flatten(), paged)
+
+    def _attend_to(self, paged: DecodePass | PagedPass) -> fused_layers.Attend:
+        def attend(index: int, q: Tensor) -> Tensor:
+            kept = self.pool.keys[index], self.pool.values[index]
+            return decode_attention(q, None, None, *kept, paged, self.scale)
+
+        return attend
 
     def _pass(
         self,

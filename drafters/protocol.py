@@ -184,6 +184,28 @@ class NeuralDrafter(Drafter, Protocol):
 
 
 @runtime_checkable
+class ChoosesTogether(Protocol):
+    """A ``choose`` of ``NeuralDrafter.propose`` that can choose the tokens of a block at once, in
+    fewer launches."""
+
+    def together(self, logits_KRV: Tensor) -> Tensor:
+        """Target ids [R, K] int64 of K positions, from contiguous logits [K, R, Vd]."""
+
+
+def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:
+    """Target ids [R, K] int64 of a draft whose positions do not depend on each other's tokens.
+
+    Args:
+        choose: see ``NeuralDrafter.propose``.
+        logits_KRV: [K, R, Vd] contiguous.
+    """
+    if isinstance(choose, ChoosesTogether):
+        return choose.together(logits_KRV)
+    each = logits_KRV.unbind()
+    return torch.stack([choose(logits_RV, k) for k, logits_RV in enumerate(each)], dim=1)
+
+
+@runtime_checkable
 class FollowsTarget(Protocol):
     """A neural drafter with copies of the target's weights, besides tensors that it shares."""
 

@@ -149,7 +149,7 @@ class Traffic:
         prompts: Sequence[Prompt],
         num_clients: int,
         sampling: Sampling,
-        on_reply: Callable[[Reply], None],
+        on_reply: Callable[[Prompt, Reply], None],
     ) -> None:
         """
         Args:
@@ -199,7 +199,7 @@ class Traffic:
                 self._stopping.wait(0.5)  # do not flood a server that is down
                 continue
             with self._lock:
-                self._on_reply(reply)
+                self._on_reply(prompt, reply)
 
 
 @dataclass(frozen=True, slots=True)

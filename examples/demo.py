@@ -4,6 +4,7 @@
     python -m examples.demo --prompts mine.jsonl
     python -m examples.demo --buffer redis         # or: make demo BUFFER=redis
     python -m examples.demo --set wandb.mode=offline
+    python -m examples.demo --requests 20000 --order both   # a stream of so many, however long
 
 Starts a server and a trainer, sends traffic that shifts from domain to domain and back through the
 HTTP API, then replays held-out prompts of each phase by every arm (``examples/arms.py``). On a GPU,
@@ -17,16 +18,14 @@ Exit code 0: the demo ran to its end, no request failed and no output changed, w
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
-import shutil
 import signal
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -39,7 +38,14 @@ from examples.clients import Replayer, Reply, Server, Traffic, replay_rounds
 from examples.live import Now, View, summary
 from examples.machine import machine
 from examples.picture import write
-from examples.plan import DemoSettings, default_settings, with_prompts, with_seed
+from examples.plan import (
+    ORDERS,
+    DemoSettings,
+    default_settings,
+    with_prompts,
+    with_requests,
+    with_seed,
+)
 from examples.processes import Child, ChildDiedError, check_alive, start, stop
 from examples.recording import (
     Answer,
@@ -49,57 +55,12 @@ from examples.recording import (
     VersionChange,
     learning_of,
 )
-from examples.services import BUFFER, SERVICES, services
+from examples.run_folder import DemoError, own_folder
+from examples.services import SERVICES, services
 from examples.shared_gpu import MpsError
 from examples.texts import Phase, Texts, gather
-from examples.traffic.prompts import PromptError
+from examples.traffic.prompts import Prompt, PromptError
 from reporting.catalog import asked_for, check_writers, writer_kind
-
-MARKER = ".slipstream-demo"
-OWN = ("traces", "weights", "trainer", "logs", "wandb", "tensorboard", BUFFER)
-OWN_FILES = (
-    "server.json", "step_times.json", "recording.json", "report.json", "report.html", "report.svg",
-)  # fmt: skip
-
-
-class DemoError(Exception):
-    """The demo cannot continue; the text says why and what to do."""
-
-
-# Folder
-
-
-@contextlib.contextmanager
-def own_folder(run_dir: Path) -> Iterator[None]:
-    """Lock the run folder and remove what an earlier demo left in it.
-
-    Raises:
-        DemoError: the folder does not carry a demo's marker, or another demo runs in it.
-    """
-    marker = run_dir / MARKER
-    if run_dir.exists() and any(run_dir.iterdir()) and not marker.exists():
-        raise DemoError(
-            f"{run_dir} was not created by the demo (it holds no {MARKER}), so nothing in it was "
-            f"touched. Move it away, or choose another folder with --run-dir."
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with marker.open("a") as file:
-        _lock(file, run_dir)
-        for name in OWN:
-            shutil.rmtree(run_dir / name, ignore_errors=True)
-        for name in OWN_FILES:
-            (run_dir / name).unlink(missing_ok=True)
-        yield
-
-
-def _lock(file: IO[str], run_dir: Path) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DemoError(
-            f"another demo runs in {run_dir}. Wait for it, or choose another folder with --run-dir."
-        ) from None
-
 
 # Traffic
 
@@ -144,7 +105,7 @@ class Scene:
     def newest_version(self) -> int:
         return max(self.status["versions"], default=0)
 
-    def note(self, phase: str, reply: Reply) -> None:
+    def note(self, phase: str, prompt: Prompt, reply: Reply) -> None:
         self.answers.append(
             Answer(
                 phase=phase,
@@ -153,6 +114,7 @@ class Scene:
                 acceptance=reply.acceptance,
                 version=reply.version,
                 newest_version=max(self.newest_version, reply.version),
+                domain=prompt.domain,
             )
         )
 
@@ -186,7 +148,7 @@ def run_phase(scene: Scene, phase: Phase) -> None:
         scene.texts.live[phase.name],
         settings.num_clients,
         settings.sampling,
-        lambda reply: scene.note(phase.name, reply),
+        partial(scene.note, phase.name),
     )
     traffic.start()
     try:
@@ -196,16 +158,21 @@ def run_phase(scene: Scene, phase: Phase) -> None:
             now_s = scene.now_s()
             if scene.newest_version != newest:
                 newest, changed_s = scene.newest_version, now_s
-            share = (now_s - started_s) / phase.seconds
+            num_answers = len(scene.answers) - num_before
+            share = max(
+                (now_s - started_s) / phase.seconds,
+                num_answers / len(scene.texts.live[phase.name]),
+            )
             scene.show(phase.name, started_s, share, len(traffic.failures))
             has_caught_up = changed_s is not None and now_s - changed_s >= settings.settle_s
-            num_answers = len(scene.answers) - num_before
             if is_enough(phase, now_s - started_s, num_answers, has_caught_up):
                 break
     finally:
         traffic.stop()
     scene.failures += traffic.failures
-    scene.spans.append(PhaseSpan(phase.name, phase.domain, started_s, scene.now_s()))
+    scene.spans.append(
+        PhaseSpan(phase.name, phase.domain, started_s, scene.now_s(), phase.mixed_with)
+    )
     scene.look()
 
 
@@ -234,7 +201,7 @@ def run_replay(scene: Scene, replayer: Replayer) -> list[Replay]:
     settings = scene.settings
     replays: list[Replay] = []
     rounds = replay_rounds(settings.kept.replayed, settings.replay_block)
-    domains = list(dict.fromkeys(phase.domain for phase in settings.phases))
+    domains = settings.domains
     for place, domain in enumerate(domains):
         held_out, warmup = scene.texts.held_out[domain], scene.texts.warmup[domain]
         started_s = scene.now_s()
@@ -452,6 +419,12 @@ def main(
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL file of prompts to send instead of the demo's own")
     ] = None,
+    requests: Annotated[
+        int | None, typer.Option(min=1, help="end phases after so many in all, not by the clock")
+    ] = None,
+    order: Annotated[
+        str, typer.Option(help=f"of the domains, with --requests: {', '.join(ORDERS)}")
+    ] = "ordered",
     temperature: Annotated[
         float | None, typer.Option(min=0.0, max=2.0, help="0 is greedy; default: the demo's own")
     ] = None,
@@ -480,6 +453,11 @@ def main(
         settings = settings if prompts is None else with_prompts(settings, prompts)
     except PromptError as error:
         raise typer.BadParameter(str(error), param_hint="--prompts") from None
+    if order not in ORDERS or (order != "ordered" and requests is None):
+        known = f"{order!r} is none of {', '.join(ORDERS)}, or lacks --requests"
+        raise typer.BadParameter(known, param_hint="--order")
+    if requests is not None:
+        settings = with_requests(settings, requests, order)
     if buffer != "log" and buffer not in SERVICES:
         known = ", ".join(("log", *SERVICES))
         raise typer.BadParameter(f"{buffer!r} is none of {known}", param_hint="--buffer")

@@ -62,6 +62,11 @@ class DemoSettings:
     goals: Goals = GOALS
 
     @property
+    def domains(self) -> list[str]:
+        """All domains, in the order in which they come."""
+        return list(dict.fromkeys(domain for phase in self.phases for domain in phase.domains))
+
+    @property
     def server_overrides(self) -> tuple[str, ...]:
         """What the demo's server needs beyond the settings files.
 
@@ -73,7 +78,7 @@ class DemoSettings:
     @property
     def shared_overrides(self) -> tuple[str, ...]:
         """Overrides of both processes. The static version is replayed at the end: keep it."""
-        domains = json.dumps(list(dict.fromkeys(phase.domain for phase in self.phases)))
+        domains = json.dumps(self.domains)
         return (
             f"run_dir={self.run_dir}",
             "trainer.keep_versions=1000",
@@ -110,11 +115,12 @@ def real_settings() -> DemoSettings:
     """Chat requests to a real target on one GPU, from random weights, in five minutes.
 
     Numerics are pinned, so that arms can be compared token by token: in bfloat16, two tokens tie
-    now and then, and the shape of a batch would decide.
+    now and then, and the shape of a batch would decide. The trainer never rests, as five minutes
+    are short; by default it would hold what the server loses to 5 %.
     """
     return DemoSettings(
         configs=REAL_CONFIGS,
-        overrides=("engine.numerics=pinned",),
+        overrides=("engine.numerics=pinned", "trainer.duty=1"),
         source=chats,
         phases=phases_of(DOMAINS[:4], seconds=36.0, enough_requests=4000),
         num_clients=32,
@@ -136,6 +142,35 @@ def with_seed(settings: DemoSettings, seed: int) -> DemoSettings:
         seed=seed,
         sampling=replace(settings.sampling, seed=seed),
         overrides=(*settings.overrides, f"seed={seed}"),
+    )
+
+
+ORDERS = ("ordered", "mixed", "both")
+_NO_END_S = 24 * 3600.0
+
+
+def with_requests(settings: DemoSettings, num_requests: int, order: str) -> DemoSettings:
+    """The same demo as a stream of so many requests: each phase ends when its prompts are answered.
+
+    Args:
+        num_requests: of all phases, which have the same number of them.
+        order: ``ordered``: one domain after the other, then the first again. ``mixed``: all at
+            once, and nothing else: no phase is shifted, and nothing is replayed. ``both``: one
+            after the other, then all at once, then the first again.
+    """
+    domains = settings.domains
+    first, *others = domains
+    mixed = Phase("mixed", first, order != "mixed", _NO_END_S, num_requests + 1, tuple(others))
+    phases = phases_of(domains, _NO_END_S, num_requests + 1)
+    if order == "mixed":
+        phases = (mixed,)
+    elif order == "both":
+        phases = (*phases[:-1], mixed, phases[-1])
+    return replace(
+        settings,
+        phases=phases,
+        max_requests=-(-num_requests // len(phases)),
+        kept=Kept(0, 0) if order == "mixed" else settings.kept,
     )
 
 

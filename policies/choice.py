@@ -21,6 +21,8 @@ from policies.forecast import PLAIN_ARM, Arm, Forecast, Outline
 
 _HYSTERESIS = 1.01
 """Predicted speed relative to the base that another neural drafter needs to replace it."""
+_RIVAL = 1.03
+"""Speed of plain decoding with an index relative to the base that it needs to replace it."""
 _STAY_STEPS = 64.0
 """Steps that a base is assumed to stay: it must earn its catch-up back in these."""
 _DOUBT = 1.0
@@ -125,8 +127,9 @@ class Chooser:
         self._rows = rows
         self._needing = needing
         self.base = "none"
-        self._lead = 1.0
-        """Speed of the base with its interruptions, relative to the base alone."""
+        self._leads: dict[str, float] = dict.fromkeys(("none", *rows), 1.0)
+        """Speed of each base with its interruptions, relative to the base alone, when it was the
+        base last."""
         self._broken = dict.fromkeys(rows, 0.0)
         """Share of the steps of each neural drafter and mix that come right after an interruption
         where it is the base; what is not the base any more is slowly forgotten."""
@@ -138,6 +141,8 @@ class Chooser:
         catch_up_s: Mapping[str, float],
         overhead_s: float = 0.0,
         spread: Callable[[Arm], float] = lambda _arm: 0.0,
+        *,
+        plain_lead: float = 1.0,
     ) -> Footing:
         """What the choice of a step rests on; nothing changes before ``take``.
 
@@ -147,9 +152,10 @@ class Chooser:
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
             spread: standard deviation of the logarithm of an arm's speed relative to plain
                 decoding; asked where drafting may have to end.
+            plain_lead: speed of plain decoding with an index, relative to plain decoding alone.
         """
-        base, alone = self._best_base(outline, catch_up_s, overhead_s, spread)
-        speed = alone * self._lead
+        base, alone = self._best_base(outline, catch_up_s, overhead_s, spread, plain_lead)
+        speed = alone * self._leads[base]
         charges = self._charges(base, outline, fresh, catch_up_s)
         least = speed if base != "none" else speed * self._margin
         worth = {
@@ -194,7 +200,9 @@ class Chooser:
         """Go on from a choice: its base is kept, and whether it interrupts that is noted."""
         self.base = choice.base
         tokens, seconds = seen.arm(choice.arm)
-        self._lead += _RATE_GAIN * (max(1.0, tokens / seconds / choice.alone) - self._lead)
+        lead = self._leads[self.base]
+        lead += _RATE_GAIN * (max(1.0, tokens / seconds / choice.alone) - lead)
+        self._leads[self.base] = lead
         for drafter, share in self._broken.items():
             if drafter != self.base:
                 self._broken[drafter] = (1 - _RATE_GAIN) * share
@@ -208,6 +216,7 @@ class Chooser:
         catch_up_s: Mapping[str, float],
         overhead_s: float,
         spread: Callable[[Arm], float],
+        plain_lead: float,
     ) -> tuple[str, float]:
         """The base, and its speed alone in tokens per second.
 
@@ -229,15 +238,33 @@ class Chooser:
         own = speeds[base]
         if base == "none":
             entry = 1 + catch_up_s.get(best, 0.0) / seen.plain_s / _STAY_STEPS
-            if best != "none" and speeds[best] > plain * self._margin * entry:
+            reached = speeds[best] * self._leads[best]
+            if (
+                best != "none"
+                and speeds[best] > plain * self._margin * entry
+                and reached > plain * plain_lead * entry
+            ):
                 base = best
-        elif own < (least := plain * (1 + (self._margin - 1) / 2)) and (
-            own * (1 + _DOUBT * spread(arms[base])) < least
-        ):
+        elif self._is_left(base, own, plain, plain_lead, lambda: spread(arms[base])):
             base = "none"
         elif best != "none" and speeds[best] > own * _HYSTERESIS:
             base = best
         return base, speeds[base]
+
+    @property
+    def plain_lead(self) -> float:
+        """Speed of plain decoding with its interruptions, relative to plain decoding alone, while
+        it is the base; otherwise 1."""
+        return self._leads["none"] if self.base == "none" else 1.0
+
+    def _is_left(
+        self, base: str, own: float, plain: float, plain_lead: float, spread: Callable[[], float]
+    ) -> bool:
+        """Whether a drafter is left for plain decoding, or for plain decoding with an index."""
+        if plain * plain_lead > own * self._leads[base] * _RIVAL:
+            return True
+        least = plain * (1 + (self._margin - 1) / 2)
+        return own < least and own * (1 + _DOUBT * spread()) < least
 
     def _charges(
         self, base: str, seen: Outline, fresh: str, catch_up_s: Mapping[str, float]

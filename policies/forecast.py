@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -72,17 +72,18 @@ class Gains(NamedTuple):
     """[A] more seconds of a step."""
 
     @classmethod
-    def over(cls, blind: Arm, outline: Outline, needing: Set[str]) -> Self:
+    def over(cls, blind: Arm, outline: Outline, matching: Iterable[str]) -> Self:
         """Over an arm of a drafter that needs no match.
 
         Args:
-            needing: drafters, and mixes, that are of use only where a request has a match.
+            matching: drafters of the outline that need a match. No mixes: who drafts for which
+                request is planned.
         """
         arms: list[Arm] = []
         tokens, seconds = [], []
         (drafter, k), expected = blind, outline.expected
         blind_s = outline.seconds[drafter][k] if k else outline.plain_s
-        for kind in needing & expected.keys():
+        for kind in matching:
             used = expected[drafter][:, k] if k else np.ones(len(expected[kind]))
             tokens.append((expected[kind][:, 1 : outline.max_k + 1] - used[:, None]).T)
             seconds += outline.seconds[kind][1:]
@@ -107,16 +108,19 @@ class Forecaster:
         times: StepTimes,
         needing: Set[str],
         max_draft: int,
+        matching: Collection[str] = (),
     ) -> None:
         """
         Args:
             needing: drafters, and mixes, that are of use only where a request has a match.
             max_draft: largest K of both models.
+            matching: drafters among those that need a match, no mixes.
         """
         self.max_draft = max_draft
         self._acceptance = acceptance
         self._times = times
         self._needing = needing
+        self._matching = matching
         self._mix = np.array([1.0] + [0.0] * (acceptance.num_buckets - 1))
         """[B] share of rows by kind of match, in steps without a drafter that needs one."""
         self._known: dict[str, _Usual] = {}
@@ -132,10 +136,17 @@ class Forecaster:
         self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         """By drafter and K: what is expected by kind of match, and what ``_capped`` made of it."""
 
-    def outline(self, obs: StepObs, max_k: int) -> Outline:
-        """What does not depend on the requests of a step: by its batch and its drafters alone."""
+    def outline(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Outline:
+        """What does not depend on the requests of a step: by its batch and its drafters alone.
+
+        Args:
+            may_match: some request may have a match. Otherwise mixes that need one are left out.
+        """
         seconds, usual, expected = {}, {}, {}
+        idle = set() if may_match else self._needing - {*self._matching}
         for drafter in obs.drafters:
+            if drafter in idle:
+                continue
             expected[drafter] = self._acceptance.expected_tokens(drafter)
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
             if drafter not in self._needing:
@@ -156,7 +167,7 @@ class Forecaster:
         if obs.matches is None:
             kinds, rows = None, self._usual_rows(batch)
         else:
-            kinds = np.frombuffer(bytes(obs.matches), np.uint8)
+            kinds = kinds_of(obs.matches)
             rows = by_kind(kinds, num_kinds)
             has_match = rows[0] < batch
         by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
@@ -190,6 +201,16 @@ class Forecaster:
                     expected = self._acceptance.expected_tokens(drafter)
                     self._capped(drafter, expected, self._was_capped)
         self._times.plain_s(batch)
+
+    def needing_match(self, batch: int) -> tuple[Floats, Floats]:
+        """All arms of drafters that need matches, mixes left out.
+
+        Returns:
+            [B, A] expected tokens of a row by kind of match, and [A] seconds.
+        """
+        tokens = [self._acceptance.expected_tokens(kind)[:, 1:] for kind in self._matching]
+        seconds = [self._times.arm_times(kind, batch) for kind in self._matching]
+        return np.concatenate(tokens, axis=1), np.concatenate(seconds)
 
     def doubt(self, arm: Arm, batch: int) -> float:
         """How uncertain a drafting arm is: its time relative to a plain step, or what one more
@@ -256,6 +277,11 @@ class Forecaster:
         self._noted.clear()
         self._known.clear()
         self._rows.clear()
+
+
+def kinds_of(matches: Sequence[int]) -> Bytes:
+    """[batch] kinds of match as numpy counts them fastest."""
+    return np.frombuffer(bytes(matches), np.uint8)
 
 
 def by_kind(matches: Bytes, num_kinds: int) -> Floats:

@@ -14,20 +14,28 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster
-from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
+from policies.interface import (
+    CostSample,
+    Decision,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    StepObs,
+)
 from policies.ledger import Ledger
+from policies.lessons import Lessons, Predicted
 from policies.picks import Kinds, Picker, rows_of, with_mixes
 from policies.probes import Explorer, Stretch
-from policies.rest import Gathered, Glance, Rest, count_rows
+from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
@@ -35,25 +43,7 @@ from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
-_TIMED_STEPS = 8
-"""One in so many steps of a rest updates the step times: that takes longer than deciding."""
 _PLAIN = replace(PLAIN, policy="goodput")
-
-
-class Predicted(NamedTuple):
-    """The note of a step that was planned, or that belongs to a stretch."""
-
-    tokens: float
-    """Of a request, the target's own included."""
-    seconds: float
-    """Catching up included."""
-    catches_up: bool
-    pending_rows: Mapping[str, int]
-    on_trial: bool = False
-    """It is charged by what it loses, see ``probes``."""
-
-    def columns(self) -> Mapping[str, float]:
-        return {"tokens": self.tokens, "seconds": self.seconds}
 
 
 class _Steps:
@@ -64,8 +54,6 @@ class _Steps:
         """Decisions by reason."""
         self.drafter = "none"
         """That of the last decision."""
-        self.observed = "none"
-        """That of the last step observed."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
         self.obs: StepObs | None = None
@@ -116,13 +104,17 @@ class GoodputPolicy:
         self._times = StepTimes(context.max_draft, drafters)
         self._switches = SwitchCosts(kinds.neural)
         self._forecaster = Forecaster(
-            self._acceptance, self._times, kinds.needing, context.max_draft
+            self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
         )
         rows = rows_of(context.drafters, context.mixes)
         self._chooser = Chooser(margin, rows, kinds.needing)
         self._ledger = Ledger(probe_share)
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
         self._rest = Rest(self._ledger)
+        self._lessons = Lessons(
+            kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
+            self._rest, self._ledger,
+        )  # fmt: skip
         self._steps = _Steps()
         self._basis: Basis | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
@@ -146,6 +138,18 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
+        self._basis = self._ahead = None
+
+    def start_from(self, other: DraftPolicy) -> None:
+        """Take over step times, and what coming back to drafters costs.
+
+        Raises:
+            TypeError: the other one is of another class.
+        """
+        if not isinstance(other, GoodputPolicy):
+            raise TypeError(f"start_from needs a GoodputPolicy, got {type(other).__name__}")
+        self._times.start_from(other._times)
+        self._switches.start_from(other._switches)
         self._basis = self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
@@ -208,101 +212,41 @@ class GoodputPolicy:
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
+            rows = by_kind(kinds_of(obs.matches or ()), self._acceptance.num_buckets)
+            # What looks find decides how fast plain decoding is with an index.
+            self._basis = self._ahead = None
+            self._rest.note_matches(rows, obs.batch)
             self._rest.note_find(gain)
             return self._resting(arm)
-        self._learn_gathered()
+        self._lessons.learn_gathered()
         return self._steps.note(self._decide(obs))
 
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._basis = self._ahead = None
-        self._learn(outcome)
+        self._rest.index_alone.appraise()
+        self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
-            self._learn_gathered()
+            self._lessons.learn_gathered()
             looks = bool(self._kinds.matching) and self._rest.wants_look()
             self._forecaster.prepare(outcome.batch, looks=looks)
             if self._explorer.wants_doubt:
                 doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
                 self._explorer.note_doubt(doubt)
             obs = self._steps.obs
-            # The next plan mostly is for a batch like that of the last one.
-            if obs is not None and obs.batch == outcome.batch:
+            # The next plan mostly is for a batch like that of the last one. Drafters that cannot
+            # propose in it are not asked for: what is known of idle ones fades when it is.
+            if obs is None or obs.batch != outcome.batch:
+                return
+            if looks or obs.matches is None:
                 self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
                 if obs.matches is None and not looks:
                     self._ahead = self._weigh(obs, self._basis)
 
-    def _learn(self, outcome: Outcome) -> None:
-        self._acceptance.tick(outcome.batch)
-        plain_s = self._times.plain_s(outcome.batch)
-        if not outcome.has_prefill:
-            self._rest.note_cost(outcome.plan_s, plain_s)
-        self._ledger.pay_off(outcome.step_s / plain_s)
-        if outcome.decision.drafter in self._kinds.needing and not outcome.has_prefill:
-            self._rest.note_saved(
-                outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
-            )
-        if outcome.decision.reason == "rest" and outcome.decision.drafter == self._steps.observed:
-            self._gather(outcome)
-            return
-        self._learn_gathered()
-        note = outcome.decision.note
-        predicted = note if isinstance(note, Predicted) else None
-        if outcome.decision.draft_k:
-            self._observe_rows(outcome)
-        if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
-            self._observe_time(outcome, predicted.pending_rows if predicted else {})
-            self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
-            if predicted and outcome.decision.explore:
-                self._charge(outcome, predicted, plain_s)
-            elif outcome.decision.draft_k:
-                self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
-        self._steps.observed = outcome.decision.drafter
-
-    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
-        """Charge a step of a stretch what it took."""
-        drafter = outcome.decision.drafter
-        if drafter in self._kinds.neural:
-            self._explorer.note_gain(
-                drafter,
-                outcome.rows.tokens_each - outcome.step_s / plain_s,
-                plain_s,
-                on_trial=predicted.on_trial,
-                catches_up=predicted.catches_up,
-            )
-        if not predicted.on_trial:
-            self._explorer.settle(
-                outcome.step_s,
-                predicted.seconds,
-                plain_s,
-                catches_up=predicted.catches_up,
-                is_own=drafter == self._chooser.base != "none",
-            )
-
-    def _gather(self, outcome: Outcome) -> None:
-        """Learn from a step of a rest: its time now and then, the rest at the next plan."""
-        self._rest.gathered.add(outcome)
-        is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
-        if is_timed and self._rest.gathered.num_steps % _TIMED_STEPS == 0:
-            self._observe_time(outcome, {})
-
-    def _learn_gathered(self) -> None:
-        gathered, self._rest.gathered = self._rest.gathered, Gathered()
-        if gathered.rounds:
-            self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
-        if gathered.seconds:
-            is_drafted = gathered.drafter != "none"
-            self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
-        if gathered.seconds and gathered.drafter != "none":
-            plain_s = self._times.plain_s(self._acceptance.batch)
-            self._ledger.earned_s += gathered.tokens_each * plain_s - gathered.seconds
-
-    def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
-        self._ledger.save(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
-
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
-        self._learn_gathered()
+        self._lessons.learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
         for mix, members in self._picker.mixes.items():
             if drafter in members:
@@ -322,6 +266,7 @@ class GoodputPolicy:
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
+            "looks": self._rest.figures(),
             "picks": self._picker.figures(),
             "ledger": self._ledger.figures(),
         }
@@ -333,7 +278,8 @@ class GoodputPolicy:
         basis, ahead, self._steps.obs = self._basis, self._ahead, obs
         self._basis = self._ahead = None
         if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
-            basis, ahead = self._based(obs, max_k), None
+            may_match = obs.matches is None or any(obs.matches)
+            basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
@@ -343,7 +289,7 @@ class GoodputPolicy:
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._catches_up(drafter, self._steps.drafter)
+        catches_up = self._lessons.catches_up(drafter, self._steps.drafter)
         if catches_up:
             seconds += basis.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
@@ -354,9 +300,10 @@ class GoodputPolicy:
             note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
         )  # fmt: skip
 
-    def _based(self, obs: StepObs, max_k: int) -> Basis:
+    def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""
-        outline, fresh = self._forecaster.outline(obs, max_k), self._steps.drafter
+        outline = self._forecaster.outline(obs, max_k, may_match=may_match)
+        fresh = self._steps.drafter
         catch_up_s = {
             kind: self._switches.seconds(
                 kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
@@ -366,7 +313,7 @@ class GoodputPolicy:
         }
         footing = self._chooser.footing(
             outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
-            lambda arm: self._forecaster.spread(arm, obs.batch),
+            lambda arm: self._forecaster.spread(arm, obs.batch), plain_lead=self._plain_lead,
         )  # fmt: skip
         return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
 
@@ -379,11 +326,21 @@ class GoodputPolicy:
             best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
         )  # fmt: skip
 
+    @property
+    def _plain_lead(self) -> float:
+        """Speed of plain decoding with an index as a rival of drafters. Where a mix has the index,
+        a drafter goes on with it at no catch-up, and what that would bring is not known before."""
+        return 1.0 if self._kinds.mixed else self._rest.plain_lead
+
     def _decided(self, weighed: Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
+        if looked and self._kinds.matching:
+            self._rest.note_matches(seen.rows, seen.batch)
+            tokens, seconds = self._forecaster.needing_match(seen.batch)
+            self._rest.index_alone.learn(tokens, seconds / seen.plain_s)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
@@ -403,18 +360,15 @@ class GoodputPolicy:
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
-            glance = None
-            if looked and self._kinds.matching and seen.is_whole:
-                glance = Glance(weighed.basis.outline, choice, blind, self._kinds.needing)
+            outline, glance = weighed.basis.outline, None
+            if looked and seen.is_whole:
+                matching = [kind for kind in self._kinds.matching if kind in outline.expected]
+                glance = Glance(outline, choice, blind, matching) if matching else None
             self._rest.begin(blind, glance)
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
 
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind
-
-    def _catches_up(self, drafter: str, before: str) -> bool:
-        """Whether a drafter must catch up after a step by another one."""
-        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
 
     def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
         """A few steps of a drafter whose weights have just changed, where it is not the base.
@@ -445,28 +399,3 @@ class GoodputPolicy:
         if self._rest.is_plain and more[1] and choice.has(more):
             return Stretch(more, _MORE_STEPS, nothing), nothing
         return None, nothing
-
-    def _observe_rows(self, outcome: Outcome) -> None:
-        found = {outcome.decision.drafter: outcome.rows}
-        # The length of a match decides who drafts, and a drafter that needs one is known by it.
-        found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
-        for drafter, rows in found.items():
-            seen: dict[int | None, Counter[tuple[int, int]]] = {}
-            count_rows(rows, seen)
-            if seen:
-                self._acceptance.observe(drafter, seen, outcome.batch)
-
-    def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
-        (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
-        # Most steps are not planned. What planning takes must not look like the time of an arm that
-        # is only tried in steps that are.
-        step_s = outcome.step_s - outcome.plan_s
-        plain_s = self._times.plain_s(batch)
-        if self._catches_up(drafter, self._steps.observed):
-            usual_s = self._times.arm_times(drafter, batch)[k - 1]
-            pending = pending_rows.get(drafter, 0)
-            self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
-            return
-        if k and drafter not in self._kinds.neural:
-            k = max(outcome.rows.num_verified, default=k)
-        self._times.observe(drafter, k, batch, step_s)

@@ -299,6 +299,20 @@ class DraftPolicy(Protocol):
 
 
 @runtime_checkable
+class LearnsTimes(Protocol):
+    """A policy that learns what steps take, which another one of the same server can take over."""
+
+    def start_from(self, other: DraftPolicy) -> None:
+        """Start from the times that another policy has learned, and from nothing that tells what
+        drafts keep. Called after ``calibrate`` and before the first step.
+
+        Args:
+            other: of the same class, settings and drafters.
+        """
+        ...
+
+
+@runtime_checkable
 class ValuesMatches(Protocol):
     """A policy that learns what each kind of match is worth. Before matches are looked up, the
     drafters are told, so that of several matches of a request they continue the best."""

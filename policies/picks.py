@@ -85,6 +85,8 @@ class Kinds(NamedTuple):
     """Drafters among these, no mixes."""
     blind: frozenset[str]
     """Those that must catch up and need no match."""
+    mixed: frozenset[str]
+    """Mixes among those that are of use only where a request has a match."""
 
     @classmethod
     def of(
@@ -94,7 +96,7 @@ class Kinds(NamedTuple):
         neural = frozenset({kind for kind, one in drafters.items() if one.is_neural} | {*mixes})
         needing = needing_match(drafters, mixes)
         matching = tuple(kind for kind, one in drafters.items() if one.needs_match)
-        return cls(neural, needing, matching, neural - needing)
+        return cls(neural, needing, matching, neural - needing, needing & mixes.keys())
 
 
 def rows_of(

@@ -127,7 +127,8 @@ class Explorer:
         on_trial: bool,
         catches_up: bool,
     ) -> None:
-        """A step of a stretch has saved so many plain steps' worth of time, or lost them.
+        """A step of a stretch has saved so many plain steps' worth of time beside plain decoding
+        and what interrupts it, or lost them.
 
         Args:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose

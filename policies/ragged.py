@@ -23,7 +23,14 @@ from configs.schema import PolicySettings
 from policies.allocation import Allocation, Cut
 from policies.average import Average
 from policies.goodput import GoodputPolicy
-from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.interface import (
+    CostSample,
+    Decision,
+    DraftPolicy,
+    Outcome,
+    PolicyContext,
+    StepObs,
+)
 from policies.live_costs import size_of
 
 _CUT = Cut("top", cumulative=True)
@@ -83,6 +90,16 @@ class RaggedPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Pass them on."""
         self.inner.calibrate(samples)
+
+    def start_from(self, other: DraftPolicy) -> None:
+        """Take over what ``goodput`` does.
+
+        Raises:
+            TypeError: the other one is of another class.
+        """
+        if not isinstance(other, RaggedPolicy):
+            raise TypeError(f"start_from needs a RaggedPolicy, got {type(other).__name__}")
+        self.inner.start_from(other.inner)
 
     def rest(self) -> Decision | None:
         """As ``goodput`` rests, ragged or not."""

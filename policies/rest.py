@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import repeat
 
 import numpy as np
@@ -22,17 +23,20 @@ import numpy as np
 from policies.acceptance import Floats
 from policies.average import Average
 from policies.choice import Choice
-from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind
+from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind, kinds_of
+from policies.index_alone import IndexAlone
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
+from policies.look_time import LookTime
 
 _REST_SHARE = 0.003
 """While drafting pays: share of the time that plans may take, and that looks may take while they
 find less than they cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
-_MOST_REST, _MOST_UNLOOKED = 64, 1024
-"""While drafting pays: most steps without a plan, and without a look at matches."""
+_MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
+"""While drafting pays: most steps without a plan, and least and most steps without a look at
+matches where looking at every step does not pay."""
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
@@ -42,6 +46,18 @@ that one plan leaves owed at most: the first one of a server may take twenty, an
 index silent for twenty thousand steps."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
+
+
+@dataclass(slots=True)
+class _Plan:
+    """The last one."""
+
+    looked: bool | None = None
+    """It looked at matches; ``None`` once its time is known."""
+    is_paid: bool = False
+    """Nobody owes what it took,"""
+    by_glance: bool = False
+    """and it was a glance."""
 
 
 class Rest:
@@ -61,8 +77,11 @@ class Rest:
         """Time of a plan without and with a look, as shares of a plain step."""
         self._glances = Average(_REST_GAIN)
         """Time of a look that needed no plan, likewise."""
-        self._find = Average(_REST_GAIN, mean=1.0)
-        """Time that a look saves beyond what the best arm without one takes, likewise."""
+        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        """Time that a look saves beyond what the best arm without one takes, likewise, beside
+        drafts and beside plain decoding."""
+        self.index_alone = IndexAlone()
+        self.look_time = LookTime()
         self.num_unlooked = 0
         """Steps since the last look."""
         self.left = 0
@@ -74,26 +93,37 @@ class Rest:
         """Outcomes of steps without a plan."""
         self.glance: Glance | None = None
         """Replaces plans while looks find nothing; ``None``: every look is planned for."""
-        self._looked: bool | None = None
-        """Whether the last plan looked at matches; ``None`` once its time is known."""
-        self._is_paid = False
-        """Nobody owes what it took,"""
-        self._by_glance = False
-        """and it was a glance."""
+        self._plan = _Plan()
 
     @property
     def pays(self) -> bool:
         """Looking at every step finds more than it costs: beside drafts what looks took on the
         average, planned for or not; beside plain steps, where a look needs no plan of its own, what
         it takes by itself and its share of a plan, and as long as what was saved bears that out."""
-        cost = self._costs[True].mean
-        if self.is_plain:
-            planned = self._costs[False].mean
-            alone = self._glances.mean if self._glances.num else max(cost - planned, 0.0)
-            cost = min(cost, alone + planned / max(self._num_steps(planned), 1))
-            if not self._ledger.affords(Purpose.LOOK, -_MOST_OWED):
-                return False
-        return self._find.mean >= cost
+        return self._pays(is_plain=self.is_plain)
+
+    def _pays(self, *, is_plain: bool) -> bool:
+        if is_plain and not self._ledger.affords(Purpose.LOOK, -_MOST_OWED):
+            return False
+        return self._finds[is_plain].mean >= self._look_cost(is_plain=is_plain)
+
+    def _look_cost(self, *, is_plain: bool) -> float:
+        cost = self._costs[True].mean + self.look_time.hidden
+        if not is_plain:
+            return cost
+        planned = self._costs[False].mean
+        if self._glances.num:
+            alone = self._glances.mean + self.look_time.hidden
+        else:
+            alone = max(cost - planned, 0.0)
+        return min(cost, alone + planned / max(self._num_steps(planned), 1))
+
+    @property
+    def plain_lead(self) -> float:
+        """Speed of plain decoding, with an index where looks pay, relative to plain decoding."""
+        if not self._pays(is_plain=True):
+            return 1.0
+        return self.index_alone.lead(self._look_cost(is_plain=True))
 
     @property
     def overhead(self) -> float:
@@ -111,12 +141,14 @@ class Rest:
         return not self.left and (not self.is_resting or self.may_plan)
 
     def wants_look(self) -> bool:
+        if self.look_time.is_blind:
+            return False
         if self.pays:
             return True
         if self.is_plain:
             return self._ledger.affords(Purpose.LOOK)
-        least = min(math.ceil(self._costs[True].mean / _REST_SHARE), _MOST_UNLOOKED)
-        return self.num_unlooked >= least
+        least = math.ceil(self._look_cost(is_plain=False) / _REST_SHARE)
+        return self.num_unlooked >= min(max(least, _LEAST_UNLOOKED), _MOST_UNLOOKED)
 
     def _num_steps(self, cost: float) -> int:
         """Steps that a plan holds for."""
@@ -128,8 +160,9 @@ class Rest:
         Args:
             is_paid: drafts that saved more time than a plan takes have led to it.
         """
-        self._looked, self._is_paid, self._by_glance = looked, is_paid, False
+        self._plan = _Plan(looked, is_paid)
         self.num_unlooked += not looked
+        self._stepped(looked=looked)
 
     def note_cost(self, plan_s: float, plain_s: float) -> None:
         """Take in what the last plan took, unless that is known.
@@ -138,20 +171,21 @@ class Rest:
             plan_s: its seconds; 0 where the host had time for it.
             plain_s: those of a plain step.
         """
-        if self._looked is not None:
-            share, purpose = plan_s / plain_s, Purpose.LOOK if self._looked else Purpose.PLAN
+        if self._plan.looked is not None:
+            share, purpose = plan_s / plain_s, Purpose.LOOK if self._plan.looked else Purpose.PLAN
             self._ledger.note_spent(purpose, plan_s)
-            self._costs[self._looked].add(share)
-            if self._by_glance:
+            self._costs[self._plan.looked].add(share)
+            if self._plan.by_glance:
                 self._glances.add(share)
-            if self.is_plain and not self._is_paid:
-                usual = self._costs[self._looked].mean
-                charge = min(share, _MOST_COST * usual, _MOST_OWED)
+            if self.is_plain and not self._plan.is_paid:
+                hidden = self.look_time.hidden if self._plan.looked else 0.0
+                usual = self._costs[self._plan.looked].mean + hidden
+                charge = min(share + hidden, _MOST_COST * usual, _MOST_OWED)
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
                 most = max(charge, min(usual, _MOST_OWED))
                 self._ledger.charge(purpose, charge, most_owed=most)
-            self._looked = None
+            self._plan.looked = None
 
     def note_saved(self, share: float) -> None:
         """Take in what a draft that needed a look has saved.
@@ -169,8 +203,18 @@ class Rest:
         Args:
             share: time that it saved beyond the best arm that needs none, relative to a plain step.
         """
-        self._find.add(share)
+        self._finds[self.is_plain].add(share)
         self.num_unlooked = 0
+
+    def note_matches(self, rows: Floats, batch: int) -> None:
+        """Take in the matches that a look found; before ``note_find``.
+
+        Args:
+            rows: [B] by kind of match.
+        """
+        saved = self.index_alone.note(rows, batch, is_dense=self.num_unlooked <= 1)
+        if not self.is_plain:
+            self._finds[True].add(saved)
 
     def begin(self, arm: Arm, glance: Glance | None) -> None:
         """Go on with an arm until the next plan is due."""
@@ -181,10 +225,16 @@ class Rest:
 
     def take(self) -> Arm:
         """The arm of a step without a plan."""
+        self._stepped(looked=False)
         self.left = max(self.left - 1, 0)
         self.num_since += 1
         self.num_unlooked += 1
         return self.arm
+
+    def _stepped(self, *, looked: bool) -> None:
+        looks = looked and self.pays
+        gain = self._finds[self.is_plain].mean - self._look_cost(is_plain=self.is_plain)
+        self.look_time.stepped(looks=looks, gain=gain)
 
     def glanced(self, obs: StepObs) -> tuple[Arm, float] | None:
         """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
@@ -196,13 +246,22 @@ class Rest:
             return None
         arm, gain = glance.best(obs.matches)
         may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
-        self._by_glance = may_go_on
+        self._plan.by_glance = may_go_on
         return (self.arm if arm is None else arm, gain) if may_go_on else None
+
+    def figures(self) -> dict[str, float]:
+        """JSON-ready: time that a look takes beyond planning, in plain steps, and speed of plain
+        decoding with an index relative to plain decoding."""
+        return {
+            "hidden": round(self.look_time.hidden, 4),
+            "plain_lead": round(self.plain_lead, 4),
+        }
 
     def reset(self) -> None:
         """Forget what looks found: other weights draft now."""
         self.glance = None
-        self._find, self.left = Average(_REST_GAIN, mean=1.0), 0
+        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        self.left = 0
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
@@ -211,22 +270,24 @@ class Glance:
     which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
     taken without a plan: a plan at every match would cost more than most matches save."""
 
-    def __init__(self, outline: Outline, choice: Choice, blind: Arm, needing: Set[str]) -> None:
+    def __init__(
+        self, outline: Outline, choice: Choice, blind: Arm, matching: Sequence[str]
+    ) -> None:
         """
         Args:
             outline: of the last plan,
             choice: which was this.
             blind: the arm in use.
-            needing: drafters, and mixes, that are of use only where a request has a match.
+            matching: drafters of the outline that need a match, no mixes; at least one.
         """
         self._outline, self._choice, self._blind = outline, choice, blind
-        self._needing = needing
+        self._matching = matching
         self._gains: tuple[Gains, Floats] | None = None
         """What they gain, and [A] tokens' worth of time that the step takes longer. ``None`` until
         the first look: most plans are followed by none."""
 
     def _weighed(self) -> tuple[Gains, Floats]:
-        gains, charges_s = Gains.over(self._blind, self._outline, self._needing), []
+        gains, charges_s = Gains.over(self._blind, self._outline, self._matching), []
         for drafter, _ in gains.arms:
             charges_s.append(self._choice.charges_s.get(drafter, 0.0))
         longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
@@ -238,7 +299,7 @@ class Glance:
         if self._gains is None:
             self._gains = self._weighed()
         gains, losses = self._gains
-        rows = by_kind(np.frombuffer(bytes(matches), np.uint8), gains.tokens.shape[1])
+        rows = by_kind(kinds_of(matches), gains.tokens.shape[1])
         values = (gains.tokens @ rows - losses).tolist()
         most = max(values)
         if most <= 0:

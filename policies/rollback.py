@@ -1,62 +1,61 @@
 """Keep a new version or roll it back. Decides on counts alone: no clocks, no I/O.
 
 After a swap, tokens_per_step may fall because the version is worse or because traffic has changed,
-and only decoding the *same* traffic with both versions tells which. A suspicion therefore starts a
-trial: the engine decodes with the former weights for a while, then returns to the new ones (A-B-A),
-and again, up to eight times, as long as there is doubt. To be mistaken for a bad version, traffic
-would have to shift twice, in opposite directions.
+and only decoding the *same* traffic with both versions tells which. So unless the new version is
+better beyond doubt, a trial begins: the engine decodes with the former weights for a window, then
+returns to the new ones for another (A-B-A-B), and again, as long as there is doubt. To be mistaken
+for a bad version, traffic would have to shift twice, in opposite directions.
 
     steady -> watching -> trial -> confirming -> steady (kept or rolled back)
-                 \\-> steady (kept)    |    \\-> trial, while it seems worse and is not convicted
+                 \\-> steady (kept)    |    \\-> trial, while neither is certain
                                         \\-> steady (kept)
 
-Doubt costs a trial, so part of ``max_drop`` is enough for it. A verdict has two forms. A version
-that is far beyond ``max_drop`` is convicted within its first confirmation. Otherwise three trials
-must have been made, and by what was measured after the suspicion the version must have lost most of
-``max_drop``, and anything at all beyond doubt. To ask for certainty about ``max_drop`` itself would
-take ten windows for a version that is a quarter worse, and keep most of those.
+It is a sequential test of whether the version lost more than seven tenths of ``max_drop``: it ends
+once that is certain, or certain not to be so, and after 24 trials with what is likelier. One
+that is far beyond ``max_drop`` is convicted within its first confirmation.
+
+Equal versions take the longest, and there it does not matter which of the two decodes. One window
+decides nothing: of some two hundred rounds of five requests, the mean is uncertain by a tenth,
+since requests differ.
 
 Rounds of one request are correlated, so tests compare means of blocks of rounds, and the variance
-is raised by the correlation between neighbouring blocks.
-
-Simulated (requests of 40 rounds on average and unequal difficulty, K = 4, watch_rounds 200,
-max_drop 0.15), share of swaps that are rolled back:
-
-    tokens_per_step lost      0 %     21 %    24 %
-    one request at a time     0.0005  -       0.83
-    four at a time            0       0.89    0.95
-
-A random drafter is rolled back after 290 rounds, one that is a quarter worse after 1,310 to 1,760
-(median, trials included), and no watch takes more than 3,540.
+is raised by the correlation between blocks that are near each other.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
+from operator import mul
 from statistics import fmean
 from typing import Any
 
 _BLOCK_ROUNDS = 16
 _MIN_BLOCKS = 6
 """Minimum blocks in a window before it is tested."""
-_DOUBT = 0.4
-"""Share of ``max_drop`` by which a full window must have fallen to go on suspecting the version."""
-_SUSPECT_SIGMA, _EARLY_TRIAL_SIGMA = 2.0, 3.5
-"""Standard errors beyond ``max_drop`` that begin and end a trial before the window is full."""
-_CONFIRM_SIGMA, _VERDICT_SIGMA = 2.0, 4.0
-"""Standard errors beyond ``max_drop`` that roll back at once: in the confirmation alone, and in it
-together with what raised the suspicion."""
-_LASTING, _LASTING_SIGMA, _LASTING_TRIALS = 0.7, 4.5, 3
-"""Share of ``max_drop``, and standard errors below the former version, that roll a version back,
-and the trials that takes: the first figures are those of a version picked for looking bad."""
-_MAX_TRIALS = 8
+_MIDDLE = 0.7
+"""Share of ``max_drop`` that parts good versions from bad ones."""
+_KEEP_SIGMA, _LOST_SIGMA, _LOST_TRIALS = 2.8, 3.2, 3
+"""Standard errors beyond that, to either side, that keep a version and that roll it back, and the
+trials that the latter takes: traffic may shift once."""
+_END_SIGMA = 1.5
+"""Standard errors that roll a version back after the last trial."""
+_SUSPECT_SIGMA, _EARLY_TRIAL_SIGMA, _EARLY_TRIALS = 2.0, 3.5, 2
+"""Standard errors beyond ``max_drop`` that begin and end a trial before the window is full, and the
+trials that this is asked in: later ones look once for each window, since that takes time."""
+_CONFIRM_SIGMA, _VERDICT_SIGMA = 2.5, 5.0
+"""Standard errors beyond ``max_drop`` that roll back at once: in the confirmation alone, and in all
+that the version has decoded."""
+MAX_TRIALS = 24
 """Each is followed by one window of confirmation."""
 _PRIOR_BLOCKS = 8
-"""Blocks that the prior variance and correlation of blocks count for."""
+"""Blocks that the prior variance of blocks counts for."""
+_LAGS, _PRIOR_LAG_BLOCKS, _PRIOR_CORRELATION = 5, 40, 1.0
+"""Blocks before each that it may be correlated with, blocks that the prior counts for, and the
+prior of the sum of these correlations: requests of 40 rounds, four at a time, have 0.5 to 1.2."""
+_LEAST_CORRELATION, _MOST_CORRELATION = 0.25, 2.5
 
 
 class Action(Enum):
@@ -100,10 +99,11 @@ class SwapWatch:
         self._reference: list[float] = []
         self._trial: list[float] = []
         self._suspect: list[float] = []
-        """All blocks of the new version."""
-        self._confirmed: list[float] = []
-        """Those of confirmations that have ended."""
+        """Blocks of the new version up to the last trial."""
         self._confirmation: list[float] = []
+        """Those since."""
+        self._num_watched = 0
+        """Of ``_suspect``: those before the first trial."""
         self._num_trials = 0
         self._last_verdict: str | None = None
 
@@ -187,11 +187,13 @@ class SwapWatch:
             return Action.KEEP_GOING
         new, former = list(self._recent), self._reference
         is_full = len(new) >= self._num_blocks
-        if self._is_doubtful(new, former, is_full, _SUSPECT_SIGMA):
-            self._suspect = new
-            self._trial, self._confirmed, self._num_trials = [], [], 0
+        if is_full and self._is_sound(new, former):
+            return self._end("kept", Action.ACCEPT)
+        if is_full or self._sigmas_lost(new, former) > _SUSPECT_SIGMA:
+            self._suspect, self._trial, self._num_trials = new, [], 0
+            self._num_watched = len(new)
             return self._begin_trial()
-        return self._end("kept", Action.ACCEPT) if is_full else Action.KEEP_GOING
+        return Action.KEEP_GOING
 
     def _begin_trial(self) -> Action:
         self._num_trials += 1
@@ -202,67 +204,67 @@ class SwapWatch:
 
     def _try_former(self, block: float) -> Action:
         self._trial.append(block)
-        num_trial = len(self._trial)
-        is_full = num_trial >= self._num_trials * self._num_blocks
-        if len(self._recent) < _MIN_BLOCKS and not is_full:
+        is_full = len(self._trial) >= self._num_trials * self._num_blocks
+        if not is_full and not self._is_far_worse_already():
             return Action.KEEP_GOING
-        is_doubtful = self._is_doubtful(self._suspect, self._trial, is_full, _EARLY_TRIAL_SIGMA)
-        if not is_doubtful and not is_full:
-            return Action.KEEP_GOING
-        self._state = "confirming" if is_doubtful else "steady"
-        self._last_verdict = None if is_doubtful else "kept"
+        is_sound = is_full and self._is_sound(self._suspect, self._trial)
+        self._state = "steady" if is_sound else "confirming"
+        self._last_verdict = "kept" if is_sound else None
         self._switch_to(self._new)
         return Action.RETURN_TO_NEW
 
     def _confirm(self, block: float) -> Action:
         self._confirmation.append(block)
-        after = self._confirmation
-        if len(after) < _MIN_BLOCKS:
+        new = self._suspect + self._confirmation
+        is_full = len(self._confirmation) >= self._num_blocks
+        is_early = self._num_trials <= _EARLY_TRIALS and len(self._confirmation) >= _MIN_BLOCKS
+        if not is_full and not is_early:
             return Action.KEEP_GOING
-        if self._is_worse():
+        if self._is_far_worse(new) or (is_full and self._is_worse(new)):
             self._new, self._former = self._former, None
             self._switch_to(self._new)
             return self._end("rolled back", Action.ROLL_BACK)
-        if len(after) < self._num_blocks:
+        if not is_full:
             return Action.KEEP_GOING
-        self._suspect = self._suspect + after
-        self._confirmed = self._confirmed + after
-        is_doubtful = self._is_doubtful(self._suspect, self._trial, True, 0.0)
-        if is_doubtful and self._num_trials < _MAX_TRIALS:
-            return self._begin_trial()
-        return self._end("kept", Action.ACCEPT)
+        self._suspect = new
+        if self._num_trials == MAX_TRIALS or self._is_sound(new, self._trial):
+            return self._end("kept", Action.ACCEPT)
+        return self._begin_trial()
 
     def _end(self, verdict: str, action: Action) -> Action:
         self._state, self._last_verdict = "steady", verdict
         return action
 
-    def _is_doubtful(
-        self, new: Sequence[float], former: Sequence[float], is_full: bool, sigmas: float
-    ) -> bool:
-        """The new version may be worse: once a window is full, already at a part of ``max_drop``,
-        since what follows costs little; before, only far beyond it."""
-        if is_full:
-            return fmean(new) < (1 - _DOUBT * self._max_drop) * fmean(former)
-        return _sigmas_below(new, former, 1 - self._max_drop) > sigmas
+    def _is_sound(self, new: Sequence[float], former: Sequence[float]) -> bool:
+        """It is certain that the version did not lose too much."""
+        return _sigmas_below(new, former, 1 - _MIDDLE * self._max_drop) < -_KEEP_SIGMA
 
-    def _is_worse(self) -> bool:
-        """Whether what was measured is enough for a verdict."""
-        after, former, keep = self._confirmation, self._trial, 1 - self._max_drop
-        if (
-            _sigmas_below(after, former, keep) > _CONFIRM_SIGMA
-            and _sigmas_below(self._suspect + after, former, keep) > _VERDICT_SIGMA
-        ):
-            return True
-        confirmed = self._confirmed + after
+    def _is_worse(self, new: Sequence[float]) -> bool:
+        """It is certain that it did; or, at the end, much likelier than not."""
+        if self._num_trials < _LOST_TRIALS:
+            return False
+        enough = _END_SIGMA if self._num_trials == MAX_TRIALS else _LOST_SIGMA
+        confirmed = new[self._num_watched :]  # traffic may have shifted in the first window
+        return _sigmas_below(confirmed, self._trial, 1 - _MIDDLE * self._max_drop) > enough
+
+    def _is_far_worse_already(self) -> bool:
+        """What was seen before this trial is over is enough to end it."""
+        is_early = self._num_trials <= _EARLY_TRIALS and len(self._recent) >= _MIN_BLOCKS
+        return is_early and self._sigmas_lost(self._suspect, self._trial) > _EARLY_TRIAL_SIGMA
+
+    def _is_far_worse(self, new: Sequence[float]) -> bool:
+        """It lost so much that one trial is enough."""
         return (
-            self._num_trials >= _LASTING_TRIALS
-            and len(confirmed) >= self._num_blocks
-            and fmean(confirmed) < (1 - _LASTING * self._max_drop) * fmean(former)
-            and _sigmas_below(confirmed, former) > _LASTING_SIGMA
+            self._sigmas_lost(self._confirmation, self._trial) > _CONFIRM_SIGMA
+            and self._sigmas_lost(new, self._trial) > _VERDICT_SIGMA
         )
 
+    def _sigmas_lost(self, new: Sequence[float], former: Sequence[float]) -> float:
+        """Standard errors beyond ``max_drop``."""
+        return _sigmas_below(new, former, 1 - self._max_drop)
 
-def _sigmas_below(new: Sequence[float], former: Sequence[float], keep: float = 1.0) -> float:
+
+def _sigmas_below(new: Sequence[float], former: Sequence[float], keep: float) -> float:
     """Standard errors by which ``new`` is below ``keep * former``."""
     variance = _block_variance(new, former)
     error = math.sqrt(variance * (1 / len(new) + keep**2 / len(former)))
@@ -270,22 +272,30 @@ def _sigmas_below(new: Sequence[float], former: Sequence[float], keep: float = 1
 
 
 def _block_variance(*windows: Sequence[float]) -> float:
-    """Variance of a block's mean, raised for the correlation between neighbouring blocks.
+    """Variance of a block's mean, raised for the correlation between blocks near each other.
 
     Pooled over the windows and, since they are short, shrunk towards usual values: a round's
-    standard deviation is half its mean, and neighbouring blocks correlate by 0.3.
+    standard deviation is half its mean.
     """
     squares, lagged, num = 0.0, 0.0, 0
     for blocks in windows:
         mean = fmean(blocks)
         deviations = [value - mean for value in blocks]
-        squares += sum(d * d for d in deviations)
-        lagged += sum(a * b for a, b in itertools.pairwise(deviations))
+        squares += _sum_of_products(deviations, deviations)
+        for lag in range(1, min(_LAGS, len(blocks) - 1) + 1):
+            lagged += _sum_of_products(deviations[:-lag], deviations[lag:])
         num += len(blocks) - 1
     level = fmean(value for blocks in windows for value in blocks)
     usual = (0.5 * level) ** 2 / _BLOCK_ROUNDS
     variance = (squares + _PRIOR_BLOCKS * usual) / (num + _PRIOR_BLOCKS)
     measured = lagged / squares if squares else 0.0
-    correlation = (num * measured + _PRIOR_BLOCKS * 0.3) / (num + _PRIOR_BLOCKS)
-    correlation = min(max(correlation, 0.2), 0.7)
-    return variance * (1 + correlation) / (1 - correlation)
+    prior = _PRIOR_LAG_BLOCKS * _PRIOR_CORRELATION
+    correlation = (num * measured + prior) / (num + _PRIOR_LAG_BLOCKS)
+    correlation = min(max(correlation, _LEAST_CORRELATION), _MOST_CORRELATION)
+    return variance * (1 + 2 * correlation)
+
+
+def _sum_of_products(one: Sequence[float], other: Sequence[float]) -> float:
+    """``math.sumprod``, which Python 3.11 lacks."""
+    total: float = sum(map(mul, one, other))
+    return total

@@ -50,6 +50,8 @@ _CHANGE_SD = 1.0
 _MOST_SD = 3.0
 """Prior standard deviations by which the factors of drafters can fall: below, a draft would seem to
 take no time, whatever its length, and no step would say much of the factor any more."""
+_TAKEN_OVER = 0.02
+"""Share by which factors that another model has learned become as uncertain as at first."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
@@ -90,6 +92,21 @@ class StepTimes:
         """Typical seconds of a plain step by batch, of the state as it is."""
         self._arms: dict[tuple[str, int], list[float]] = {}
         """Likewise what ``arm_times`` returns."""
+
+    def start_from(self, other: StepTimes) -> None:
+        """Take over the factors and the scatter that another model has learned. The factors are a
+        little less certain here.
+
+        Args:
+            other: of the same drafters, and started from the same profile.
+        """
+        self._state = other._state.copy()
+        self._cov = other._cov + _TAKEN_OVER * (self._prior - other._cov)
+        self._scatter.noise = other._scatter.noise
+        self._num_observed = other._num_observed
+        self._values = self._state.tolist()
+        self._plain.clear()
+        self._arms.clear()
 
     @property
     def is_known(self) -> bool:

@@ -18,6 +18,9 @@ for any other reason, and few are seen."""
 _MANY_ROWS = 64.0
 """Missing rows of a request that double the cost of catching up."""
 
+_TAKEN_OVER = 2
+"""First steps that an average taken over from others counts for at most."""
+
 
 class SwitchCosts:
     """Seconds that the first step of a neural drafter takes beyond its others."""
@@ -25,6 +28,11 @@ class SwitchCosts:
     def __init__(self, drafters: Iterable[str]) -> None:
         self._shares = dict.fromkeys(drafters, _START)
         self._num = dict.fromkeys(self._shares, 0)
+
+    def start_from(self, other: SwitchCosts) -> None:
+        """Take over what others of the same drafters have learned; few steps outvote it."""
+        self._shares = dict(other._shares)
+        self._num = {kind: min(num, _TAKEN_OVER) for kind, num in other._num.items()}
 
     def observe(
         self, drafter: str, excess_s: float, pending_rows: int, batch: int, plain_s: float

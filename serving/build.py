@@ -16,10 +16,10 @@ import torch
 
 from buffer.audit import audit
 from buffer.backends import open_backend, open_trace_writer
-from buffer.fingerprint import target_fingerprint
 from buffer.forgetting_writer import ForgettingWriter
 from buffer.interface import Backend, TraceWriter
 from buffer.late_writer import LateWriter
+from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
@@ -51,13 +51,11 @@ from serving.swap.flat_weights import FlatWeights
 from serving.swap.swapper import Swapper
 from serving.swap.target_update import InForce, TargetUpdates
 from specops.verify_logits import Rule
-from targets.config import load_config
-from targets.device import pick_device
-from targets.find import checked_folder, target_name
+from targets.device import hardware_of, pick_device
+from targets.files import TargetFiles, read_target
 from targets.fits import check_tokenizer, known_eos_ids, warn_of_template
 from targets.load import load_served_model, pick_dtype
 from targets.target import Target
-from targets.tokenizer import served_tokenizer
 from targets.update import TargetWeights
 
 log = logging.getLogger(__name__)
@@ -92,34 +90,41 @@ class LoadedTarget:
     """Where it was read from; ``None``: it was made in memory."""
 
 
-def load_target(settings: Settings) -> LoadedTarget:
+def load_target(settings: Settings, files: TargetFiles | None = None) -> LoadedTarget:
     """Load the target that the settings name.
+
+    Args:
+        files: what was read of it; ``None``: it is read now.
 
     Raises:
         ValueError: it cannot be used; the message says why.
     """
     device = pick_device(settings.device)
-    folder = checked_folder(settings.target, settings.target_cache)
-    config, tokenizer = load_config(folder), served_tokenizer(folder, settings.target_cache)
+    if files is None:
+        files = read_target(settings.target, settings.target_cache)
+    folder, config = files.folder, files.config
     with_model_len(settings, config)  # refused before the weights are read
-    check_tokenizer(tokenizer, config)
-    warn_of_template(tokenizer, folder)
-    fingerprint = target_fingerprint(folder)
+    check_tokenizer(files.tokenizer, config)
+    warn_of_template(files.tokenizer, folder)
     model = load_served_model(folder, config, pick_dtype(settings.dtype, device), device)
-    name = target_name(settings.target)
-    return LoadedTarget(model, tokenizer, fingerprint, name, str(folder.absolute()))
+    return LoadedTarget(
+        model, files.tokenizer, files.fingerprint, files.name, str(folder.absolute())
+    )
 
 
 def build_service(
     settings: Settings,
     loaded: LoadedTarget | None = None,
     wrap: Callable[[DraftPolicy], DraftPolicy] | None = None,
+    *,
+    files: TargetFiles | None = None,
 ) -> Service:
     """Load everything, measure step times, and return a service that is ready to start.
 
     Args:
         loaded: serve this target; ``None``: load the one that the settings name.
         wrap: returns the policy to decide with, given the one that the settings name.
+        files: what was read of the target that the settings name; ``None``: it is read now.
 
     Raises:
         ValueError: the target or the drafter cannot be used; the message says why.
@@ -132,7 +137,7 @@ def build_service(
     kinds = chosen(settings.drafter)
     if loaded is None:
         with timed("loaded the target", "loading the target"):
-            loaded = load_target(settings)
+            loaded = load_target(settings, files)
     settings = with_model_len(settings, loaded.model.config)
     backend = open_backend(settings.buffer.url, settings.run_dir)
     with timed("read and checked the drafter"):
@@ -308,9 +313,13 @@ def _service(
         tell=_target_changed(maker, several),
         wake_engine=parts.inbox.wake,
     )
+    device = hardware_of(programs.target.device)
+    load = open_load(settings.run_dir, device) if followers else None
     listeners = _listeners(recorder, maker, several, redaction, savings, target)
+    if load is not None:
+        listeners = replace(listeners, on_pass=load.passed)
     engine = Engine(parts, policies.ordinary, listeners, policies.of)
-    return Service(model, engine, recorder, maker, followers, policies, savings, target)
+    return Service(model, engine, recorder, maker, followers, policies, savings, target, load=load)
 
 
 def _trace_writer(settings: Settings, backend: Backend) -> TraceWriter:

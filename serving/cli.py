@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import logging
 import socket
+import threading
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -33,13 +36,15 @@ from configs.schema import Settings
 from drafters.catalog import chosen
 from policies.catalog import policy_class
 from reporting.catalog import check_writers
+from serving.ahead import Ahead
 from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
-from serving.phases import seconds_of_life, timed, took
+from serving.phases import seconds_of_life, timed, took, uncollected
 
 if TYPE_CHECKING:
     from serving.border.processes import Spawner
     from serving.service import Service
+    from targets.files import TargetFiles
 
 log = logging.getLogger(__name__)
 app = typer.Typer(cls=Commands, no_args_is_help=True, help=__doc__, pretty_exceptions_enable=False)
@@ -101,36 +106,75 @@ def _load(settings: Settings, stack: ExitStack) -> _Loaded:
         ValueError, OSError: the server cannot start; the message says why.
     """
     # --help and --print-config skip these imports: FastAPI, torch and transformers take seconds.
-    with timed("imported HTTP"):
-        from serving.http import answering_503, bind
-        from serving.http.connections import raise_limit
-        from targets.find import checked_folder
+    from serving.http.connections import raise_limit
+    from serving.http.port import bind
+    from targets.find import refuse_early
 
     raise_limit()
     bound = bind(settings)
-    with timed("checked the target's files"):
-        folder = checked_folder(settings.target, settings.target_cache)
-    warn_without_disk(settings)
-    with answering_503(bound):
-        with timed("imported torch"):
-            import torch  # noqa: F401
-        with timed("looked for the device"):
-            from targets.device import pick_device
-            from targets.waking import wake
+    refuse_early(settings.target)
+    with uncollected():
+        importing = Ahead("imported torch and the engine", partial(_import_engine, settings))
+        with timed("imported HTTP"):
+            from serving.http.loading import answering_503
 
-            device = pick_device(settings.device)
-            waking = wake(device)
-        with timed("imported the engine"):
-            from serving.border.processes import Spawner
-            from serving.border.server import num_processes
-            from serving.build import build_service
+            if not _may_have_gpu(settings):  # HTTP is in this process, most likely
+                import serving.http.app
+                import serving.http.uvicorn_server  # noqa: F401
+        with answering_503(bound):
+            with timed("read the target's files"):
+                from targets.files import read_target
 
-            spawner = Spawner(num_processes(settings, device.type == "cuda"), bound)
-        stack.callback(spawner.close)
-        with timed("woke the device"):
-            for thread in waking:
-                thread.join()
-        return _Loaded(bound, build_service(settings), folder, spawner)
+                files = read_target(settings.target, settings.target_cache)
+            warn_without_disk(settings)
+            with timed("waited for torch and the engine"):
+                engine = importing.result()
+            spawner = engine.spawner(settings, bound)
+            stack.callback(spawner.close)
+            with timed("woke the device"):
+                engine.wait()
+            return _Loaded(bound, engine.build(settings, files), files.folder, spawner)
+
+
+@dataclass(frozen=True, slots=True)
+class _Engine:
+    """What was imported, with the device that it runs on."""
+
+    is_on_gpu: bool
+    waking: list[threading.Thread]
+    build: Callable[[Settings, TargetFiles], Service]
+
+    def spawner(self, settings: Settings, bound: socket.socket) -> Spawner:
+        from serving.border.processes import Spawner
+        from serving.border.server import num_processes
+
+        return Spawner(num_processes(settings, self.is_on_gpu), bound)
+
+    def wait(self) -> None:
+        """Until the device is awake."""
+        for thread in self.waking:
+            thread.join()
+
+
+def _import_engine(settings: Settings) -> _Engine:
+    """Import torch, wake the device, and import the rest meanwhile."""
+    from targets.device import pick_device
+    from targets.waking import wake
+
+    device = pick_device(settings.device)
+    waking = wake(device)
+    import serving.border.server  # noqa: F401
+    from serving.build import build_service
+
+    def build(settings: Settings, files: TargetFiles) -> Service:
+        return build_service(settings, files=files)
+
+    return _Engine(device.type == "cuda", waking, build)
+
+
+def _may_have_gpu(settings: Settings) -> bool:
+    """Whether the device may turn out to be a GPU, as far as one can say without torch."""
+    return settings.device != "cpu" and Path("/dev/nvidiactl").exists()
 
 
 def _serve(settings: Settings, loaded: _Loaded) -> int:

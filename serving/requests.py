@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+import msgspec
 
 from serving.sampling import SamplingParams
 
@@ -68,8 +70,12 @@ class Request:
         return f"{len(self.tenant)}:{self.tenant}{self.sampling.cache_salt or ''}"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class _Record(msgspec.Struct, array_like=True, gc=False):
+    """What is made for each request and step: in a third of the time of a dataclass, unknown to the
+    garbage collector, and without names in a message."""
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The target's own log probability of one emitted token: without bias and penalties, at
     temperature 1, untruncated; vLLM's default."""
 
@@ -79,8 +85,7 @@ class TokenLogprob:
     """(token id, log probability) of the most probable alternatives, highest first."""
 
 
-@dataclass(slots=True)  # not frozen: one is made for each request and step, in a third of the time
-class SpeculationStats:
+class SpeculationStats(_Record):
     """The ``speculation`` object of a response."""
 
     drafter_version: int
@@ -100,8 +105,7 @@ class SpeculationStats:
         return 1 + self.accepted / self.steps if self.steps else None
 
 
-@dataclass(slots=True)  # not frozen, as above
-class Output:
+class Output(_Record):
     """What one request committed since its last output. The final one has a finish_reason."""
 
     request_id: str
@@ -144,7 +148,7 @@ def join_outputs(outputs: Sequence[Output]) -> Output:
     if len(outputs) == 1:
         return last
     logprobs = [entry for output in outputs for entry in output.logprobs or ()]
-    return replace(
+    return msgspec.structs.replace(
         last,
         text="".join(output.text for output in outputs),
         token_ids=tuple(token for output in outputs for token in output.token_ids),

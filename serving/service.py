@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
 
+from buffer.load import LoadWriter
 from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
 from policies.savings import Savings
@@ -37,6 +38,8 @@ class Service:
         policies: ArmPolicies | None = None,
         savings: Savings | None = None,
         target: TargetUpdates | None = None,
+        *,
+        load: LoadWriter | None = None,
     ) -> None:
         """
         Args:
@@ -44,6 +47,7 @@ class Service:
             policies: the engine's policy among those of arms; ``None``: it has no others.
             savings: counts what drafting saves; ``None``: nobody knows what plain steps take.
             target: replaces the target's weights; ``None``: they stay as they are.
+            load: shows a trainer on this host how fast requests are decoded; closed by ``stop``.
         """
         self.model = model
         self.engine = engine
@@ -53,6 +57,7 @@ class Service:
         self.target = target
         self._policies = policies
         self._savings = savings
+        self._load = load
         self._thresholds = gc.get_threshold()
 
     @property
@@ -114,6 +119,8 @@ class Service:
         for swapper in self.swappers.values():
             swapper.stop()
         self.engine.stop()
+        if self._load:
+            self._load.close()
         if self.recorder:
             self.recorder.close(timeout_s=10.0)
         gc.unfreeze()  # the engine is garbage once its last user is gone

@@ -50,6 +50,13 @@ def pick_device(name: str, setting: str = "device", *, further: int = 0) -> torc
     return torch.device("cuda")
 
 
+def hardware_of(device: torch.device) -> str:
+    """``cpu``, or the name that a GPU has for all processes: ``GPU-`` and its UUID."""
+    if device.type != "cuda":
+        return device.type
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+
+
 def _see_only(index: int, asked: str) -> None:
     global _only
     if _only == index:

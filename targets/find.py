@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.fingerprint import weight_files
-from targets.gguf_cache import converted_folder
+from targets.gguf_cache import check_magic, converted_folder
 
 GGUF = ".gguf"
 """Ending of the name of a GGUF file."""
@@ -45,7 +45,7 @@ def target_folder(target: str, cache: Path | None = None) -> Path:
     if path.is_file() or target.endswith(GGUF):
         return converted_folder(path, cache)
     if path.is_absolute() or target.startswith("."):
-        raise ValueError(f"target {target!r} is neither a folder nor a GGUF file")
+        raise _nothing_there(target)
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -82,9 +82,29 @@ def checked_folder(target: str, cache: Path | None = None) -> Path:
     return folder
 
 
+def refuse_early(target: str) -> None:
+    """Look at a target for some milliseconds: whether it is there, a folder also whether it is
+    whole. Nothing is downloaded or converted.
+
+    Raises:
+        ValueError: as ``checked_folder`` does.
+    """
+    path = Path(target)
+    if path.is_dir():
+        checked_folder(target)
+    elif path.is_file() or target.endswith(GGUF):
+        check_magic(path)
+    elif path.is_absolute() or target.startswith("."):
+        raise _nothing_there(target)
+
+
 def target_name(target: str) -> str:
     """Name of a target in the API: the last part of its path or id, without ``.gguf``."""
     return Path(target).absolute().name.removesuffix(GGUF)
+
+
+def _nothing_there(target: str) -> ValueError:
+    return ValueError(f"target {target!r} is neither a folder nor a GGUF file")
 
 
 def _check_index(folder: Path, present: set[str]) -> None:

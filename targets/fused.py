@@ -20,7 +20,8 @@ D head dimension.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, Protocol
 
@@ -233,6 +234,8 @@ class FusedDecoder:
         self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
         self._ahead_bytes = ahead_bytes if has_kernels(self._operations) else 0
         self._many = _Many(self.layers, self.head)
+        self._only: frozenset[int] | None = None
+        """Layers that passes compute; ``None``: all."""
         is_plain = self._operations is IN_FLOAT32 and not in_place
         if packs and is_plain and can_pack(_weights_of(self._many)):
             self._operations, self._many = PACKED, _pack(self._many)
@@ -320,6 +323,29 @@ class FusedDecoder:
         run = self._few_rows if self._are_few(num_rows) else self._many_rows
         return features, run(outs, stream, squares, heads_of)
 
+    @contextmanager
+    def abridged(self, taps: tuple[int, ...]) -> Iterator[None]:
+        """Passes compute only the first and the last layer, those beside a tapped one, and one of
+        each other kind, until the block ends: every kernel is launched that a whole pass launches.
+        """
+        first_of_kind: dict[Any, int] = {}
+        for index, layer in enumerate(self.layers):
+            first_of_kind.setdefault(_kind_of(layer), index)
+        beside = {index for tap in taps for index in (tap - 1, tap)}
+        last = len(self.layers) - 1
+        self._only = frozenset({0, last, *beside, *first_of_kind.values()})
+        try:
+            yield
+        finally:
+            self._only = None
+
+    def _shown(self, layers: Sequence[Layer]) -> Iterator[tuple[int, Layer]]:
+        """The layers of a pass with their numbers."""
+        only = self._only
+        if only is None:
+            return enumerate(layers)
+        return ((n, layer) for n, layer in enumerate(layers) if n in only)
+
     def _are_few(self, num_rows: int) -> bool:
         return self.is_pinned or num_rows <= self.few_rows
 
@@ -331,7 +357,7 @@ class FusedDecoder:
         heads_of: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         do = self._operations
-        for index, layer in enumerate(self.layers):
+        for index, layer in self._shown(self.layers):
             qkv = do.few_row_linear(outs[index], layer.qkv, layer.attention_norm, squares)
             mixed = heads_of(index, qkv)
             middle, squares = do.few_row_residual(mixed, layer.o, outs[index], stream)
@@ -349,7 +375,7 @@ class FusedDecoder:
         do, product = self._operations, self._operations.linear
         norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
         normed = do.add_norm(outs[0], None, norms[0], None)
-        for index, layer in enumerate(self._many.layers):
+        for index, layer in self._shown(self._many.layers):
             mixed = heads_of(index, product(normed, layer.qkv))
             normed = do.linear_add_norm(mixed, layer.o, outs[index], layer.mlp_norm, stream)
             gated = self._gate(product(normed, layer.gate_up))
@@ -371,7 +397,7 @@ class FusedDecoder:
             product, layers = do.few_row_linear, self.layers
         norms = [layer.attention_norm for layer in self.layers] + [self.final_norm]
         normed = do.add_norm(outs[0], None, norms[0], None)
-        for index, layer in enumerate(layers):
+        for index, layer in self._shown(layers):
             behind_attention, behind_mlp = _outer_norms(layer)
             update = product(heads_of(index, product(normed, layer.qkv)), layer.o)
             update = do.add_norm(update, None, behind_attention, None)
@@ -396,6 +422,12 @@ class FusedDecoder:
             out = torch.empty(len(flat), len(self.head), dtype=wide, device=hidden.device)
             scores = self._operations.few_row_linear(flat, self.head, out=out)
         return scores.view(*hidden.shape[:-1], len(self.head))
+
+
+def _kind_of(layer: Layer) -> Any:
+    """What a layer has in common with others that launch the same kernels."""
+    tensors = tuple((t.dtype, tuple(t.shape), t.data_ptr() % 16) for t in _tensors_of(layer))
+    return tensors, layer.window, layer.rope, layer.heads.num_query, layer.heads.num_kv
 
 
 def _outer_norms(layer: Layer) -> tuple[Norm, Norm]:

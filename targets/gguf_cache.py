@@ -63,18 +63,26 @@ def converted_folder(file: Path, cache: Path | None = None) -> Path:
     return folder
 
 
-def _content_of(file: Path) -> str:
-    """sha256 of a GGUF file, in hex."""
+def check_magic(file: Path) -> None:
+    """
+    Raises:
+        ValueError: a file is not there, or does not begin as a GGUF file does.
+    """
     if not file.is_file():
         raise ValueError(f"target {str(file)!r} does not exist")
     with file.open("rb") as opened:
         start = opened.read(len(_MAGIC))
-        if start != _MAGIC:
-            raise ValueError(
-                f"target {str(file)!r} is not a GGUF file: it begins with {start!r} instead of "
-                f"{_MAGIC!r}; name a GGUF file, a folder with safetensors or a Hugging Face id"
-            )
-        opened.seek(0)
+    if start != _MAGIC:
+        raise ValueError(
+            f"target {str(file)!r} is not a GGUF file: it begins with {start!r} instead of "
+            f"{_MAGIC!r}; name a GGUF file, a folder with safetensors or a Hugging Face id"
+        )
+
+
+def _content_of(file: Path) -> str:
+    """sha256 of a GGUF file, in hex."""
+    check_magic(file)
+    with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 

@@ -8,13 +8,16 @@ probable pieces, where the file's scores are the order of merges.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+
+from targets.own_tokenizer import CONFIG, WHOLE, OwnTokenizer
 
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """Types of tokens that matter here (``tokenizer.ggml.token_type``)."""
@@ -59,7 +62,12 @@ _BEGINS = frozenset({"llama-bpe"})
 """Those whose texts begin with the begin token, unless the file says otherwise."""
 
 
-def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+_NO_LIMIT = int(1e30)
+"""``transformers``' longest text."""
+
+
+def tokenizer_of(metadata: Mapping[str, Any]) -> OwnTokenizer:
     """The tokenizer that the metadata of a GGUF file describe, with its chat template.
 
     Raises:
@@ -73,15 +81,33 @@ def tokenizer_of(metadata: Mapping[str, Any]) -> PreTrainedTokenizerFast:
     else:
         raise ValueError(f"its tokenizer is of kind {kind!r}; known are 'gpt2' and 'llama'")
     _add_special(tokenizer, metadata)
-    special = {f"{role}_token": _special(metadata, key) for role, key in _ROLES.items()}
-    made = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
-    )
-    made.chat_template = metadata.get("tokenizer.chat_template")
-    return made
+    special = {
+        f"{role}_token": text
+        for role, key in _ROLES.items()
+        if (text := _special(metadata, key)) is not None
+    }
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    named = [text for text in dict.fromkeys(special.values()) if text not in added]
+    tokenizer.add_tokens([AddedToken(text, special=True) for text in named])
+    return OwnTokenizer(tokenizer, metadata.get("tokenizer.chat_template"), special)
 
 
-_ROLES = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+def save_tokenizer(tokenizer: OwnTokenizer, folder: Path) -> None:
+    """Write a tokenizer as ``transformers`` (5.17) does, and find it as written (``as_written``)
+    where the library would take it as it is."""
+    tokenizer.backend_tokenizer.save(str(folder / WHOLE))
+    said = {f"{role}_token": tokenizer.special_tokens_map.get(f"{role}_token") for role in _ROLES}
+    fields = {
+        **said,
+        "backend": "tokenizers",
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": _NO_LIMIT,
+        "tokenizer_class": "TokenizersBackend",
+    }
+    text = json.dumps(fields, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+    if tokenizer.chat_template is not None:
+        (folder / "chat_template.jinja").write_text(tokenizer.chat_template, encoding="utf-8")
 
 
 def _special(metadata: Mapping[str, Any], key: str) -> str | None:
@@ -181,3 +207,5 @@ def _add_special(tokenizer: Tokenizer, metadata: Mapping[str, Any]) -> None:
             pair=[begin, "$A", begin, "$B"],
             special_tokens=[(begin, begin_id)],
         )
+    else:  # as ``transformers`` leaves it
+        tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B:1")

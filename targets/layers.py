@@ -180,7 +180,7 @@ def columns_of(weight_NK: Tensor) -> Tensor:
     return columns[:, :num_rows].t()
 
 
-def _are_adjacent(weights: list[Tensor]) -> bool:
+def are_adjacent(weights: list[Tensor]) -> bool:
     """Whether weights laid out by rows follow each other in one memory."""
     if len({w.untyped_storage().data_ptr() for w in weights}) > 1:
         return False
@@ -195,7 +195,7 @@ def joined(by_columns: bool, *linears: Any) -> Tensor:
     Weights that lie behind each other already, as those that swaps overwrite do, stay where they
     are."""
     own: list[Tensor] = [module.weight.detach() for module in linears]
-    if not by_columns and _are_adjacent(own):
+    if not by_columns and are_adjacent(own):
         return own[0].as_strided((sum(map(len, own)), own[0].shape[1]), own[0].stride())
     whole = torch.cat(own)
     if by_columns:

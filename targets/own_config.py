@@ -145,6 +145,35 @@ def computed(config: OwnConfig) -> dict[str, Any]:
     }
 
 
+def shapes_of(config: OwnConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of a config's causal LM, by its name in Hugging Face's files; a head
+    that is tied to the embedding is not among them."""
+    family = FAMILIES[config.model_type]
+    size, inner, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
+    head_dim = getattr(config, "head_dim", None) or size // config.num_attention_heads
+    width, narrow = (
+        heads * head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    linear = {
+        "self_attn.q_proj": (width, size), "self_attn.k_proj": (narrow, size),
+        "self_attn.v_proj": (narrow, size), "self_attn.o_proj": (size, width),
+        "mlp.gate_proj": (inner, size), "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }  # fmt: skip
+    norms = {"input_layernorm": size, "post_attention_layernorm": size}
+    if family.has_head_norms:
+        norms |= {"self_attn.q_norm": head_dim, "self_attn.k_norm": head_dim}
+    layer: dict[str, tuple[int, ...]] = {f"{name}.weight": at for name, at in linear.items()}
+    layer |= {f"{name}.weight": (num,) for name, num in norms.items()}
+    if family.has_qkv_bias:
+        layer |= {f"self_attn.{x}_proj.bias": linear[f"self_attn.{x}_proj"][:1] for x in "qkv"}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, size)}
+    for n in range(config.num_hidden_layers):
+        shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
+    shapes["model.norm.weight"] = (size,)
+    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (vocab, size)}
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     """The JSON object in a file; ``None`` if there is none."""
     try:

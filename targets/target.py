@@ -5,6 +5,8 @@ T packed rows of one pass, H hidden, V vocabulary, m tapped layers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specops.attention import DecodePass, PagedPass
-from specops.device import decode_attention, prepare_pass
+from specops.device import decode_attention, prepare, prepare_pass
 from targets.families import family_of
 from targets.fused import FusedDecoder, supports
 from targets.layers import columns_of
@@ -46,6 +48,7 @@ class KvPool:
         shape = (num_slots, num_kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
+        prepare(self.keys[0].device)
 
 
 def _attention_forward(
@@ -192,6 +195,16 @@ class Target:
                 raise
             return str(error)
         return None
+
+    @contextmanager
+    def abridged(self) -> Iterator[None]:
+        """Passes compute only layers that differ from each other in what they launch, as far as our
+        decoder computes them, until the block ends. Their results mean nothing."""
+        if self._fused is None:
+            yield
+            return
+        with self._fused.abridged(self.layer_ids):
+            yield
 
     def why_not_overwritten(self) -> str | None:
         """Why new values of the parameters would not be all that the next pass computes with;

@@ -20,7 +20,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -238,6 +237,8 @@ def _computed(config: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
     if own is not None and isinstance(config, OwnConfig):
         return computed(config), computed(own)
     # Loads transformers, which takes seconds of a core that requests are decoded on.
+    from huggingface_hub.errors import StrictDataclassError
+
     from targets.causal import config_json
 
     try:
@@ -251,10 +252,16 @@ def _computed(config: Any, folder: Path) -> tuple[dict[str, Any], dict[str, Any]
 def _tied_names(target: Target) -> dict[str, str]:
     """Name of the lm_head -> that of the embedding, if the target ties them."""
     embed, head = target.embed.weight, target.lm_head.weight
-    if not target.config.tie_word_embeddings or not (head is embed or torch.equal(head, embed)):
+    if not target.config.tie_word_embeddings or not _are_equal(head, embed):
         return {}
     names = {id(module): f"{name}.weight" for name, module in target.model.named_modules()}
     return {names[id(target.lm_head)]: names[id(target.embed)]}
+
+
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    """Whether two weights are one, or copies of each other."""
+    same = one.data_ptr() == other.data_ptr() and one.stride() == other.stride()
+    return (same and one.shape == other.shape) or torch.equal(one, other)
 
 
 def _view(memory: Tensor, start: int, like: Tensor) -> Tensor:

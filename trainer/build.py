@@ -7,8 +7,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from safetensors.torch import load
 from buffer.audit import audit
 from buffer.backends import limits_of, open_backend
 from buffer.bundles import BundleError
-from buffer.interface import Backend
+from buffer.interface import Backend, Location
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.run_target import former_of
@@ -38,6 +39,7 @@ from reporting.reports import Reports
 from targets.head import TargetHead, load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
+from trainer.duty import Duty, duty_of
 from trainer.gate import Judge, Static
 from trainer.group import Group, device_of, single
 from trainer.intake import Intake
@@ -70,6 +72,7 @@ class _Shared:
     fingerprint: str
     backend: Backend
     num_trainers: int
+    duty: Duty
 
 
 def build_trainers(
@@ -106,8 +109,17 @@ def build_trainers(
     place = target_of_run(settings)
     head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
+    duty = duty_of(settings.trainer, settings.run_dir, stop, device)
     shared = _Shared(
-        stop, reports or Reports(), group, device, head, place.fingerprint, backend, len(kinds)
+        stop,
+        reports or Reports(),
+        group,
+        device,
+        head,
+        place.fingerprint,
+        backend,
+        len(kinds),
+        duty,
     )
     return [_trainer(_of_line(settings, kind), line_of(settings, kind), shared) for kind in kinds]
 
@@ -188,10 +200,11 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         random=np.random.default_rng(settings.seed),
         journal=journal,
         stop=shared.stop,
-        pace=Pace(settings.trainer),
+        pace=Pace(settings.trainer, duty=shared.duty),
         saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
         worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
+    trainer.judge.between = partial(shared.duty.breathe, trainer.learner.wait)
     trainer.worth.begin(manifest)
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:
@@ -308,7 +321,7 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         seen = SeenTraces.from_json(state["offsets"]["seen"])
         again = _seen_by(saved.damaged, seen)
         wanted = keys_in(state["memory"])
-        found = intake.find(wanted | again, TraceReader(backend))
+        found = intake.find(wanted | again, TraceReader(backend), _locations_in(state))
         if not is_former:
             trainer.memory.restore(state["memory"], found)
         for key in again & found.keys():
@@ -340,6 +353,18 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
             text="the state of a damaged checkpoint is damaged, too: which traces its trainer had "
             "committed is unknown, and they are not trained on again",
         )
+
+
+def _locations_in(state: Mapping[str, Any]) -> dict[str, Location]:
+    """Where the samples of a checkpoint are in the buffer; those from before 2026-12 do not say.
+
+    Raises:
+        ValueError: what it says is no location.
+    """
+    stored = state.get("locations", {})
+    if not all(isinstance(part, str) for pair in stored.values() for part in pair):
+        raise ValueError("a location must be two texts")
+    return {key: (writer, location) for key, (writer, location) in stored.items()}
 
 
 def _seen_by(damaged: Iterable[dict[str, Any] | None], seen: SeenTraces) -> set[str]:

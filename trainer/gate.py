@@ -178,6 +178,9 @@ class Judge:
     """With which the candidate must not be worse; 0.5: only the estimates count."""
     static: Static | None = None
     """The version that the trainer began from, for comparison; ``None``: it is not measured."""
+    between: Callable[[], None] = lambda: None
+    """Called between the pieces of a measurement, of ``_TOKENS_AT_ONCE`` positions each: others may
+    use the device there."""
     _known: dict[str, Chains] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
     _measured: dict[str, Chains] = field(default_factory=dict)
@@ -288,6 +291,7 @@ class Judge:
             alphas_RK, is_full_R = self.trainable.acceptance(model, self.head, batch, GATE_DRAFT_K)
             found.append(torch.cat((alphas_RK, is_full_R[:, None].float()), dim=1))
             owners.append(_owners(packed, [place for place, _ in group]))
+            self.between()
         if not found:
             return {}
         rows = torch.cat(found).cpu()  # waits for the device, once

@@ -1,8 +1,10 @@
 """The processes of one trainer, and what they say to each other.
 
-Process 0 is the trainer; the others are its workers, which only compute. Messages are safetensors
-with a line of JSON: nothing is unpickled. They go from process 0 to a worker over gloo; gradients
-are summed over gloo on CPUs and NCCL on GPUs.
+Process 0 is the trainer; the others are its workers, which only compute. A message is a line of
+JSON, which names its tensors, and their bytes: nothing is unpickled. Tensors in a GPU's memory go
+from GPU to GPU over NCCL, all else over gloo; gradients are summed over NCCL on GPUs and gloo on
+CPUs. The rows of an 8B target take 32 KiB a position: by way of the host they would take longer
+than an update.
 
 Whoever reaches the port of process 0 can join: on several hosts it belongs in a trusted network.
 """
@@ -11,15 +13,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load, save
 from torch import Tensor
 
 from targets.device import pick_device
@@ -27,7 +29,15 @@ from targets.device import pick_device
 _PATIENCE = timedelta(hours=1)
 """For which a process waits for the others. One that dies closes its connections, which the others
 see at once; this is for a host that vanishes. An idle trainer speaks more often."""
-_TEXT = "text of the message"
+_ALIGNED = 16
+"""Tensors of a message begin at multiples of so many bytes."""
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64, torch.float32, torch.float16, torch.bfloat16,
+        torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool,
+    )
+}  # fmt: skip
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -43,7 +53,7 @@ class Message:
     values: dict[str, Any]
     """As JSON has them."""
     tensors: dict[str, Tensor]
-    """On the CPU."""
+    """On the CPU, or on the GPU of the process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,21 +72,25 @@ class Group:
         Raises:
             GroupError: a process is gone.
         """
-        text = json.dumps({"do": message.do, "values": message.values}).encode()
-        tensors = {name: t.detach().cpu().contiguous() for name, t in message.tensors.items()}
-        tensors[_TEXT] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
-        content = torch.frombuffer(bytearray(save(tensors)), dtype=torch.uint8)
+        facts, contents = packed(message.tensors)
+        body = {"do": message.do, "values": message.values, "tensors": facts}
+        text = torch.frombuffer(bytearray(json.dumps(body).encode()), dtype=torch.uint8)
         with _in_words():
-            dist.send(torch.tensor([len(content)], dtype=torch.int64), rank)
-            dist.send(content, rank)
+            dist.send(torch.tensor([len(text)], dtype=torch.int64), rank)
+            dist.send(text, rank)
+            for content in filter(len, contents.values()):
+                dist.send(content, rank)
 
     def tell_all(self, message: Message) -> None:
         """Send a message from process 0 to all others."""
         for rank in range(1, self.size):
             self.send(rank, message)
 
-    def receive(self) -> Message:
+    def receive(self, device: torch.device) -> Message:
         """The next message of process 0.
+
+        Args:
+            device: of this process: tensors that are on a GPU there are on this one here.
 
         Raises:
             GroupError: a process is gone.
@@ -84,11 +98,16 @@ class Group:
         length = torch.zeros(1, dtype=torch.int64)
         with _in_words():
             dist.recv(length, 0)
-            content = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(content, 0)
-        tensors = load(content.numpy().tobytes())
-        body = json.loads(tensors.pop(_TEXT).numpy().tobytes())
-        return Message(body["do"], body["values"], tensors)
+            text = torch.empty(int(length), dtype=torch.uint8)
+            dist.recv(text, 0)
+            body = json.loads(text.numpy().tobytes())
+            contents: dict[str, Tensor] = {}
+            for place, num_bytes in _sizes(body["tensors"]).items():
+                where = device if place == device.type else torch.device("cpu")
+                contents[place] = torch.empty(num_bytes, dtype=torch.uint8, device=where)
+                if num_bytes:
+                    dist.recv(contents[place], 0)
+        return Message(body["do"], body["values"], unpacked(body["tensors"], contents))
 
     def add_up(self, flat: Tensor) -> None:
         """Replace a tensor by its sum over all processes: the same bits in each of them.
@@ -99,6 +118,53 @@ class Group:
         if self.size > 1:
             with _in_words():
                 dist.all_reduce(flat)
+
+
+Facts = dict[str, tuple[str, list[int], str, int]]
+"""Name of a tensor -> dtype, shape, kind of device, and offset in bytes among those on it."""
+
+
+def packed(tensors: Mapping[str, Tensor]) -> tuple[Facts, dict[str, Tensor]]:
+    """Tensors as the bytes of a message: what is on the CPU and what is on a GPU apart."""
+    facts: Facts = {}
+    ends: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        kind, shape = str(tensor.dtype).removeprefix("torch."), list(tensor.shape)
+        place = tensor.device.type
+        facts[name] = kind, shape, place, ends.get(place, 0)
+        ends[place] = ends.get(place, 0) + _room(tensor.nbytes)
+    contents: dict[str, Tensor] = {}
+    for name, (_, _, place, start) in facts.items():
+        tensor = tensors[name].detach()
+        if place not in contents:
+            size = ends[place]
+            contents[place] = torch.empty(size, dtype=torch.uint8, device=tensor.device)
+        bits = tensor.contiguous().reshape(-1).view(torch.uint8)
+        contents[place][start : start + len(bits)].copy_(bits)
+    return facts, contents
+
+
+def unpacked(facts: Facts, contents: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Inverse of ``packed``: views into the contents."""
+    found: dict[str, Tensor] = {}
+    for name, (kind, shape, place, start) in facts.items():
+        num_bytes = math.prod(shape) * _DTYPES[kind].itemsize
+        bits = contents[place][start : start + num_bytes]
+        found[name] = bits.view(_DTYPES[kind]).view(shape)
+    return found
+
+
+def _sizes(facts: Facts) -> dict[str, int]:
+    """Bytes on each kind of device, in the order in which they are sent."""
+    sizes: dict[str, int] = {}
+    for kind, shape, place, start in facts.values():
+        sizes[place] = start + _room(math.prod(shape) * _DTYPES[kind].itemsize)
+    return sizes
+
+
+def _room(num_bytes: int) -> int:
+    """What a tensor takes of a message."""
+    return -(-num_bytes // _ALIGNED) * _ALIGNED
 
 
 def single() -> Group:

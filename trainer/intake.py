@@ -10,12 +10,13 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from buffer.deletions import Deletions
-from buffer.interface import ServiceAwayError
+from buffer.interface import Location, ServiceAwayError
+from buffer.records import Trace
 from buffer.run_target import RunTarget
 from buffer.seen import Identity, SeenTraces
 from buffer.traces import TraceCounts, TraceReader
@@ -51,6 +52,8 @@ class _Batch:
     """Of all its traces."""
     target: str = ""
     """Fingerprint of the target that its samples are of."""
+    locations: Mapping[str, Location] = field(default_factory=dict)
+    """Of its samples in the buffer, by key."""
 
 
 class Intake:
@@ -86,6 +89,8 @@ class Intake:
         self._journal = journal
         self._ahead: _Ahead | None = None
         self._outage = Outage("read traces")
+        self._locations = dict[str, Location]()
+        """Of the samples that were handed over, until ``locations`` is asked for others."""
         self._reader = reader
         self.continue_with(reader)
 
@@ -136,6 +141,7 @@ class Intake:
         if batch is None:
             return []
         self._places, self._counts = batch.places, batch.counts
+        self._locations |= batch.locations
         for identity in batch.seen:
             self._seen.add(*identity)
         self._note(batch.problem)
@@ -174,24 +180,56 @@ class Intake:
         """Offsets behind the samples that ``read`` has returned, for a checkpoint."""
         return {"places": self._places, "seen": self._seen.to_json()}
 
+    def locations(self, keys: Collection[str]) -> dict[str, Location]:
+        """Where in the buffer the samples with these keys are, as far as they were handed over or
+        found; those of all others are forgotten."""
+        self._locations = {key: self._locations[key] for key in keys if key in self._locations}
+        return dict(self._locations)
+
     @property
     def counts(self) -> TraceCounts:
         """Records by outcome, up to the samples that ``read`` has returned."""
         return self._counts
 
-    def find(self, wanted: set[str], reader: TraceReader) -> dict[str, Sample]:
-        """Samples named ``wanted`` that ``reader`` still finds in the log, by their names."""
-        found = dict[str, Sample]()
-        while wanted - found.keys():
+    def find(
+        self, wanted: set[str], reader: TraceReader, locations: Mapping[str, Location]
+    ) -> dict[str, Sample]:
+        """Samples named ``wanted`` that ``reader`` still finds in the log, by their names.
+
+        The whole log, which may have an hour of traffic, is read only for those without a location,
+        or if not one of them is where it was: then it is a copy, or its backend cannot do better.
+
+        Args:
+            locations: of samples in the log, by key, as far as they are known.
+        """
+        known = {key: at for key, at in locations.items() if key in wanted}
+        found = self._fetched(known, reader)
+        missing = wanted - (known.keys() if found else found.keys())
+        while missing - found.keys():
             num_seen = _num_seen(reader)
-            for trace in reader.read(TRACES_AT_ONCE):
-                if key_of(trace) in wanted:
-                    sample = sample_of(trace, self.expected, self._max_sequence)
-                    if isinstance(sample, Sample):
-                        found[sample.key] = sample
+            for location, trace in reader.read_located(TRACES_AT_ONCE):
+                if key_of(trace) in missing:
+                    found |= self._found(trace, location)
             if _num_seen(reader) == num_seen:
                 break  # end of the log
         return found
+
+    def _fetched(self, known: Mapping[str, Location], reader: TraceReader) -> dict[str, Sample]:
+        """The samples that are at their location."""
+        stored = reader.fetch(known.values()) or {}
+        found = dict[str, Sample]()
+        for key, location in known.items():
+            trace = stored.get(location)
+            if trace is not None and key_of(trace) == key:
+                found |= self._found(trace, location)
+        return found
+
+    def _found(self, trace: Trace, location: Location) -> dict[str, Sample]:
+        sample = sample_of(trace, self.expected, self._max_sequence)
+        if not isinstance(sample, Sample):
+            return {}
+        self._locations[sample.key] = location
+        return {sample.key: sample}
 
     def _note(self, problem: str | None) -> None:
         if problem is not None:
@@ -206,20 +244,31 @@ class Intake:
         if self.watch.moved(expected.target_fingerprint) is not None:
             return _Batch([], [], self._reader.places(), self._reader.counts, True)
         try:
-            traces = self._reader.read(TRACES_AT_ONCE)
+            located = self._reader.read_located(TRACES_AT_ONCE)
         except ServiceAwayError as error:
             return _Batch([], [], self._reader.places(), self._reader.counts, True, str(error))
-        for trace in traces:
+        locations = dict[str, Location]()
+        for location, trace in located:
             sample = sample_of(trace, expected, self._max_sequence)
             if isinstance(sample, Sample):
                 samples.append(sample)
+                locations[sample.key] = location
             else:
                 refused.append((key_of(trace), sample))
         is_empty = _num_seen(self._reader) == before
         places, counts = self._reader.places(), self._reader.counts
-        seen = tuple((trace.producer, trace.epoch, trace.seq) for trace in traces)
+        seen = tuple((trace.producer, trace.epoch, trace.seq) for _, trace in located)
         target = expected.target_fingerprint
-        return _Batch(samples, refused, places, counts, is_empty, seen=seen, target=target)
+        return _Batch(
+            samples,
+            refused,
+            places,
+            counts,
+            is_empty,
+            seen=seen,
+            target=target,
+            locations=locations,
+        )
 
 
 class _Ahead:

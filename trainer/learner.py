@@ -117,6 +117,20 @@ class Learner:
         if self.fixed_shape is not None:
             self.program.capture_all(every_shape(self.fixed_shape))
 
+    def give_up_graphs(self) -> bool:
+        """See ``UpdateProgram.give_up_graphs``."""
+        return self.program.give_up_graphs()
+
+    def not_finite(self) -> list[str]:
+        """Names of weights, averages and moments, as ``state_tensors`` has them, that hold a NaN or
+        an infinity; of moments that processes divide nothing is known. Waits for the device."""
+        tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
+        tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
+        moments = moments_of(self.weights) if self.team is None else {}
+        for name, state in moments.items():
+            tensors |= {f"{_PREFIX}{kind}.{name}": moment for kind, moment in state.items()}
+        return [name for name, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+
     def update(self, pieces: Sequence[HeldPiece]) -> list[UpdateReport]:
         """Train on one batch; skipped if its loss or gradient is not finite.
 

@@ -28,7 +28,7 @@ from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
 from trainer.publish import Publisher, bundle_content, is_same, publish_version
-from trainer.replay import Memory
+from trainer.replay import Memory, keys_in
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.target import follow
@@ -142,13 +142,14 @@ class Trainer:
     def update(self) -> None:
         """Train on one batch from memory. On a GPU its figures arrive some updates later."""
         started = time.monotonic()
+        self.pace.duty.begin()
         parts = self.memory.draw(self.random)
         if not parts:
             return  # ``waits_for`` says why
         pieces = [piece for _, piece in parts]
         reports = self.learner.update(pieces)
-        if self.settings.trainer.duty < 1:
-            self.learner.wait()  # else the rest would only be that of the launch
+        if self.pace.duty.waits:
+            self.learner.wait()
         seconds = time.monotonic() - started
         self._worked(seconds)
         self.memory.trained_rows += sum(len(piece.rows) for piece in pieces)
@@ -156,11 +157,11 @@ class Trainer:
         self.updates.drew([sample for sample, _ in parts])
         self._follow(reports)
         self._write_status("training")
-        self._rest(seconds)
+        self.rest(seconds)
 
-    def _rest(self, busy_s: float) -> None:
+    def rest(self, busy_s: float) -> None:
         """After this time of work, leave the device to others as long as ``trainer.duty`` says."""
-        self.stop.wait(busy_s * (1 / self.settings.trainer.duty - 1))
+        self.pace.duty.rest(busy_s, self.learner.wait)
 
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
@@ -177,6 +178,7 @@ class Trainer:
     def wait(self) -> None:
         """Report what is missing."""
         self.settle()
+        self.pace.duty.is_idle(self.learner.wait)
         self._write_status(f"waiting for {self.waits_for()}")
         self.learner.rest()
 
@@ -205,13 +207,14 @@ class Trainer:
             return
         if line := self.publisher.outage.ended():
             self.journal.event("buffer_back", text=line)
-        started = time.monotonic()
+        started_s = self.pace.working_s
+        self.pace.duty.begin()
         judgement, content = self._judgement()
         self.updates.latest["gate"] = judgement.to_json()
         self.journal.event(
             "gate",
             step=self.learner.step,
-            seconds=time.monotonic() - started,
+            seconds=self.pace.working_s - started_s,
             parent=self.published.version,
             acceptance=judgement.acceptance,
             domains={name: asdict(one) for name, one in judgement.domains.items()},
@@ -225,11 +228,11 @@ class Trainer:
         else:
             self.pace.refused_in_row += 1
         self.restored = self.restored and judgement.is_hopeless
-        seconds = time.monotonic() - started
+        seconds = self.pace.working_s - started_s
         self.pace.judged(judgement.relative_error, judgement.verdict.lacks, seconds)
         self.worth.spend(seconds)
         self.worth.judged(judgement, self.pace.refused_in_row)
-        self._rest(seconds)
+        self.rest(seconds)
 
     def _judgement(self) -> tuple[Judgement, Sealed | None]:
         """Compare the averaged weights with the published version; also what to publish, if it
@@ -342,6 +345,7 @@ class Trainer:
 
     def state_to_json(self) -> dict[str, Any]:
         """State that ``trainer.build.resume`` restores, besides the tensors."""
+        memory = self.memory.to_json()
         return {
             **self.identity(),
             "step": self.learner.step,
@@ -352,7 +356,8 @@ class Trainer:
             "refused_in_row": self.pace.refused_in_row,
             "worth": self.worth.to_json(),
             "random": self.random.bit_generator.state,
-            "memory": self.memory.to_json(),
+            "memory": memory,
+            "locations": self.intake.locations(keys_in(memory)),
             "offsets": self.intake.offsets(),
         }
 
@@ -361,10 +366,15 @@ class Trainer:
         return most is not None and self.learner.step >= most
 
     def _restore_weights(self) -> None:
-        """Restore the last checkpoint or, if that did not help, the last published version."""
+        """Restore the last checkpoint or, if that did not help, the last published version. What is
+        wrong then may be the graphs of the updates, so these are not captured any more."""
         self.report_checkpoint(wait=True)
-        saved = None if self.restored else self._last_checkpoint()
-        self._restore_from(saved, f"{MAX_SKIPS} updates in a row were not finite")
+        broken = self.learner.not_finite()
+        state = f"nor is {broken[0]} ({len(broken)} in all)" if broken else "though its state is"
+        why = f"{MAX_SKIPS} updates in a row were not finite, {state}"
+        if self.restored and self.learner.give_up_graphs():
+            why += "; updates are not captured in graphs any more"
+        self._restore_from(None if self.restored else self._last_checkpoint(), why)
 
     def _restore_from(self, saved: Checkpoint | None, why: str) -> None:
         """
@@ -428,7 +438,8 @@ class Trainer:
         if values := self.updates.taken(self.published.version):
             shown = ("loss", "alpha", "agree", "staleness", "staleness_max")
             self.updates.latest |= {name: values[name] for name in shown}
-            self.journal.event("update", version=self.published.version, **values)
+            sharing = self.pace.duty.figures()
+            self.journal.event("update", version=self.published.version, sharing=sharing, **values)
 
     def _write_status(self, state: str) -> None:
         if not self.journal.status_is_due(state):
@@ -460,5 +471,6 @@ class Trainer:
                 "lr": self.learner.lr,
                 **self.updates.latest,
                 **self.worth.figures(),
+                "sharing": self.pace.duty.figures(),
             }
         )

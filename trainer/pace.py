@@ -14,6 +14,7 @@ import time
 from dataclasses import dataclass, field
 
 from configs.schema import TrainerSettings
+from trainer.duty import Duty
 from trainer.figures import UpdateReport
 
 _SMOOTHING = 0.3
@@ -42,9 +43,11 @@ class Pace:
     judging_s: float = 0.0
     """Seconds that the last candidate took."""
     judged_s: float = field(default_factory=time.monotonic)
-    """Monotonic time at which that was over."""
+    """Monotonic time at which that was over, without ``duty``'s rests."""
     cool_until_s: float = -math.inf
     """Monotonic time before which no candidate is judged."""
+    duty: Duty = field(default_factory=Duty)
+    """When the trainer rests; judging has a share of the time in which it does not."""
 
     def begin(self) -> None:
         """What was measured before says nothing about what comes."""
@@ -74,6 +77,11 @@ class Pace:
         """The last roll-back is too recent."""
         return time.monotonic() < self.cool_until_s
 
+    @property
+    def working_s(self) -> float:
+        """Monotonic time without rests."""
+        return time.monotonic() - self.duty.rested_s
+
     def is_due(self) -> bool:
         """Enough updates were made, or the candidate might pass already."""
         waits = min(2**self.refused_in_row, _LONGEST_WAIT)
@@ -87,12 +95,12 @@ class Pace:
         Args:
             gain_error: standard error of its gain, relative to its figure.
             lacks: see ``GateVerdict``.
-            seconds: that judging and publishing it took.
+            seconds: that judging and publishing it took, without rests.
         """
         self.steps_since_judged = 0
         self.judged_estimate = self.estimate
         self.lacks = max(_LEAST_GAIN, gain_error or 0.0, lacks or 0.0)
-        self.judging_s, self.judged_s = seconds, time.monotonic()
+        self.judging_s, self.judged_s = seconds, self.working_s
 
     def _has_risen(self) -> bool:
         if self.estimate is None or self.judged_estimate is None:
@@ -100,5 +108,5 @@ class Pace:
         return self.estimate >= self.judged_estimate * (1 + self.lacks)
 
     def _can_afford(self) -> bool:
-        since_s = time.monotonic() - self.judged_s
+        since_s = self.working_s - self.judged_s
         return self.judging_s < self.settings.gate_share * since_s

@@ -8,12 +8,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from buffer.files import why_unwritable
 from configs.schema import Settings
 from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
 from trainer.lock import only_trainer
+
+if TYPE_CHECKING:
+    from trainer.duty import Duty
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +97,12 @@ def stop_on_signal() -> threading.Event:
     return stop
 
 
+def notice_suspension(duty: Duty) -> None:
+    """Tell the trainer's duty when this process goes on after a signal had stopped it, so that the
+    time in between counts neither as work nor as rest."""
+    signal.signal(signal.SIGCONT, lambda _number, _frame: duty.was_suspended())
+
+
 def _watch(lifeline: int, at_end: Callable[[], None]) -> None:
     def wait() -> None:
         with contextlib.suppress(OSError):
@@ -120,6 +130,7 @@ def _train(
             for trainer in trainers:
                 trainer.learner.end()
             return
+        notice_suspension(trainers[0].pace.duty)
         try:
             run(*trainers)
         except Exception as error:

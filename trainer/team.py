@@ -114,7 +114,7 @@ def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torc
         GroupError: another process is gone.
     """
     replicas: dict[str, Replica] = {}
-    while (message := group.receive()).do != "end" or _ended(replicas, message):
+    while (message := group.receive(device)).do != "end" or _ended(replicas, message):
         kind = message.values["kind"]
         if message.do == "begin":
             replicas[kind] = _begun(message, group, settings, head, device)

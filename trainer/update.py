@@ -113,6 +113,18 @@ class UpdateProgram:
         self._is_trial.fill_(False)
         self.figures.rewind()
 
+    def give_up_graphs(self) -> bool:
+        """From now on compute updates as they are written; returns whether they were captured."""
+        if not self._use_graphs:
+            return False
+        torch.cuda.synchronize(self.store.device)
+        self._use_graphs = False
+        self.weights.model.zero_grad(set_to_none=True)  # gradients are in the graphs' memory
+        self._graphs.clear()
+        self._inbox.clear()
+        self._pool = None
+        return True
+
     def launch(self, packed: Packed, lr: float) -> None:
         """Launch an update; on a GPU it has not happened yet when this returns."""
         columns = self._upload(packed, lr)

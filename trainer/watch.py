@@ -59,6 +59,8 @@ class RunStatus:
                 f"traces     {_traces(last.get('traces'))}",
                 f"gate       {_gate(last.get('gate'))}",
             ]
+        if (sharing := _sharing(last.get("sharing"))) is not None:
+            lines.append(f"sharing    {sharing}")
         if self.rows_per_s is not None:
             lines.insert(3, f"rows/s     {self.rows_per_s:.0f}")
         lines += [
@@ -274,6 +276,16 @@ def _traces(found: Any) -> str:
     if not isinstance(found, dict):
         return "unknown"
     return f"{found.get('read')} read, {found.get('held')} held, {found.get('held_out')} held out"
+
+
+def _sharing(found: Any) -> str | None:
+    """What a trainer on the server's device costs; ``None`` if nothing was measured."""
+    if not isinstance(found, dict) or not isinstance(found.get("loss"), float):
+        return None
+    return (
+        f"works {found['duty']:.0%} of the time while requests decode, which are slower by "
+        f"{found['slowdown']:.0%} then; serving loses {found['loss']:.1%}"
+    )
 
 
 def _gate(found: Any) -> str:

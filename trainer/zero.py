@@ -139,6 +139,9 @@ class _Loss(nn.Module):
 def _engine(loss: _Loss, settings: TrainerSettings) -> Any:
     import deepspeed
 
+    # Else it compiles an all-reduce of its own for CPUs at its first start, which takes a C++
+    # compiler and a minute; a process killed meanwhile leaves a lock for which all later ones wait.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     optimizer = torch.optim.AdamW(
         loss.parameters(), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay
     )

@@ -2,6 +2,7 @@
 
     python -m benchmarks.border survive       # 10,000 requests while HTTP processes are killed
     python -m benchmarks.border speed         # through HTTP against the engine alone
+    python -m benchmarks.border events        # processor time of an event, without a target
 
 ``survive`` sends requests of mixed kinds, some of which are cancelled or left in the middle, and
 kills an HTTP process every few seconds. Afterwards no page, lane or request may be missing, and
@@ -11,6 +12,9 @@ every answer must have been complete or an honest error.
 In turn with these, the engine alone decodes the same batch. It reports tokens/s, and the gaps
 between the events of a stream.
 
-Both need Linux, where processes are found in /proc, and httpx, which a server does not. With
+``events`` puts a paced thread in the engine's place and counts the processor time of both processes
+for each output of a stream.
+
+All need Linux, where processes are found in /proc, and httpx, which a server does not. With
 ``--publish`` they write ``border_*.json`` and ``rows/border.json`` in ``benchmarks/results``.
 """

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 import benchmarks.border
-from benchmarks.border import speed, survival
+from benchmarks.border import events, speed, survival
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 
 app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
@@ -66,6 +67,20 @@ def measure_speed(
     figures = {"settings": load.settings, "max_draft": max_draft, "turns": turns, "rows": found}
     name = "speed" if max_draft is None else f"speed_k{max_draft}"
     _finish(name, figures, speed.rows_of(found, f"{Path(wanted.target).name}, {drafts}"), publish)
+
+
+@app.command("events")
+def measure_events(
+    clients: Annotated[int, typer.Option(min=1)] = 128,
+    step_ms: Annotated[float, typer.Option(help="of the engine")] = 20.0,
+    seconds: Annotated[float, typer.Option(help="of each turn")] = 5.0,
+    turns: int = 3,
+    publish: Publish = False,
+) -> None:
+    """Count what an event costs the engine's process and an HTTP process, without a target."""
+    found = events.measure_turns(clients, step_ms, seconds, turns)
+    figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
+    _finish("events", figures, list(events.rows_of(found, clients)), publish)
 
 
 def _vocab_size(folder: Path) -> int:

@@ -8,7 +8,10 @@ enough for such a drafter. Here a loop stands for the swapper: it waits for a ve
 does, and reads, checks, stages and copies it with the server's own functions. A trainer in a
 process of its own changes all weights, makes the bytes, asks whether they were published before,
 and publishes. ``swapped`` is when the weights are in force; the first token follows one step later.
-The processor time of both, writing to the disk included, tells what a loaded machine hides.
+The processor time of both, writing to the disk included, tells what a loaded machine hides, and so
+do two yardsticks that are taken just before each swap, on one thread: copying as many bytes in
+memory that is warm, and their SHA-256. Every way digests twice, at both ends, on up to four threads
+each.
 
 ``{folder}`` in a URL is a new folder. Writes ``benchmarks/results/transports.json`` and, with
 ``--publish``, ``rows/swap.json``.
@@ -16,6 +19,7 @@ The processor time of both, writing to the disk included, tells what a loaded ma
 
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 import os
 import statistics
@@ -28,6 +32,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import torch
 import typer
 from torch import nn
@@ -37,6 +42,7 @@ from buffer.backends import open_backend
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
+from configs.schema import TrainerSettings
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
 from trainer.publish import Publisher, sealed_tensors
 
@@ -64,6 +70,7 @@ class Wide(nn.Module):
 def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
     """Publish version 0, and another one for each order."""
     torch.set_num_threads(1)
+    os.nice(TrainerSettings().nice)  # as a trainer beside its server
     store = open_backend(url, run_dir).open_weights()
     publisher = Publisher(store, store.take_over())
     model, manifest = Wide(num_bytes, torch.float32), FIRST  # as trainers hold them
@@ -85,6 +92,16 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
             return
         version = manifest.version + 1
         manifest = replace(FIRST, version=version, parent=manifest.version)
+
+
+def yardsticks(num_bytes: int) -> dict[str, float]:
+    """Seconds of plain work on as many bytes, on one thread."""
+    source, place = np.ones((2, num_bytes), np.uint8)
+    began_s = time.monotonic()
+    np.copyto(place, source)
+    copied_s = time.monotonic()
+    hashlib.sha256(place).digest()
+    return {"copy": copied_s - began_s, "sha256": time.monotonic() - copied_s}
 
 
 def swap_next(
@@ -124,7 +141,9 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
             end = store.watch(heard.set)
             weights = FlatWeights(Wide(num_bytes, torch.bfloat16))
             swaps, busy = list[dict[str, float]](), list[dict[str, float]]()
+            plain = list[dict[str, float]]()
             for version in range(first + 1, first + num_swaps + 2):
+                plain.append(yardsticks(size))
                 ours.send("publish")
                 began_s = time.process_time()
                 by_server = swap_next(store, weights, version, heard)
@@ -146,6 +165,7 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
         "load": os.getloadavg()[0],
         "bytes": size,
         "median_after_s": {k: statistics.median(one[k] for one in later) for k in later[0]},
+        "yardsticks_s": {k: statistics.median(one[k] for one in plain[1:]) for k in plain[0]},
         "processor_s": {k: statistics.median(one[k] for one in busy[1:]) for k in busy[0]},
         "first_after_s": swaps[0],
         "after_s": later,
@@ -164,12 +184,10 @@ def rows_of(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
         what += f", load {one['load']:.0f} on {os.cpu_count()} cores"
         measure, seconds = "optimiser step to weights in force, s", one["median_after_s"]["swapped"]
         goal = SAME_HOST_S if one["url"].startswith("shm:") else FILES_S
-        is_big = one["bytes"] >= BIG_BYTES
-        yield (
-            at_most(what, measure, seconds, goal)
-            if is_big
-            else Row(what, measure, seconds, None, None)
-        )
+        yield at_most(what, measure, seconds, goal if one["bytes"] >= BIG_BYTES else None)
+        for name, text in (("copy", "plain copy of the bytes"), ("sha256", "their SHA-256")):
+            seconds = one["yardsticks_s"][name]
+            yield Row(what, f"{text} on one thread just before, s", seconds, None, None)
 
 
 def main(
@@ -185,8 +203,9 @@ def main(
         found.append(measure(url, int(gb * 1e9), swaps))
         after = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["median_after_s"].items())
         busy = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["processor_s"].items())
+        plain = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["yardsticks_s"].items())
         say(f"{url}: {found[-1]['bytes']:,} bytes; s after the optimiser step: {after}; processor "
-            f"time, s: {busy}")  # fmt: skip
+            f"time, s: {busy}; yardsticks, s: {plain}; load {found[-1]['load']:.1f}")  # fmt: skip
         write_result(out, {"rows": found})
     if publish:
         write_rows("swap", rows_of(found), SOURCE)

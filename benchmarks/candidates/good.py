@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -52,10 +53,43 @@ class Server:
 
 
 def watched(
-    former: Rounds, new: Rounds, watch_rounds: int, max_drop: float, num_swaps: int, seed: int
+    former: Rounds,
+    new: Rounds,
+    watch_rounds: int,
+    max_drop: float,
+    num_swaps: int,
+    seeds: Sequence[int],
 ) -> dict[str, Any]:
-    """Swap from a former version to a new one so many times; how often is it rolled back?"""
-    chance, found, spent = random.Random(seed), Counter[str](), list[int]()
+    """Swap from a former version to a new one so many times for each seed; how often is it rolled
+    back?"""
+    found, spent, by_seed = Counter[str](), list[int](), list[int]()
+    for seed in seeds:
+        before = found["rolled_back"]
+        _watch(former, new, watch_rounds, max_drop, num_swaps, seed, found, spent)
+        by_seed.append(found["rolled_back"] - before)
+    counts = {name: found[name] for name in ("rolled_back", "trials", "undecided")}
+    return {
+        "swaps": num_swaps * len(seeds),
+        **counts,
+        "rolled_back_by_seed": by_seed,
+        "median_rounds": median(spent),
+        "longest_rounds": max(spent),
+    }
+
+
+def _watch(
+    former: Rounds,
+    new: Rounds,
+    watch_rounds: int,
+    max_drop: float,
+    num_swaps: int,
+    seed: int,
+    found: Counter[str],
+    spent: list[int],
+) -> None:
+    """Count in ``found`` what became of the swaps, and add the rounds that each version drafted to
+    ``spent``."""
+    chance = random.Random(seed)
     for _ in range(num_swaps):
         watch, server = SwapWatch(watch_rounds, max_drop), Server((former, new), chance)
         rounds = 0
@@ -81,8 +115,6 @@ def watched(
         else:
             found["undecided"] += 1
         spent.append(rounds)
-    counts = {name: found[name] for name in ("rolled_back", "trials", "undecided")}
-    return {"swaps": num_swaps, **counts, "longest_rounds": max(spent)}
 
 
 def gated(

@@ -21,7 +21,9 @@ Checked for each life:
 - **No trace was used twice.** What the trainer's memory took in is noted in its checkpoint, one bit
   for each trace and beside what removes duplicates. What was read after the checkpoint is read
   again, and counts once: the state that had used it died with the process.
-- At last, a life that is not killed: every trace that was written has been used.
+- **Every trace is accounted for.** At last comes a life that is not killed, until nothing waits for
+  it. Then each trace that was written has been used, waits in the log, or was evicted before a
+  trainer could use it, and ``buffer stats`` counts as many of each.
 
 Writes ``benchmarks/results/trainer_kills.json`` and, with ``--publish``, ``rows/faults.json``.
 """
@@ -41,7 +43,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -52,10 +54,12 @@ import yaml
 from benchmarks.faults.trainer_lives import (
     LIMITS,
     PHASES,
+    Account,
     Phase,
     Seen,
     Used,
     forked,
+    group_counts,
     live,
     watch_versions,
     write_traces,
@@ -87,10 +91,13 @@ class Findings:
 
     kills: Counter[str] = field(default_factory=Counter)
     """By what was under way."""
-    resumed_s: list[float] = field(default_factory=list)
-    """From the start of a process that found a checkpoint until it was ready."""
+    resumed: list[dict[str, float]] = field(default_factory=list)
+    """Seconds from the start of each process that found a checkpoint until it was ready: ``total``,
+    its ``PARTS``, and ``processor``, the time that it had a core."""
     differences: list[str] = field(default_factory=list)
     last_step: int = 0
+    loads: list[float] = field(default_factory=list)
+    """Of the machine, over the last minute, at each kill."""
 
 
 def kill_often(
@@ -116,6 +123,7 @@ def kill_often(
         if not os.WIFSIGNALED(status):
             raise RuntimeError(f"the trainer ended by itself, with status {status}")
         _take(found, told)
+        found.loads.append(os.getloadavg()[0])
         seen.look(store, again=True)
         if (life + 1) % 50 == 0:
             say(f"{life + 1} kills, step {found.last_step}, {time.monotonic() - begun:.0f} s")
@@ -129,7 +137,11 @@ def _take(found: Findings, told: Path) -> None:
         found.last_step = max(found.last_step, body["step"])
         found.differences += body["problems"]
         if body["resumed"]:
-            found.resumed_s.append(body["seconds"])
+            found.resumed.append(_lengths_of(body))
+
+
+def _lengths_of(body: Mapping[str, Any]) -> dict[str, float]:
+    return {"total": body["seconds"], **body["parts"]}
 
 
 def _wait_for(wanted: str, phase: Phase, told: Path, chance: random.Random, pid: int) -> None:
@@ -156,35 +168,30 @@ def _until(is_so: Callable[[], bool], end_s: float, pid: int) -> None:
 
 
 def finish(settings: Settings, folder: Path) -> dict[str, Any]:
-    """One more life that is not killed, until it has used all that was written."""
+    """One more life that is not killed, until nothing waits for it."""
     told, until = folder / "told.json", folder / "end"
     told.unlink(missing_ok=True)
     written = int((folder / "written").read_text())
     began_s = time.monotonic()
     pid = forked(lambda: live(settings, Phase(), began_s, told, until))
-    root = settings.run_dir / "trainer" / "checkpoints"
     end_s = time.monotonic() + _STUCK_S
-    used = Used()
-    while time.monotonic() < end_s:
-        time.sleep(0.2)
-        with contextlib.suppress(FileNotFoundError):  # it is replaced by the next one meanwhile
-            used = Used.of(read_checkpoint(root))
-        if used.bits.get("server/7", 0).bit_count() >= written:
-            break
+    while group_counts(settings).pending and time.monotonic() < end_s:
+        time.sleep(0.5)
     until.touch()
     _, status = os.waitpid(pid, 0)
-    used = Used.of(read_checkpoint(root))
+    saved = read_checkpoint(settings.run_dir / "trainer" / "checkpoints")
+    assert saved is not None, "a trainer begins with a checkpoint"
     return {
-        "written": written,
-        "used": used.bits.get("server/7", 0).bit_count(),
-        "used_twice": used.twice,
+        **asdict(Account.of(settings, written, saved)),
+        "used_twice": Used.of(saved).twice,
         "exit_status": status,
         "last": json.loads(told.read_bytes()),
     }
 
 
-def cold_starts(settings: Settings, folder: Path, num: int) -> list[float]:
-    """Seconds from the start of the real command until its trainer has resumed."""
+def cold_starts(settings: Settings, folder: Path, num: int) -> list[dict[str, float]]:
+    """Seconds from the start of the real command until its trainer has resumed: ``total``, and
+    ``processor``, the time that it had a core."""
     config = folder / "settings.yaml"
     config.write_text(yaml.safe_dump(settings.model_dump(mode="json")))
     log = settings.run_dir / "trainer" / "log.jsonl"
@@ -199,10 +206,12 @@ def cold_starts(settings: Settings, folder: Path, num: int) -> list[float]:
                 if process.poll() is not None or time.monotonic() - began_s > _STUCK_S:
                     raise RuntimeError(f"{' '.join(command)} did not resume")
                 time.sleep(0.02)
-            found.append(time.monotonic() - began_s)
+            total = time.monotonic() - began_s
         finally:
             process.kill()
-            process.wait()
+            _, _, usage = os.wait4(process.pid, 0)
+            process.returncode = -signal.SIGKILL  # so that nobody waits for it again
+        found.append({"total": total, "processor": usage.ru_utime + usage.ru_stime})
     return found
 
 
@@ -225,9 +234,8 @@ def trainer_settings(url: str, run_dir: Path, target: Path) -> Settings:
         keep_versions=4,
         replay_ratio=4.0,
     )
-    return settings.model_copy(
-        update={"buffer": BufferSettings(url=url, max_bytes=LIMITS.max_bytes)}
-    )
+    buffer = BufferSettings(url=url, segment_bytes=LIMITS.segment_bytes, max_bytes=LIMITS.max_bytes)
+    return settings.model_copy(update={"buffer": buffer})
 
 
 def measure(url: str, num_kills: int, num_cold: int, seed: int) -> dict[str, Any]:
@@ -259,41 +267,54 @@ def measure(url: str, num_kills: int, num_cold: int, seed: int) -> dict[str, Any
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
             shutil.rmtree(folder / "run", ignore_errors=True)
-    resumed = sorted([*found.resumed_s, *([last["last"]["seconds"]])])
+    resumed = sorted(
+        [*found.resumed, _lengths_of(last["last"])], key=lambda lengths: lengths["total"]
+    )
     return {
         "url": url,
         "kills": dict(sorted(found.kills.items())),
         "steps": max(found.last_step, last["last"]["step"]),
         "resumed": len(resumed),
-        "resumed_s": {"median": statistics.median(resumed), "longest": resumed[-1]},
+        "resumed_s": {
+            "median": {n: statistics.median(one[n] for one in resumed) for n in resumed[0]},
+            "longest": resumed[-1],
+        },
         "cold_s": cold,
         "state_differences": found.differences + last["last"]["problems"],
         "versions": {
             "watched": watched,
             "after_kills": seen.to_json(),
         },
-        "traces": {k: last[k] for k in ("written", "used", "used_twice", "exit_status")},
+        "traces": {name: value for name, value in last.items() if name != "last"},
         "seconds": time.monotonic() - begun,
+        "load": statistics.fmean(found.loads),
         "seed": seed,
     }
 
 
 def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
     kills, traces, versions = found["kills"], found["traces"], found["versions"]
-    what = f"trainer, {found['url']} kill -9 at random points"
+    what = f"trainer, {found['url']} kill -9 at random points, load {found['load']:.0f} on average"
     wrong = [*versions["watched"]["problems"], *versions["after_kills"]["problems"]]
     yield at_least(what, "kills", sum(kills.values()), NUM_KILLS)
-    yield at_most(what, "longest resume, s, Python's imports apart", found["resumed_s"]["longest"],
-                  RESUME_S)  # fmt: skip
+    longest = found["resumed_s"]["longest"]["total"]
+    yield at_most(what, "longest resume, s, Python's imports apart", longest, RESUME_S)
     if found["cold_s"]:
         cold = f"longest of {len(found['cold_s'])} starts of the command until it resumed, s"
-        yield at_most(what, cold, max(found["cold_s"]), RESUME_S)
+        yield at_most(what, cold, max(one["total"] for one in found["cold_s"]), RESUME_S)
+        had = max(one["processor"] for one in found["cold_s"])
+        yield Row(what, "most of that for which it had a core, s", had, None, None)
     seen = f"wrong or partial versions seen, of {versions['watched']['versions']} read"
     yield at_most(what, seen, len(wrong), 0)
     differing = f"differences from the checkpoint after {found['resumed']} resumes"
     yield at_most(what, differing, len(found["state_differences"]), 0)
     yield at_most(what, f"traces used twice, of {traces['used']}", len(traces["used_twice"]), 0)
-    yield at_most(what, "traces written and never used", traces["written"] - traces["used"], 0)
+    sums = f"used {traces['used']} + waiting {traces['waiting']} + evicted {traces['evicted']}"
+    yield at_most(what, f"traces that buffer stats counts otherwise: {traces['written']} written = "
+                  f"{sums}", traces["differences"], 0)  # fmt: skip
+    yield at_most(what, "traces waiting at the end", traces["waiting"], 0)
+    yield Row(what, "traces evicted before a trainer could use them, and counted",
+              traces["evicted"], None, None)  # fmt: skip
 
 
 def main(

@@ -5,6 +5,7 @@ Everything here runs in forked processes that may be killed at any time.
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import mmap
@@ -24,10 +25,12 @@ import trainer.saver
 from buffer.backends import open_backend
 from buffer.bundles import BundleError
 from buffer.codec import encode_trace
+from buffer.counts import GroupCounts
 from buffer.files import write_atomically
 from buffer.interface import TraceLimits
 from buffer.manifest import TENSORS
 from buffer.records import Trace
+from buffer.traces import TraceReader
 from buffer.weights_store import WeightsStore
 from configs.schema import Settings
 from trainer.build import build_trainer
@@ -38,8 +41,13 @@ from trainer.loop import Trainer, run
 from trainer.replay import Memory
 
 PHASES = ("start", "update", "gate", "publication", "checkpoint", "rest")
+PARTS = ("fork", "lock", "checkpoint", "build")
+"""Of a start: until the new process runs, until it holds the lock of the run, reading the
+checkpoint, and the rest, in which the traces that memory held are read again."""
 LIMITS = TraceLimits(1 << 20, 64 << 20, 1e9, 0.0)
 """Of the traces that are written."""
+PRODUCER, EPOCH = "server", 7
+WRITER = f"{PRODUCER}/{EPOCH}"
 _TRACES_PER_S = 40
 _USED = "benchmark_used"
 _COUNTERS = ("step", "num_skipped", "lr_scale", "steps_since_judged", "refused_in_row", "random")
@@ -148,14 +156,19 @@ def live(settings: Settings, phase: Phase, began_s: float, told: Path, until: Pa
         told: file that says how it resumed.
         until: end like a trainer that is told to, once this file is there; ``None``: never.
     """
-    stop = threading.Event()
+    stop, marks = threading.Event(), [began_s, time.monotonic()]
     with only_trainer(settings.run_dir / "trainer"):
+        marks.append(time.monotonic())
         saved = read_checkpoint(settings.run_dir / "trainer" / "checkpoints")
         observed(Used.of(saved), phase)
+        marks.append(time.monotonic())
         made = build_trainer(settings, stop)
         phase.set("rest")
+        marks.append(time.monotonic())
+        lengths = [after - before for before, after in itertools.pairwise(marks)]
         found = {
-            "seconds": time.monotonic() - began_s,
+            "seconds": sum(lengths),
+            "parts": dict(zip(PARTS, lengths, strict=True)) | {"processor": time.process_time()},
             "step": made.learner.step,
             "problems": [] if saved is None else differences(made, saved),
             "resumed": saved is not None,
@@ -196,13 +209,67 @@ def write_traces(settings: Settings, traces: list[Trace], note: Path, until: Pat
     number = 0
     while not until.exists():
         for _ in range(max(1, _TRACES_PER_S // 20)):
-            trace = replace(traces[number % len(traces)], producer="server", epoch=7, seq=number)
+            trace = replace(
+                traces[number % len(traces)], producer=PRODUCER, epoch=EPOCH, seq=number
+            )
             writer.append(encode_trace(trace))
             number += 1
         writer.sync()
         write_atomically(note, str(number).encode())
         time.sleep(0.05)
     writer.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What became of every trace that was written: written = used + waiting + evicted."""
+
+    written: int
+    """Acknowledged by the log."""
+    used: int
+    """By the memory of the trainer whose checkpoint was the last."""
+    held_out: int
+    """Of these: to judge candidates with."""
+    waiting: int
+    """In the log, and not used."""
+    evicted: int
+    """No longer in the log, and never used."""
+    differences: int
+    """By which ``buffer stats`` counts otherwise: committed, pending and lost for this group."""
+
+    @classmethod
+    def of(cls, settings: Settings, written: int, saved: Checkpoint) -> Account:
+        """Once nobody writes or reads any more."""
+        used = Used.of(saved).bits.get(WRITER, 0)
+        backend = open_backend(settings.buffer.url, settings.run_dir)
+        reader, stored = TraceReader(backend), set[int]()
+        while traces := reader.read(1000):
+            stored |= {trace.seq for trace in traces}
+        missing = {seq for seq in range(written) if not used >> seq & 1}
+        waiting, evicted = len(missing & stored), len(missing - stored)
+        counts = group_counts(settings)
+        found = {
+            "written": counts.committed + counts.pending + counts.lost + counts.deleted,
+            "used": counts.committed,
+            "waiting": counts.pending,
+            "evicted": counts.lost,
+        }
+        own = {"written": written, "used": used.bit_count(), "waiting": waiting, "evicted": evicted}
+        memory = saved.state["memory"]
+        judged = abs(memory["num_samples"] + memory["num_held_out"] - used.bit_count())
+        return cls(
+            **own,
+            held_out=memory["num_held_out"],
+            differences=judged + sum(abs(found[name] - own[name]) for name in own),
+        )
+
+
+def group_counts(settings: Settings) -> GroupCounts:
+    """The traces of a buffer as ``buffer stats`` counts them for this trainer."""
+    stats = open_backend(settings.buffer.url, settings.run_dir).stats()
+    group = settings.trainer.group
+    nothing = GroupCounts(group, committed=0, pending=stats.appended, lost=0)
+    return next((one for one in stats.groups if one.group == group), nothing)
 
 
 @dataclass(slots=True)

@@ -57,7 +57,10 @@ def new_index(settings: Settings) -> HostDrafter:
     """An empty match-lookup drafter, configured by these settings."""
     compiled.wait()
     nothing: Any = None  # it computes nothing on a device and has no weights
-    context = DrafterContext(settings.drafter, *[nothing] * 2, 0, 0, 0, *[nothing] * 4)
+    context = DrafterContext(
+        settings.drafter, embed=nothing, lm_head=nothing, hidden_size=0, vocab_size=0, num_slots=0,
+        logits=nothing, device=nothing, dtype=nothing, weights=None,
+    )  # fmt: skip
     return cast(HostDrafter, kind_of(LOOKUP).build(context))
 
 

@@ -24,7 +24,7 @@ from transformers import (
     MuseGlimmerAssistantModel,
     StaticCache,
 )
-from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
+from transformers.utils.import_utils import is_flash_attn_2_available, is_flash_attn_3_available
 
 from benchmarks.harness.engines import ONE_GPU, Built, engine_from, synchronize
 from benchmarks.harness.loops import answer_all

@@ -87,7 +87,7 @@ def fill_index(stage: Stage, temperature: float, seconds: float) -> int:
             stage.texts.live[phase.name],
             stage.settings.num_clients,
             replace(stage.settings.sampling, temperature=temperature),
-            answered.append,
+            lambda _, reply: answered.append(reply),
         )
         traffic.start()
         until = time.monotonic() + seconds

@@ -3,6 +3,7 @@ docs/drafters.md.
 
     python -m benchmarks.real.drafters --run-dir runs/real/drafters               # all of them
     python -m benchmarks.real.drafters --run-dir runs/real/drafters --kinds mtp   # the others stay
+    ... --kinds KIND --set drafter.draft_model.target_layers=2       # a row of its own in the table
 
 For each kind: decodes chat requests of four domains, captures what the drafter reads, and trains
 new weights on them until they have seen ``--rows`` positions, judged on held-out requests as they
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -388,11 +390,16 @@ def run_kind(
     spend: dict[str, float],
     num_rows: int,
     until: float,
+    chosen: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Collect, train and measure one drafter."""
+    """Collect, train and measure one drafter.
+
+    Args:
+        chosen: further settings of both engines, ``a.b=c``.
+    """
     figures: dict[str, Any] = {}
     if CATALOG[kind].trainable is not None:
-        collecting = collecting_settings(run_dir, device, 128, f"drafter.kind={kind}")
+        collecting = collecting_settings(run_dir, device, 128, f"drafter.kind={kind}", *chosen)
         service, _ = build(collecting)
         say(f"{kind}: collecting")
         batch = collecting.engine.max_batch
@@ -404,7 +411,7 @@ def run_kind(
     settings = settings_for(
         run_dir, device, f"drafter.kind={kind}", f"drafter.max_draft={MAX_DRAFT}",
         f"drafter.suffix.enabled={str(kind == LOOKUP).lower()}", "drafter.on_request=null",
-        f"engine.max_batch={max(plan.clients)}",
+        f"engine.max_batch={max(plan.clients)}", *chosen,
     )  # fmt: skip
     service, _ = build(settings)
     say(f"{kind}: engine ready")
@@ -437,6 +444,9 @@ def main(
     shortest_s: Annotated[float, typer.Option(help="of the same")] = 0.4,
     budget_s: Annotated[float, typer.Option(help="seconds in all")] = 540.0,
     device: str = "cuda",
+    chosen: Annotated[
+        str, typer.Option("--set", help="settings of every kind, a.b=c,d.e=f; part of its name")
+    ] = "",
 ) -> None:
     """Train and measure each drafter; those of an earlier result that are not named stay."""
     began = time.monotonic()
@@ -464,8 +474,11 @@ def main(
     for number, kind in enumerate(names):
         left_s = budget_s - (time.monotonic() - began)
         until = time.monotonic() + left_s / (len(names) - number)
-        done[kind] = run_kind(
-            kind, run_dir / kind, device, plan, asks, answered, spend, rows, until
+        name = f"{kind}, {chosen}" if chosen else kind
+        folder = run_dir / re.sub("[^A-Za-z0-9_.]+", "-", name)
+        done[name] = run_kind(
+            kind, folder, device, plan, asks, answered, spend, rows, until,
+            chosen.split(",") if chosen else (),
         )  # fmt: skip
         write_result(out, {"rows": rows, "trained_at_temperature": TRAINED_AT, "kinds": done})
         write_rows("drafters", claims(done), "python -m benchmarks.real.drafters")

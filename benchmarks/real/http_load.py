@@ -42,9 +42,10 @@ from benchmarks.harness.http_loop import Answer, Arrival, Ask, Client, arrivals,
 from benchmarks.harness.results import RESULTS, Out, say, write_result
 from examples import corpus
 from examples.clients import Server
-from examples.demo import begin_server, log_of, own_folder, wait_for_server
+from examples.demo import begin_server, log_of, wait_for_server
 from examples.plan import DemoSettings
 from examples.processes import Child, check_alive, stop, tail
+from examples.run_folder import own_folder
 
 Arm = Literal["off", "on"]
 ARMS: tuple[Arm, ...] = ("off", "on")

@@ -55,12 +55,17 @@ def _first(events: list[dict[str, Any]], name: str) -> int:
     return next(int(e["unix_ms"]) for e in events if e["event"] == name)
 
 
-def seconds_to_swap(events: list[dict[str, Any]], server_log: str) -> list[float]:
-    """From the start of a version's gate to its swap, for each version whose swap the log shows."""
-    swapped = {
+def swaps_in(server_log: str) -> dict[int, float]:
+    """Unix time of each version's last swap."""
+    return {
         int(version): datetime.strptime(at, "%Y-%m-%d %H:%M:%S,%f").timestamp()
         for at, version in SWAPPED.findall(server_log)
     }
+
+
+def seconds_to_swap(events: list[dict[str, Any]], server_log: str) -> list[float]:
+    """From the start of a version's gate to its swap, for each version whose swap the log shows."""
+    swapped = swaps_in(server_log)
     found, began_s = [], 0.0
     for event in events:
         if event["event"] == "gate":
@@ -96,19 +101,95 @@ def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def window_figures(recording: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
+def window_figures(
+    recording: dict[str, Any],
+    report: dict[str, Any],
+    events: Sequence[dict[str, Any]] = (),
+    began_unix_s: float = 0.0,
+) -> dict[str, Any]:
     """Live tokens per second of every ``LIVE_WINDOW`` requests of a phase, relative to the best
-    replayed arm among plain, static and index. The trainer shares the card in the traffic and not
-    in the replay, whose turns also end with fewer clients than they began with."""
-    found: dict[str, list[float]] = {}
+    replayed arm among plain, static and index, and to plain decoding alone.
+
+    The arms were replayed later, without a trainer, in turns of a second or two that begin with as
+    many clients as the traffic has and end with fewer, a fifth on average, so they were a little
+    slower than they would be under the traffic. In the first phase there was no static drafter yet:
+    the one that is replayed there is what the server has learnt by the end of that phase. What a
+    user could have had instead is plain decoding.
+
+    Args:
+        events: of the trainer's journal, for its share of the time.
+        began_unix_s: start of the recording's clock.
+
+    Returns:
+        Ratios ``by_phase``; the ``worst`` one, the worst after the first phase (``worst_later``),
+        and the worst over plain decoding alone (``worst_over_plain``); and what a window was made
+        of: tokens a step, draft tokens a step, steps of a request a second, the share of its time
+        in which the trainer worked, by its own count, and swaps.
+    """
+    worked = _work_of(events, began_unix_s)
+    windows = []
     for phase in report["phases"]:
         own = [a for a in recording["answers"] if a["phase"] == phase["name"]]
         best = max(phase[f"{arm}_tokens_per_s"] or 0.0 for arm in ("plain", "static", "index"))
-        starts = range(0, len(own) - LIVE_WINDOW + 1, LIVE_WINDOW)
-        windows = [own[start : start + LIVE_WINDOW] for start in starts]
-        found[phase["name"]] = [_tokens_per_s(window) / best for window in windows if best]
-    every = [ratio for ratios in found.values() for ratio in ratios]
-    return {"by_phase": found, "worst": min(every, default=None)}
+        plain = phase["plain_tokens_per_s"]
+        for start in range(0, len(own) - LIVE_WINDOW + 1, LIVE_WINDOW) if best else ():
+            these = own[start : start + LIVE_WINDOW]
+            speed = _tokens_per_s(these)
+            made = _made_of(these, worked, recording["changes"])
+            ratios = {"over_best": speed / best, "over_plain": plain and speed / plain}
+            windows.append({"phase": phase["name"], "first_request": start, **ratios, **made})
+    first = report["phases"][0]["name"]
+    later = [w for w in windows if w["phase"] != first]
+    over_plain = [w["over_plain"] for w in windows if w["over_plain"]]
+    return {
+        "by_phase": {
+            phase["name"]: [w["over_best"] for w in windows if w["phase"] == phase["name"]]
+            for phase in report["phases"]
+        },
+        "windows": windows,
+        "worst": min((w["over_best"] for w in windows), default=None),
+        "worst_later": min((w["over_best"] for w in later), default=None),
+        "worst_over_plain": min(over_plain, default=None),
+    }
+
+
+_Work = list[tuple[float, float, float]]
+"""From, until and seconds of the trainer's work between them, by the recording's clock."""
+
+
+def _work_of(events: Sequence[dict[str, Any]], began_unix_s: float) -> _Work:
+    """Updates that one event tells of lie between it and the event before it."""
+    work, last_s = [], 0.0
+    for event in events:
+        at_s = event["unix_ms"] / 1000 - began_unix_s
+        if event["event"] == "gate":
+            work.append((at_s - event["seconds"], at_s, event["seconds"]))
+        elif event["event"] == "update":
+            from_s = max(last_s, at_s - max(event["seconds"], 1.0))
+            work.append((from_s, at_s, min(event["seconds"], at_s - from_s)))
+        last_s = at_s
+    return work
+
+
+def _made_of(
+    answers: list[dict[str, Any]], work: _Work, changes: list[dict[str, Any]]
+) -> dict[str, Any]:
+    from_s, until_s = answers[0]["finished_s"], answers[-1]["finished_s"]
+    spent = [answer["acceptance"] for answer in answers]
+    steps = sum(s["num_steps"] for s in spent)
+    worked_s = sum(
+        seconds * max(0.0, min(until_s, end_s) - max(from_s, start_s)) / (end_s - start_s)
+        for start_s, end_s, seconds in work
+        if end_s > start_s
+    )
+    return {
+        "seconds": until_s - from_s,
+        "tokens_per_step": _tokens_per_step(answers),
+        "draft_tokens_per_step": sum(s["num_proposed"] for s in spent) / steps,
+        "request_steps_per_s": steps / (until_s - from_s),
+        "trainer_share": worked_s / (until_s - from_s) if work else None,
+        "swaps": sum(from_s <= change["at_s"] < until_s for change in changes),
+    }
 
 
 def _tokens_per_s(answers: list[dict[str, Any]]) -> float:
@@ -200,6 +281,18 @@ def rows_of(figures: Sequence[dict[str, Any]], *, mps: bool) -> list[Row]:
             median(lambda one: one["windows"]["worst"]),
             0.98,
         ),
+        at_least(
+            shared,
+            "the same after the first domain, from when on there is a frozen drafter",
+            median(lambda one: one["windows"]["worst_later"]),
+            0.98,
+        ),
+        at_least(
+            shared,
+            f"worst window of {LIVE_WINDOW} live requests over plain decoding",
+            median(lambda one: one["windows"]["worst_over_plain"]),
+            0.98,
+        ),
     ]
 
 
@@ -223,17 +316,29 @@ def figures_of(run: Path) -> dict[str, Any]:
     lines = (run / "trainer" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
     report = json.loads((run / "report.json").read_text())
-    lags = seconds_to_swap(events, (run / "logs" / "server.log").read_text())
+    server_log = (run / "logs" / "server.log").read_text()
+    lags = seconds_to_swap(events, server_log)
     recording = json.loads((run / "recording.json").read_text())
     return {
         "report": report,
         "loop": loop_figures(events),
         "live": live_figures(recording),
-        "windows": window_figures(recording, report),
+        "windows": window_figures(recording, report, events, _began_unix_s(recording, server_log)),
         "traces": json.loads((run / "trainer" / "status.json").read_text())["traces"],
         "seconds_to_swap": statistics.median(lags) if lags else None,
         "swaps_timed": len(lags),
     }
+
+
+def _began_unix_s(recording: dict[str, Any], server_log: str) -> float:
+    """Unix time at which the recording's clock was 0, by swaps that the server's log shows."""
+    swapped = swaps_in(server_log)
+    found = [
+        swapped[change["version"]] - change["at_s"]
+        for change in recording["changes"]
+        if change["version"] in swapped
+    ]
+    return statistics.median(found) if found else 0.0
 
 
 def main(

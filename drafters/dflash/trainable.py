@@ -22,7 +22,7 @@ from torch import Tensor
 
 from configs.schema import TrainerSettings
 from drafters.batch import TrainingBatch
-from drafters.dflash.paged import DFlash, DFlashConfig
+from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import rope_theta
 from drafters.objectives import (

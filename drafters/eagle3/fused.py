@@ -24,17 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from drafters.eagle3.model import Eagle3
+from drafters.fused_layers import bias_in, norm_of, why_not_fused
 from specops.cpu_operations import can_pack, packed
 from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
-from specops.linear import Norm
 from specops.rope import Heads, rope_table
 
 Attend = Callable[[Tensor], Tensor]
 """Attention: queries [T, Hq, D] -> [T, Hq, D]. The rows' keys and values are already in their
 slots."""
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_WIDEST = 16_384
 _PRODUCTS = ("fc", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
 
@@ -46,37 +44,17 @@ def supports(module: nn.Module, embed: nn.Module) -> str | None:
     """
     if type(module) is not Eagle3:
         return f"the drafter is a {type(module).__name__}"
-    c, weight = module.config, module.lm_head.weight
+    return supports_first_layer(module, embed)
+
+
+def supports_first_layer(module: Eagle3, embed: nn.Module) -> str | None:
+    """``supports`` for modules that add further layers to an ``Eagle3``."""
+    c = module.config
     for variant in ("norm_before_residual", "fc_norm", "norm_output"):
         if getattr(c, variant):
             return f"the drafter has {variant}"
-    if type(embed) is not nn.Embedding:
-        return f"the target's embedding is a {type(embed).__name__}, not a plain Embedding"
-    if embed.max_norm is not None:
-        return "the target's embedding has a max_norm"
-    if embed.embedding_dim != c.hidden_size or embed.num_embeddings < c.target_vocab_size:
-        return (
-            f"the target's embedding is {embed.num_embeddings} by {embed.embedding_dim}, "
-            f"not {c.target_vocab_size} by {c.hidden_size}"
-        )
-    for path, linear in module.named_modules():
-        if isinstance(linear, nn.Linear) and linear.bias is not None:
-            return f"{path} has a bias"
-    kinds = {(p.dtype, p.device) for p in (*module.parameters(), embed.weight)}
-    if len(kinds) > 1:
-        return f"the weights have {len(kinds)} dtypes or devices"
-    if weight.dtype not in _DTYPES:
-        return f"the weights are {weight.dtype}"
-    if c.head_dim < 4 or c.head_dim & (c.head_dim - 1):
-        return f"the head dimension {c.head_dim} is not a power of two or is below 4"
-    if c.hidden_size > _WIDEST:
-        return f"the hidden size {c.hidden_size} is above {_WIDEST}"
-    return None
-
-
-def _norm(module: nn.RMSNorm) -> Norm:
-    assert module.eps is not None
-    return Norm(module.weight.detach(), module.eps)
+    shape = c.hidden_size, c.target_vocab_size, c.head_dim
+    return why_not_fused(module, embed, *shape) or bias_in(module)
 
 
 class FusedEagle3:
@@ -100,7 +78,7 @@ class FusedEagle3:
     ) -> None:
         """
         Args:
-            module, embed: see ``supports``.
+            module, embed: see ``supports_first_layer``.
             num_positions: exclusive upper bound on the rows' positions.
             few_rows: up to this many rows, 1..64, products are fused with their neighbours;
                 ``None``: depends on the dtype.
@@ -111,7 +89,7 @@ class FusedEagle3:
         Raises:
             ValueError: the drafter cannot be fused.
         """
-        reason = supports(module, embed)
+        reason = supports_first_layer(module, embed)
         if reason is not None:
             raise ValueError(f"the drafter cannot be fused: {reason}")
         assert isinstance(embed, nn.Embedding)
@@ -170,19 +148,38 @@ class FusedEagle3:
         Returns:
             Outputs [T, H], before the final norm, and their squares for ``logits``.
         """
+        qkv = self.heads_of(ids_T, hidden)
+        return self.behind_heads(qkv, hidden, positions_T, slots_T, attend, keys, values)
+
+    def heads_of(self, ids_T: Tensor, hidden: Tensor) -> Tensor:
+        """[T, C] queries, keys and values of rows, before RoPE."""
         do, m = self._operations, self.module
-        ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
-        norms = _norm(m.input_layernorm), _norm(m.hidden_norm)
-        pair = do.norm_pair(ids_T, self.embed.weight.detach(), hidden, *norms)
-        qkv = self._product(pair, "qkv_proj")
+        norms = norm_of(m.input_layernorm), norm_of(m.hidden_norm)
+        pair = do.norm_pair(ids_T.contiguous(), self.embed.weight.detach(), hidden, *norms)
+        return self._product(pair, "qkv_proj")
+
+    def behind_heads(
+        self,
+        qkv: Tensor,
+        hidden: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attend: Attend,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        """``forward`` from the result of ``heads_of`` on; rows of ``qkv`` and ``hidden`` need not
+        be adjacent."""
+        do = self._operations
+        positions_T, slots_T = positions_T.contiguous(), slots_T.contiguous()
         table = do.rope_rows(self.table, positions_T)
         q = do.rope_and_write(qkv, self.heads, table, positions_T, slots_T, keys, values)
-        run = self._few_rows if self._are_few(ids_T) else self._many_rows
+        run = self._few_rows if self._are_few(qkv) else self._many_rows
         return run(attend(q).flatten(1), hidden)
 
     def _few_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         do, m = self._operations, self.module
-        norm = _norm(m.post_attention_layernorm)
+        norm = norm_of(m.post_attention_layernorm)
         stream, squares = do.few_row_residual(mixed, m.o_proj.weight.detach(), hidden)
         gate_up = m.gate_up_proj.weight.detach()
         gated = do.few_row_linear(stream, gate_up, norm, squares, gated=True)
@@ -190,8 +187,8 @@ class FusedEagle3:
 
     def _many_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         do, m = self._operations, self.module
-        stream = torch.empty_like(hidden)
-        norm = _norm(m.post_attention_layernorm)
+        stream = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+        norm = norm_of(m.post_attention_layernorm)
         normed = do.linear_add_norm(mixed, self._many("o_proj"), hidden, norm, stream)
         gated = do.silu_gate(do.linear(normed, self._many("gate_up_proj")))
         return stream.add_(do.linear(gated, self._many("down_proj"))), None
@@ -202,7 +199,7 @@ class FusedEagle3:
         Args:
             squares: squares of these outputs, from ``forward``.
         """
-        do, norm = self._operations, _norm(self.module.norm)
+        do, norm = self._operations, norm_of(self.module.norm)
         if squares is None:
             return self._product(do.add_norm(outputs, None, norm, None), "lm_head")
         return do.few_row_linear(outputs, self._weight("lm_head"), norm, squares)

@@ -6,12 +6,12 @@ Shapes as in ``drafters.protocol``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from drafters.eagle3.fused import FusedEagle3, supports
+from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.stored_module import check_shape, first_weights, for_serving
@@ -20,6 +20,27 @@ from specops.device import decode_attention, places_of, prepare_pass, prepare_st
 from specops.draft_sampling import vocab_map
 
 TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+
+
+class FusedPass(Protocol):
+    """Passes of fused operations; ``FusedEagle3`` describes every method."""
+
+    def follow(self) -> None: ...
+
+    def fuse(self, features: Tensor) -> Tensor: ...
+
+    def forward(
+        self,
+        ids_T: Tensor,
+        hidden: Tensor,
+        positions_T: Tensor,
+        slots_T: Tensor,
+        attend: Attend,
+        keys: Tensor,
+        values: Tensor,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor: ...
 
 
 class PagedEagle3:
@@ -51,19 +72,24 @@ class PagedEagle3:
         self._heads_per_key = c.num_heads // c.num_kv_heads
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
-        self._fused: FusedEagle3 | None = None
+        self._fused: FusedPass | None = None
 
     def fuse(self, num_positions: int, **options: Any) -> str | None:
         """See ``NeuralDrafter.fuse``.
 
         Args:
-            options: passed to ``FusedEagle3``.
+            options: passed to what computes the passes, e.g. ``FusedEagle3``.
         """
-        reason = supports(self.module, self.embed)
+        reason = self._why_not_fused()
         if reason is None:
-            options = {"packs": True, **options}
-            self._fused = FusedEagle3(self.module, self.embed, num_positions, **options)
+            self._fused = self._make_fused(num_positions, **{"packs": True, **options})
         return reason
+
+    def _why_not_fused(self) -> str | None:
+        return supports(self.module, self.embed)
+
+    def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
+        return FusedEagle3(self.module, self.embed, num_positions, **options)
 
     def follow_weights(self) -> None:
         """See ``drafters.protocol.FollowsWeights``."""

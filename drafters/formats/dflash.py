@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from drafters.dflash.paged import DFlash, DFlashConfig
+from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.formats.checkpoint import CONFIG, Checkpoint
 from drafters.formats.published import Imported, TargetTable
 

@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 
 from drafters.suffix import layout
+from drafters.suffix.recent import Ring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("native.py", "layout.py")
+_SOURCES = ("native.py", "native_ring.py", "layout.py")
 _DONE = "compiled"
 """File that says that all functions were compiled."""
 _MOST_S = 600.0
@@ -169,9 +170,8 @@ def _call_all(native: ModuleType) -> None:
     table[0, [layout.ROOM, layout.SHIFT]] = 8, layout.shift_of(8)
     state = np.zeros(layout.NUM_ENTRIES, np.int64)
     state[[layout.SHORTEST, layout.LONGEST, layout.SECRET]] = 1, 2, 3
-    state[layout.RING_SHIFT] = layout.shift_of(4)
-    tokens, spaces = np.zeros(8, np.int32), np.zeros(8, np.int64)
-    heads, links = np.full((2, 4), -1, np.int32), np.full((2, 8), -1, np.int32)
+    tokens, spaces, heads, links = Ring.empty(8, 2)
+    state[layout.RING_SHIFT] = layout.shift_of(heads.shape[1])
     rows, ones, out = np.zeros(1, np.int64), np.ones(1, np.int64), np.zeros(1, np.int64)
     values, kinds = np.zeros(25), np.zeros((7, 4), np.int64)
     native.extend(arena, table, rows, ones, tokens, 0, 0)

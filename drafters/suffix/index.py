@@ -18,8 +18,8 @@ How: everything lies in flat arrays, and one compiled call searches for a whole 
 Both texts are in hash chains: for a length n in min_match..max_match a table maps the hash of an
 n-gram to its latest position, and every position to the one before it with the same hash. A request
 takes 36 to 110 bytes per token, in blocks that are used again. Finished traffic is a ring, so an
-evicted position is one that is too old: nothing is ever deleted, and memory is fixed, about 110
-bytes per token (45 MB for 400,000 tokens).
+evicted position is one that is too old: nothing is ever deleted, and memory is fixed, about 126
+bytes per token (50 MB for 400,000 tokens).
 
 Lazy: following a request only stores its tokens, and a finished one only waits. A lookup first
 indexes what waits and links the tokens of its own request, so an index that nobody asks costs next

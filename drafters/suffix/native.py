@@ -20,17 +20,15 @@ where compiled code is kept.
 
 Numba counts the references to each array that a function is given, which takes longer than the
 searching. So inner functions take whole arrays and an index instead of slices, allocate nothing,
-and are compiled without that counting (``_nrt``).
+and are compiled without that counting (``native_ring.inner``).
 
 Shapes: R requests, S rows of the table, L lengths of n-grams, C chains of each, N slots of the
 ring, B kinds of match, M tokens of the longest n-gram. The ring is ``tokens`` [N] int32, ``spaces``
-[N] int64, ``heads`` [L, C] int32, ``links`` [L, N] int32. ``values`` [B] float64 is what kinds are
+[N] int64, ``heads`` [L, C] int32, ``links`` [N, L] int32. ``values`` [B] float64 is what kinds are
 worth, ``kinds`` [7, 4] int64 see ``kinds.table``.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -40,19 +38,16 @@ from drafters.suffix.layout import (
     GENERATION,
     IS_OWN,
     KIND,
-    LAP,
     LINKED,
     LONGEST,
     MASK,
     MAX_VOTES,
-    MAX_WALK,
     MOST_RECENT,
     MULTIPLIER,
     NOW,
     NUM,
     NUM_MATCHED,
     NUM_SEARCHES,
-    OLDEST,
     RING_SHIFT,
     ROOM,
     SECRET,
@@ -62,14 +57,33 @@ from drafters.suffix.layout import (
     SLOTS,
     SPACE,
     TEXT,
-    TOUCHED,
     VALUES,
     VERSION,
     VOTES,
 )
+from drafters.suffix.native_ring import (
+    AT,
+    COUNT,
+    FOUND,
+    HIGH,
+    IS_DUE,
+    LEAST,
+    LENGTH,
+    LOW,
+    NUM_OWN,
+    OWN_KIND,
+    OWN_VOTES,
+    SIZE,
+    TODO,
+    TOP,
+    WALKED,
+    find_all,
+    find_finished,
+    inner,
+    num_equal,
+)
 
-_any_njit: Any = njit  # its type leaves out the option
-_entry, _inner = njit(cache=True), _any_njit(cache=True, _nrt=False)
+_entry = njit(cache=True)
 
 # ---- called from Python --------------------------------------------------------------------------
 
@@ -119,7 +133,7 @@ def link_finished(tokens, heads, links, state, seed, start, num):
             length = n - state[SHORTEST]
             for i in range(n - 1, num - 1):
                 chain = hashes[i] >> state[RING_SHIFT]
-                links[length, slot + i] = heads[length, chain]
+                links[slot + i, length] = heads[length, chain]
                 heads[length, chain] = start + i
 
 
@@ -132,7 +146,7 @@ def look(arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
         found: [R] int64, receives the kind of each.
     """
     num, longest = len(rows), state[LONGEST]
-    own = np.empty((num, 6), np.int64)
+    own = np.empty((num, NUM_OWN), np.int64)
     tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
     ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
     _update(
@@ -155,7 +169,7 @@ def draft(
         drafts: [R, K] int64, receives them.
     """
     num, longest = len(rows), state[LONGEST]
-    own = np.empty((num, 6), np.int64)
+    own = np.empty((num, NUM_OWN), np.int64)
     tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
     ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
     _update(
@@ -177,7 +191,7 @@ def draft(
                     arena, table, row, tails, r, size, state, values, kinds, ends, hashes
                 )
                 _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
-                length, votes = _find_finished(
+                length, votes = find_finished(
                     tails, r, size, hashes, table[row, SPACE], least, longest,
                     tokens, spaces, heads, links, state, others,
                 )  # fmt: skip
@@ -189,25 +203,17 @@ def draft(
 
 # ---- called by these -----------------------------------------------------------------------------
 
-_IS_DUE, _SIZE, _HIGH, _KIND, _VOTES, _LEAST = range(6)
-"""Columns of ``own``: whether the request is searched; tokens of its tail; bound on the length of a
-match in finished traffic; kind and votes of its own match; length from which on one in finished
-traffic may be worth more, 0 for none."""
 
-
-@_inner
+@inner
 def _update(
     arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
     own, tails, hashes, ends, others,
 ):  # fmt: skip
-    """Bring the matches of requests up to date.
-
-    In three passes: a lookup in finished traffic waits for memory a dozen times, and the lookups of
-    a batch wait together where the processor need not finish one to begin the next.
-    """
+    """Bring the matches of requests up to date."""
+    num = 0
     for r in range(len(rows)):
         row, high = rows[r], state[LONGEST]
-        own[r, _IS_DUE] = 0
+        own[r, IS_DUE] = 0
         if table[row, GENERATION] == state[NOW]:
             # A match grows by at most one token per new token.
             new = table[row, NUM] - table[row, NUM_MATCHED]
@@ -220,21 +226,23 @@ def _update(
         kind, count, least = _own_match(
             arena, table, row, tails, r, size, state, values, kinds, ends, hashes
         )
-        own[r, _IS_DUE], own[r, _SIZE], own[r, _HIGH] = 1, size, high
-        own[r, _KIND], own[r, _VOTES], own[r, _LEAST] = kind, count, least
-        if least:
-            _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
-    _touch(own, hashes, tokens, spaces, heads, links, state)
+        own[r, IS_DUE], own[r, SIZE], own[r, HIGH] = 1, size, high
+        own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST] = kind, count, least
+        own[r, LENGTH] = own[r, COUNT] = own[r, WALKED] = own[r, FOUND] = 0
+        low, top = max(least, state[SHORTEST]), min(high, size)
+        if least and low <= top:
+            _hash(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+            own[r, LOW], own[r, TOP], own[r, AT] = low, top, top
+            own[num, TODO] = r
+            num += 1
+    find_all(own, num, table, rows, tails, hashes, tokens, spaces, heads, links, state, others)
     for r in range(len(rows)):
-        if not own[r, _IS_DUE]:
+        if not own[r, IS_DUE]:
             continue
-        row, kind, count, least = rows[r], own[r, _KIND], own[r, _VOTES], own[r, _LEAST]
-        is_own, most_recent = 1, own[r, _HIGH]
-        if 0 < least <= own[r, _HIGH]:
-            length, votes = _find_finished(
-                tails, r, own[r, _SIZE], hashes, table[row, SPACE], least, own[r, _HIGH],
-                tokens, spaces, heads, links, state, others,
-            )  # fmt: skip
+        row, kind, count, least = rows[r], own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST]
+        is_own, most_recent = 1, own[r, HIGH]
+        if 0 < least <= own[r, HIGH]:
+            length, votes = own[r, LENGTH], own[r, COUNT]
             most_recent = length if length else max(least, state[SHORTEST]) - 1
             kind, is_own, count = _better(
                 kind, count, length, votes, tokens, values, kinds, ends, others, r
@@ -246,57 +254,34 @@ def _update(
         table[row, GENERATION], table[row, VALUES] = state[NOW], state[VERSION]
 
 
-@_inner
-def _touch(own, hashes, tokens, spaces, heads, links, state):
-    """Read what lookups in finished traffic will ask memory for, one read independent of the
-    other."""
-    total, least = 0, state[SHORTEST]
-    for is_second in (False, True):
-        for r in range(len(own)):
-            if not own[r, _IS_DUE] or not own[r, _LEAST]:
-                continue
-            high = min(own[r, _HIGH], own[r, _SIZE])
-            for n in range(max(own[r, _LEAST], least), high + 1):
-                position = heads[n - least, hashes[r, n - 1] >> state[RING_SHIFT]]
-                if not is_second:
-                    total += position
-                elif position >= state[OLDEST]:
-                    slot = _slot(position, tokens, state)
-                    total += tokens[slot] + spaces[slot] + links[n - least, slot]
-    state[TOUCHED] = total  # otherwise the compiler leaves the reads out
-
-
-@_inner
-def _slot(position, tokens, state):
-    """Where the ring has a position that was not evicted."""
-    slot = position - state[LAP]
-    return slot if slot >= 0 else slot + len(tokens)
-
-
-@_inner
+@inner
 def _rung_after(rung):
     """The next length that a request has chains for, see ``running.rungs``."""
     return rung + 1 if rung < 4 else 2 * rung
 
 
-@_inner
+@inner
 def _link(arena, table, row, state):
     """Enter the n-grams of a request's text that have a continuation into its chains."""
+    # Locals: after each store the compiler would read the arrays again.
     text, room = table[row, TEXT], table[row, ROOM]
     shift, stop = table[row, SHIFT], table[row, NUM] - 1
+    shortest, longest, secret = state[SHORTEST], state[LONGEST], state[SECRET]
     for end in range(table[row, LINKED], stop):
-        value, base, rung = np.int64(0), text + room, state[SHORTEST]
-        for n in range(1, min(state[LONGEST], end + 1) + 1):
-            value = (value + arena[text + end - n + 1]) * state[SECRET] & MASK
-            if n == rung:
-                chain = base + (value >> shift)
-                arena[base + room + end] = arena[chain]
-                arena[chain] = end
-                base, rung = base + 2 * room, _rung_after(rung)
+        value, base, rung, n = np.int64(0), text + room, shortest, 0
+        most = min(longest, end + 1)
+        while rung <= most:
+            while n < rung:
+                value = (value + arena[text + end - n]) * secret & MASK
+                n += 1
+            chain = base + (value >> shift)
+            arena[base + room + end] = arena[chain]
+            arena[chain] = end
+            base, rung = base + 2 * room, _rung_after(rung)
     table[row, LINKED] = max(stop, 0)
 
 
-@_inner
+@inner
 def _tail(arena, table, row, state, drafts, r, num, tails):
     """The last tokens of a text and a draft of ``num`` tokens. Returns how many there are."""
     of_text = table[row, NUM]
@@ -309,7 +294,7 @@ def _tail(arena, table, row, state, drafts, r, num, tails):
     return size
 
 
-@_inner
+@inner
 def _hash(tails, r, num, size, value, multiplier, hashes):
     """Hashes of the last 1, 2, ... ``num`` of ``size`` tokens."""
     for n in range(num):
@@ -317,16 +302,7 @@ def _hash(tails, r, num, size, value, multiplier, hashes):
         hashes[r, n] = value
 
 
-@_inner
-def _num_equal(tokens, end, tails, r, size, most):
-    """How many of the last tokens up to ``end`` are those of a tail, ``most`` at most."""
-    for j in range(most):
-        if tokens[end - j] != tails[r, size - 1 - j]:
-            return j
-    return most
-
-
-@_inner
+@inner
 def _own_match(arena, table, row, tails, r, size, state, values, kinds, ends, hashes):
     """The longest match in a request's own text.
 
@@ -344,7 +320,7 @@ def _own_match(arena, table, row, tails, r, size, state, values, kinds, ends, ha
     return kind, count, _least_better(values, kinds, kind)
 
 
-@_inner
+@inner
 def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
     """Length of the longest suffix of a tail that has a continuation in the request, and in how
     many places; ``ends`` receives them, latest first."""
@@ -361,7 +337,7 @@ def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
         most = min(size, _rung_after(rung) - 1)
         end = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
         while end >= 0 and (length < most or count < MAX_VOTES):
-            n = _num_equal(arena, text + end, tails, r, size, min(most, end + 1))
+            n = num_equal(arena, text + end, tails, r, size, min(most, end + 1))
             if n >= rung and n > length:
                 length, count = n, 0
             if n >= rung and n == length and count < MAX_VOTES:
@@ -372,41 +348,7 @@ def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
     return length, count
 
 
-@_inner
-def _find_finished(
-    tails, r, size, hashes, space, low, high, tokens, spaces, heads, links, state, ends
-):
-    """Like ``_find_own`` in finished traffic of a namespace, for lengths from ``low``, 0 for none,
-    to ``high``; slots of the ring."""
-    length, count = 0, 0
-    if low == 0:
-        return length, count
-    low, high = max(low, state[SHORTEST]), min(high, size)
-    n = high
-    # If a suffix occurred, so did all shorter ones: bisect, trying the longest first.
-    while low <= high:
-        at = n - state[SHORTEST]
-        position, found = np.int64(heads[at, hashes[r, n - 1] >> state[RING_SHIFT]]), 0
-        for _ in range(MAX_WALK):
-            if position < state[OLDEST]:
-                break
-            slot = _slot(position, tokens, state)
-            is_ours = slot >= n - 1 and spaces[slot] == space
-            if is_ours and _num_equal(tokens, slot, tails, r, size, n) == n:
-                ends[r, found] = slot
-                found += 1
-                if found == MAX_VOTES:
-                    break
-            position = np.int64(links[at, slot])
-        if found:
-            length, count, low = n, found, n + 1
-        else:
-            high = n - 1
-        n = (low + high + 1) >> 1
-    return length, count
-
-
-@_inner
+@inner
 def _better(kind, count, length, votes, tokens, values, kinds, ends, others, r):
     """The better one of a match in the request and one in finished traffic, the request's own on
     ties. Returns its kind, whether it is the request's own, and the number of occurrences.
@@ -425,7 +367,7 @@ def _better(kind, count, length, votes, tokens, values, kinds, ends, others, r):
     return kind, 1, count
 
 
-@_inner
+@inner
 def _kind(tokens, base, ends, r, count, length, kinds, first):
     """Number of the kind of a match, see ``kinds.number_of``. Its rows of ``kinds`` begin at
     ``first``."""
@@ -438,7 +380,7 @@ def _kind(tokens, base, ends, r, count, length, kinds, first):
     return kinds[first + votes, size]
 
 
-@_inner
+@inner
 def _least_better(values, kinds, own):
     """See ``kinds.least_better``; 0: none is worth more."""
     for size in range(kinds.shape[1]):
@@ -448,7 +390,7 @@ def _least_better(values, kinds, own):
     return 0
 
 
-@_inner
+@inner
 def _continue(arena, table, row, finished, is_own, ends, r, count, drafts, num, k, nexts):
     """Append to a draft of ``num`` tokens what followed the match, until k or until every
     occurrence ended. Returns the new number.

@@ -19,31 +19,49 @@ from drafters.suffix.layout import END
 _MOST_WAITING = 16_384
 """Tokens of finished sequences that may wait to be indexed; one longer sequence may too. Bounds the
 time of the first lookup after a long rest."""
+_LINE = 16
+"""Values of int32 in a line of a cache."""
 Tokens = NDArray[np.int32]
 
 
 class Ring(NamedTuple):
-    """Tokens with hash chains. N slots, L lengths, C chains of each."""
+    """Tokens with hash chains. N slots, L lengths, C chains of each.
+
+    ``spaces`` and ``links`` are columns of one array, so that all that a slot has besides its token
+    is in one line of a cache: a lookup waits for memory, not for the processor.
+    """
 
     tokens: Tokens
     """[N]."""
     spaces: NDArray[np.int64]
-    """[N] number of the namespace of each."""
+    """[N or more] number of the namespace of each."""
     heads: Tokens
     """[L, C] latest position."""
     links: Tokens
-    """[L, N] position before each in its chain; -1: none."""
+    """[N or more, L] position before each in its chain; -1: none."""
 
     @classmethod
     def empty(cls, capacity: int, num_lengths: int) -> Ring:
         """A ring of ``capacity`` slots."""
         num_chains = 1 << max(10, (capacity - 1).bit_length())
+        # Two slots at least: one row alone is contiguous, which would be another type to Numba.
+        slots = _in_lines(max(capacity, 2), 2 + num_lengths)
+        spaces, links = slots.view(np.int64)[:, 0], slots[:, 2 : 2 + num_lengths]
+        spaces[:] = 0
         return cls(
             np.full(capacity, END, np.int32),
-            np.zeros(capacity, np.int64),
+            spaces,
             np.full((num_lengths, num_chains), -1, np.int32),
-            np.full((num_lengths, capacity), -1, np.int32),
+            links,
         )
+
+
+def _in_lines(num: int, width: int) -> Tokens:
+    """[num, width or more], -1 everywhere; each row begins with a line of the cache."""
+    width = -(-width // _LINE) * _LINE
+    values = np.full(num * width + _LINE, -1, np.int32)
+    start = -values.ctypes.data // values.itemsize % _LINE
+    return values[start : start + num * width].reshape(num, width)
 
 
 class Finished(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from array import array
 from collections import defaultdict
 from collections.abc import Sequence
 from itertools import chain
@@ -146,7 +147,8 @@ class RunningTexts:
             return
         rows = self.rows(keys)
         lens = np.array(list(map(len, news)), np.int64)
-        flat = np.array(list(chain.from_iterable(news)), np.int32)
+        # Through an array of C integers: half the time of making one of numpy from objects.
+        flat = np.asarray(array("i", list(chain.from_iterable(news))))
         r, at = native.extend(self.arena, self.table, rows, lens, flat, 0, 0)
         while r < len(rows):
             self._make_room(rows[r], int(lens[r]))

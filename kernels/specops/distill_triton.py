@@ -91,7 +91,9 @@ def _labels(
     known = tl.load(known_ptr + row) != 0
     at_label = tl.load(own_ptr + tl.load(label_ptr + row)).to(tl.float32)
     tl.store(prob_ptr + row, tl.where(known, tl.exp(at_label - log_norm), 0.0))
-    tl.store(agrees_ptr + row, (known & (at_label >= highest)).to(tl.uint8))
+    # Maxima leave NaN out on a GPU, sums do not.
+    agrees = known & (at_label >= highest) & (log_norm == log_norm)
+    tl.store(agrees_ptr + row, agrees.to(tl.uint8))
 
 
 @triton.jit
@@ -138,7 +140,9 @@ def _judge(
     known = tl.load(known_ptr + row) != 0
     at_label = tl.load(own_ptr + tl.load(label_ptr + row)).to(tl.float32)
     tl.store(prob_ptr + row, tl.where(known, tl.exp(at_label - own_norm), 0.0))
-    tl.store(agrees_ptr + row, (known & (at_label >= highest)).to(tl.uint8))
+    # Maxima leave NaN out on a GPU, sums do not.
+    agrees = known & (at_label >= highest) & (own_norm == own_norm)
+    tl.store(agrees_ptr + row, agrees.to(tl.uint8))
 
     masses = tl.zeros([BLOCK], tl.float32)
     crosses = tl.zeros([BLOCK], tl.float32)
@@ -153,7 +157,8 @@ def _judge(
         )  # fmt: skip
         masses += p
         crosses += tl.where(p > 0, p * (t - s), 0.0)
-        overlaps += tl.minimum(p, q)
+        # Not tl.minimum: on a GPU that is p where q is NaN, so broken logits would overlap fully.
+        overlaps += tl.where(p < q, p, q)
         belows += tl.where(q < p, q, 0.0)
         if KIND == 3:
             reverses += q * (s - tl.maximum(t, seen_norm + _LOG_MIN_PROB))

@@ -27,19 +27,27 @@ def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:
 
 
 def norm_pair(
-    ids_M: Tensor, table_VH: Tensor, hidden_MH: Tensor, embed_norm: Norm, hidden_norm: Norm
+    ids_M: Tensor,
+    table_VH: Tensor,
+    hidden_MH: Tensor,
+    embed_norm: Norm,
+    hidden_norm: Norm,
+    *,
+    hidden_first: bool = False,
 ) -> Tensor:
     """``(embed_norm(table[id]), hidden_norm(hidden))``, the input of a drafter's layer.
 
     Args:
         ids_M: [M] int64, each in 0..V-1 (not checked).
         hidden_MH: [M, H] in the table's dtype; rows need not be adjacent.
+        hidden_first: the halves change places.
 
     Returns:
         [M, 2H] contiguous, rounded as by ``rms_norm``.
     """
     embeds = torch.nn.functional.embedding(ids_M, table_VH)
-    return torch.cat((rms_norm(embeds, embed_norm), rms_norm(hidden_MH, hidden_norm)), dim=-1)
+    halves = rms_norm(embeds, embed_norm), rms_norm(hidden_MH, hidden_norm)
+    return torch.cat(halves[::-1] if hidden_first else halves, dim=-1)
 
 
 def add_norm(

@@ -42,7 +42,8 @@ def _normed(x, weight, width, eps):
 @triton.jit(do_not_specialize_on_alignment=["ids_ptr"])
 def _norm_pair(
     ids_ptr, table_ptr, hidden_ptr, embed_norm_ptr, hidden_norm_ptr, out_ptr,
-    width, hidden_stride, embed_eps, hidden_eps, WIDTH: tl.constexpr, OVERLAP: tl.constexpr,
+    width, hidden_stride, embed_eps, hidden_eps,
+    WIDTH: tl.constexpr, HIDDEN_FIRST: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Compute one half of one row."""
     if OVERLAP:  # in this order: the next kernel may fetch weights, which a swap may have written
@@ -56,12 +57,14 @@ def _norm_pair(
         x = tl.load(table_ptr + token * width + column, mask=is_column, other=0.0)
         weight = tl.load(embed_norm_ptr + column, mask=is_column, other=0.0)
         normed = _normed(x, weight, width, embed_eps)
-        tl.store(out_ptr + row * 2 * width + column, normed, mask=is_column)
+        half = width if HIDDEN_FIRST else 0
+        tl.store(out_ptr + row * 2 * width + half + column, normed, mask=is_column)
     else:
         x = tl.load(hidden_ptr + row * hidden_stride + column, mask=is_column, other=0.0)
         weight = tl.load(hidden_norm_ptr + column, mask=is_column, other=0.0)
         normed = _normed(x, weight, width, hidden_eps)
-        tl.store(out_ptr + row * 2 * width + width + column, normed, mask=is_column)
+        half = 0 if HIDDEN_FIRST else width
+        tl.store(out_ptr + row * 2 * width + half + column, normed, mask=is_column)
 
 
 @triton.jit
@@ -146,6 +149,7 @@ def norm_pair(
     embed_norm: Norm,
     hidden_norm: Norm,
     *,
+    hidden_first: bool = False,
     overlap: bool = False,
 ) -> Tensor:
     """See ``specops.rows.norm_pair``. Raises ValueError for a wrong shape, dtype or memory layout.
@@ -163,7 +167,7 @@ def norm_pair(
     _norm_pair[(len(ids_M), 2)](
         ids_M, table_VH, hidden_MH, embed_norm.weight_K, hidden_norm.weight_K, pair,
         width, hidden_MH.stride(0), embed_norm.eps, hidden_norm.eps,
-        WIDTH=triton.next_power_of_2(width), OVERLAP=overlap,
+        WIDTH=triton.next_power_of_2(width), HIDDEN_FIRST=hidden_first, OVERLAP=overlap,
         num_warps=_warps(width), launch_pdl=overlap,
     )  # fmt: skip
     return pair

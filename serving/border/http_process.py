@@ -23,10 +23,11 @@ from configs.logs import set_up_logging
 from configs.schema import Settings
 from serving.border.http_side import RemoteServer, Wire
 from serving.border.messages import ProtocolError, Welcome
-from serving.http import create_app
+from serving.http.app import create_app
 from serving.http.connections import Listener
-from serving.http.drain import LAST_WORDS_S, http_config
+from serving.http.drain import LAST_WORDS_S
 from serving.http.tallies import Tallies
+from serving.http.uvicorn_server import http_config
 from serving.requests import EngineGoneError
 from targets.tokenizer import served_tokenizer
 

@@ -16,7 +16,7 @@ import msgspec
 from serving.requests import DrainingError, Output, QueueFullError, Request
 from serving.served_model import ServedModel
 
-VERSION = 3
+VERSION = 4
 MOST_BYTES = 64 << 20
 """Longest message that the engine's process accepts. A job of 8 choices with prompts of a million
 tokens takes 40 MB."""

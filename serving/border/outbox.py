@@ -119,6 +119,11 @@ class Outbox:
 
     def _some(self) -> list[Output]:
         """The next outputs: so many as one message may hold, at least one."""
+        if len(self._outputs) <= _MOST_OUTPUTS:
+            whole = [o[0] if len(o) == 1 else join_outputs(o) for o in self._outputs.values()]
+            if sum(len(output.token_ids) for output in whole) <= _MOST_TOKENS:  # nearly always
+                self._outputs.clear()
+                return whole
         some: list[Output] = []
         num_tokens = 0
         for request_id in list(self._outputs):

@@ -16,8 +16,8 @@ from serving.border.engine_side import welcome_for
 from serving.border.in_process import Desk, InProcess
 from serving.border.processes import STOP_SIGNALS, HttpProcesses, Spawner
 from serving.history import History, recorded
-from serving.http import answering_503, create_app, serve
 from serving.http.drain import Drain, announced
+from serving.http.loading import answering_503
 from serving.service import Service
 
 log = logging.getLogger(__name__)
@@ -55,6 +55,9 @@ def serve_http(
     """
     with recorded(service.figures) as history:
         if spawner.count == 0:
+            from serving.http.app import create_app  # FastAPI: other processes have it otherwise
+            from serving.http.uvicorn_server import serve
+
             app = create_app(InProcess(service, history), settings)
             return serve(app, service.inbox, settings, listener, lambda: service.engine.has_failed)
         return _serve_beside(service, settings, listener, tokenizer, spawner, history)

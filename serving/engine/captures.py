@@ -11,12 +11,10 @@ another. So is all work once recording without a run has failed.
 
 from __future__ import annotations
 
-import gc
 import logging
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -218,16 +216,3 @@ def _read_list(kernels: Kernels, path: Path) -> list[Wanted]:
     except (OSError, ValueError) as error:
         log.warning("kernels listed in %s cannot be made beforehand: %s", path, error)
         return []
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Without Python's garbage collector, which would traverse the objects of all that was imported
-    again and again."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()

@@ -261,8 +261,9 @@ class DrafterRows:
         size = fitting(self._sizes, len(blocks))
         filling = [self._lanes.padding, 1, _NO_END, *[0] * BLOCK]
         rows = torch.tensor(blocks + [filling] * (size - len(blocks)))
+        program = self._program(size)  # a new one has run on inputs of its own
         upload(rows, self._inputs[:size])
-        self._program(size)()
+        program()
 
     def works(self) -> list[Program]:
         """What every program computes, the largest first."""
@@ -275,6 +276,8 @@ class DrafterRows:
 
     def _program(self, size: int) -> Program:
         if size not in self._programs:
+            self._inputs.zero_()
+            self._inputs[:, _LANE], self._inputs[:, _END] = self._lanes.padding, _NO_END
             self._programs[size] = self._graphs.capture(partial(self._compute, size))
         return self._programs[size]
 

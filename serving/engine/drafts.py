@@ -34,6 +34,20 @@ class Drafts:
     """Confidence in each position before its token was drawn, in rounds that are cut."""
 
 
+@dataclass(frozen=True, slots=True)
+class Best:
+    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether``."""
+
+    d2t_D: Tensor | None
+    """[D] int64, target id minus draft id, of a reduced vocabulary."""
+
+    def __call__(self, logits: Tensor, _number: int) -> Tensor:
+        return best_ids(logits, self.d2t_D)
+
+    def together(self, logits_KRV: Tensor) -> Tensor:
+        return best_ids(logits_KRV, self.d2t_D).t().contiguous()
+
+
 def given(opened: OpenedRound) -> Drafts:
     """The uploaded draft tokens; none if K is 0."""
     assert opened.given_RK is not None
@@ -62,12 +76,11 @@ def drafted(
     if not draws:
         d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
 
-        def best(logits: Tensor, _number: int) -> Tensor:
-            if tells:
-                figures.append(confidence(logits))
+        def told(logits: Tensor, _number: int) -> Tensor:
+            figures.append(confidence(logits))
             return best_ids(logits, d2t)
 
-        tokens = drafter.propose(outputs_RH, ahead, num_draft, best)
+        tokens = drafter.propose(outputs_RH, ahead, num_draft, told if tells else Best(d2t))
         return Drafts(tokens, None, None, figures_RK3=torch.stack(figures, 1) if figures else None)
 
     sampling, by_match = opened.sampling(), opened.by_match_R

@@ -64,6 +64,8 @@ class Listeners:
     drafter learns."""
     on_outcome: Callable[[Outcome], None] = _ignore
     """Receives the outcome of each step."""
+    on_pass: Callable[[int, int], None] = _ignore
+    """Receives, after each pass, the tokens committed since the start and the requests that run."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,6 +199,7 @@ class Engine:
         plan = self.scheduler.plan(time.perf_counter())
         batch = plan.decode
         if not batch and not plan.chunks and self._round is None:
+            self._tell_pass()
             return had_work
         if plan.chunks:
             self._launch_prompts(plan.chunks)
@@ -208,7 +211,12 @@ class Engine:
         if not self.parts.overlaps:
             self._commit_round()
         self._commits.counters.num_steps += 1
+        self._tell_pass()
         return True
+
+    def _tell_pass(self) -> None:
+        tokens = self._commits.counters.generation_tokens
+        self._listeners.on_pass(tokens, self.scheduler.num_running)
 
     def _forget_rows(self) -> None:
         """Have drafters that went back to other weights compute their rows again, and not draft

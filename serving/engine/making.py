@@ -2,7 +2,7 @@
 
 An idle server makes one after another; a request that arrives meanwhile waits for one at most.
 While requests are decoding, making one stops them for as long as it takes, so the next one is not
-made before twenty times that has passed.
+made before fifty times that has passed.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-_SHARE = 0.05
+_SHARE = 0.02
 """Share of the time that making programs may take from requests that are decoding."""
 
 

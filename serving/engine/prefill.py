@@ -98,7 +98,6 @@ class Prefill:
         self._inputs = torch.zeros((most_blocks, columns), dtype=torch.int64, device=device)
         # A request whose prompt ends has a round without a draft.
         self._ends = torch.zeros((lanes.padding, _ROW + 1), dtype=torch.int64, device=device)
-        self._ends[:, Input.LANE] = lanes.padding
         shape = (lanes.padding, int(Column.TOKENS))
         self._outputs = torch.zeros(shape, dtype=torch.int64, device=device)
         if ring is not None:
@@ -120,13 +119,14 @@ class Prefill:
                 blocks.append([lane, first, num_rows if keeps else 0, *ids])
         size = fitting(self._sizes, len(blocks))
         blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
+        program = self._program(size)  # a new one has run on inputs of its own
         upload(torch.tensor(blocks), self._inputs[:size])
         no_end = [self._lanes.padding, 0, 0]
         padded = ends + [no_end] * (min(size, len(self._ends)) - len(ends))
         upload(torch.tensor(padded), self._ends[: len(padded)])
         fresh = [c.sequence for c in chunks if not c.sequence.is_in_lane]
         self._lanes.write(fresh)
-        self._program(size)()
+        program()
         for rows in self._drafting.neural.values():
             for chunk in chunks:
                 rows.note_chunk(chunk.sequence, chunk.start, chunk.end)
@@ -158,6 +158,7 @@ class Prefill:
     def works(self) -> list[Program]:
         """What every program computes, the largest first."""
         self._make_logits()
+        self._leave_out_requests()
         return [partial(self._compute, size) for size in reversed(self._sizes)]
 
     def capture_all(self) -> None:
@@ -168,8 +169,16 @@ class Prefill:
     def _program(self, size: int) -> Program:
         if size not in self._programs:
             self._make_logits()
+            self._leave_out_requests()
             self._programs[size] = self._graphs.capture(partial(self._compute, size))
         return self._programs[size]
+
+    def _leave_out_requests(self) -> None:
+        """Let what runs now compute rows of no request."""
+        self._inputs.zero_()
+        self._inputs[:, _LANE] = self._lanes.padding
+        self._ends.zero_()
+        self._ends[:, Input.LANE] = self._lanes.padding
 
     def _make_logits(self) -> None:
         if self._logits is None:

@@ -11,12 +11,12 @@ import time
 from collections.abc import Collection, Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from drafters.protocol import HostDrafter, NeuralDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
-from serving.engine.captures import uncollected
 from serving.engine.cuda_graphs import Graphs
 from serving.engine.drafter_rows import BLOCK, DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
@@ -26,6 +26,7 @@ from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
+from serving.phases import uncollected
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 
@@ -102,11 +103,18 @@ class Programs:
         )  # fmt: skip
 
     def _works(self) -> list[Program]:
-        """What all programs compute, in the order in which they are made."""
+        """What all programs compute, in the order in which they are made, with only those of the
+        target's layers that launch other kernels than the rest: what remains to be looked through
+        is a quarter of the launches."""
         works = self.prefill.works()
         for rows in self.drafting.neural.values():
             works += rows.works()
-        return works + self.rounds.works()
+        works += self.rounds.works()
+        return [partial(self._abridged, work) for work in works]
+
+    def _abridged(self, work: Program) -> None:
+        with self.target.abridged():
+            work()
 
 
 def make_programs(

@@ -142,15 +142,18 @@ class Rounds:
         self._programs: dict[_Key, Program] = {}
         self._draft_shares: dict[_Key, float] = {}
         self._allocator = Allocator(max_batch, max_draft, target.device, graphs, cuts)
-        self._later: Later[_Key] = Later(self._sizes, max_draft)
+        self._later: Later[_Key] = Later(self._sizes, max_draft, self._io.most_scored)
 
     # ---- running -------------------------------------------------------------------------------
 
     def most_draft(self, batch: list[Sequence]) -> int:
         """Largest K of a round of these requests."""
-        most = self._io.most_scored if any(map(_IS_SCORED, batch)) else self._drafting.max_draft
-        if self._later.num_left:
-            most = min(most, self._later.made_draft(fitting(self._sizes, len(batch))))
+        is_scored = any(map(_IS_SCORED, batch))
+        most = self._io.most_scored if is_scored else self._drafting.max_draft
+        if not self._later.is_empty:
+            size = fitting(self._sizes, len(batch))
+            self._later.prefer(size)
+            most = min(most, self._later.made_draft(size, is_scored=is_scored))
         return most
 
     def launch(
@@ -187,7 +190,8 @@ class Rounds:
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
         size = fitting(self._sizes, len(batch))
-        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
+        if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
+            size = self._later.size_for(size, num_draft)
         is_scored = any(map(_IS_SCORED, batch))
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
@@ -197,8 +201,11 @@ class Rounds:
         else:
             cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
             key = key._replace(cutting=cutting)
+        program = self._program(key)  # a new one has run on inputs of its own
+        self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
+        if allocation is not None:
             self._allocator.upload(allocation, len(batch), num_draft)
-        self._program(key)()
+        program()
         seen = None if allocation is None else self._allocator.download(allocation, size)
         scores = None
         if is_scored:
@@ -279,7 +286,8 @@ class Rounds:
     # ---- programs ------------------------------------------------------------------------------
 
     def works(self) -> list[Program]:
-        """What every program computes, those of short drafts first."""
+        """What every program computes, those of short drafts first. Programs that score tokens are
+        left out: they launch the same kernels as others."""
         self._leave_out_requests()
         return [
             partial(self._round, key)
@@ -292,8 +300,8 @@ class Rounds:
         """Make programs, the largest first so that the others fit in its memory, and time drafting.
 
         Args:
-            most_draft: largest K of those that are made now; the others are left for ``make_next``.
-                ``None``: all are made.
+            most_draft: largest K of those that are made now, without those that score drafts; the
+                others are left for ``make_next``. ``None``: all are made.
         """
         self._leave_out_requests()
         first = (
@@ -301,17 +309,26 @@ class Rounds:
             if most_draft is None
             else min(most_draft, self._drafting.max_draft)
         )
+        first_scored = self._io.most_scored if most_draft is None else 0
         for size in reversed(self._sizes):
             for num_draft in range(first, -1, -1):
-                for key in self._keys(size, num_draft):
+                keys = self._keys(size, num_draft)
+                if num_draft <= first_scored:
+                    keys += self._scored_keys(size, num_draft)
+                for key in keys:
                     self._program(key)
                 if num_draft:
                     self._time_drafting(size, num_draft)
-        self.leave_for_later(first)
+        self.leave_for_later(first, first_scored)
 
-    def leave_for_later(self, most_draft: int) -> None:
-        """Draft at most so many tokens until ``make_next`` has made the programs of larger K."""
+    def leave_for_later(self, most_draft: int, most_scored: int = 0) -> None:
+        """Draft at most so many tokens until ``make_next`` has made the programs of larger K.
+
+        Args:
+            most_scored: the same for batches with a request for log probabilities.
+        """
         self._later.leave(most_draft, self._keys)
+        self._later.leave(most_scored, self._scored_keys, are_scored=True)
 
     @property
     def num_left(self) -> int:
@@ -332,9 +349,8 @@ class Rounds:
         self._graphs.will_serve()
         self._leave_out_requests()
         self._program(key)
-        if self._later.is_last and self._graphs.are_real:
+        if self._later.was_made() and self._graphs.are_real:
             self._time_drafting(key.size, key.num_draft)
-        self._later.was_made()
         return True
 
     def _leave_out_requests(self) -> None:
@@ -343,7 +359,7 @@ class Rounds:
         self._io.inputs[:, Input.LANE] = self._lanes.padding
 
     def _keys(self, size: int, num_draft: int) -> list[_Key]:
-        """The programs of one size and K."""
+        """The programs of one size and K that score no tokens."""
         keys = []
         for neural in self._sources(num_draft):
             for key in (_Key(size, num_draft, neural, greedy) for greedy in (True, False)):
@@ -351,9 +367,14 @@ class Rounds:
                 if neural in self._drafting.neural:
                     cuttings = self._allocator.cuttings(size, num_draft)
                     keys += [key._replace(cutting=cutting) for cutting in cuttings]
-            if num_draft <= self._io.most_scored:
-                keys.append(_Key(size, num_draft, neural, False, is_scored=True))
         return keys
+
+    def _scored_keys(self, size: int, num_draft: int) -> list[_Key]:
+        """Those that do, with K at most ``RoundBuffers.most_scored``."""
+        return [
+            _Key(size, num_draft, neural, False, is_scored=True)
+            for neural in self._sources(num_draft)
+        ]
 
     def _sources(self, num_draft: int) -> list[str | None]:
         """Neural drafters and mixes, and ``None`` where tokens are uploaded or K is 0."""
@@ -381,6 +402,7 @@ class Rounds:
 
     def _program(self, key: _Key) -> Program:
         if key not in self._programs:
+            self._leave_out_requests()
             self._programs[key] = self._graphs.capture(partial(self._round, key))
         return self._programs[key]
 

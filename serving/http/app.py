@@ -8,7 +8,8 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 
 from configs.checks import check_settings
 from configs.schema import Settings
@@ -17,11 +18,12 @@ from serving.http.boundary import Boundary
 from serving.http.context import Context, attach, of_app
 from serving.http.errors import (
     ApiError,
+    invalid,
     on_api_error,
     on_client_gone,
     on_engine_gone,
     on_http_exception,
-    on_query_error,
+    printable,
 )
 from serving.http.face import RunningServer
 from serving.http.metrics import Metrics
@@ -75,6 +77,14 @@ def create_app(
         ),
     )
     return app
+
+
+async def on_query_error(request: Request, error: Exception) -> Response:
+    """An invalid query parameter."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    param = ".".join(printable(str(part)) for part in first["loc"][1:])
+    return invalid(f"{param}: {first['msg']}", param=param).response()
 
 
 @asynccontextmanager

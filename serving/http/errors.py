@@ -12,7 +12,6 @@ import traceback
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
@@ -171,14 +170,6 @@ async def on_http_exception(request: Request, error: Exception) -> Response:
     text = texts.get(error.status_code, str(error.detail))
     headers = dict(error.headers) if error.headers else None
     return ApiError(error.status_code, text, headers=headers).response()
-
-
-async def on_query_error(request: Request, error: Exception) -> Response:
-    """An invalid query parameter."""
-    assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    param = ".".join(printable(str(part)) for part in first["loc"][1:])
-    return invalid(f"{param}: {first['msg']}", param=param).response()
 
 
 async def on_engine_gone(request: Request, error: Exception) -> Response:

@@ -22,7 +22,7 @@ def requests(acceptance, num=30, seed=0):
 
 
 def test_a_version_that_is_much_worse_is_always_rolled_back_and_within_the_windows():
-    found = watched(requests(0.8), requests(0.2, seed=1), 200, 0.15, num_swaps=20, seed=0)
+    found = watched(requests(0.8), requests(0.2, seed=1), 200, 0.15, num_swaps=20, seeds=(0,))
     assert found["rolled_back"] == 20
     assert found["longest_rounds"] <= most_rounds(200)
 
@@ -30,7 +30,7 @@ def test_a_version_that_is_much_worse_is_always_rolled_back_and_within_the_windo
 def test_an_equal_and_a_better_version_stay():
     same, better = requests(0.6, num=60), requests(0.8, num=60, seed=1)
     for new in (same, better):
-        found = watched(same, new, 200, 0.15, num_swaps=20, seed=0)
+        found = watched(same, new, 200, 0.15, num_swaps=20, seeds=(0,))
         assert (found["rolled_back"], found["undecided"]) == (0, 0)
 
 

@@ -55,6 +55,22 @@ def test_trainers_of_an_encrypted_log_share_what_they_learn_from(tmp_path, make_
     other.close()
 
 
+def test_traces_of_an_encrypted_log_are_fetched_unless_their_tenant_was_deleted(
+    tmp_path, make_trace, keys
+):
+    run, url = tmp_path / "run", f"log:?key_file={keys[0]}"
+    write(url, run, make_trace, range(5))
+    reader = TraceReader(open_backend(url, run))
+    locations = {trace.seq: location for location, trace in reader.read_located(10)}
+    found = reader.fetch([locations[1], locations[4]])
+    assert {location: trace.seq for location, trace in found.items()} == {
+        locations[1]: 1,
+        locations[4]: 4,
+    }
+    open_backend(url, run).delete("umbrella")
+    assert reader.fetch(locations.values()) == {}
+
+
 def test_a_wrong_key_or_none_is_refused_and_nothing_is_lost(tmp_path, make_trace, keys):
     run = tmp_path / "run"
     right, wrong = (f"log:?key_file={key}" for key in keys)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from drafters.dflash.paged import DFlash
+from drafters.dflash.model import DFlash
 from drafters.dflash.trainable import (
     DFlashTrainable,
     _anchors,
@@ -60,17 +60,19 @@ def module_for(model, masks="all of it", block_size=6) -> DFlash:
     return module
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("num_draft", [2, 5])
 @pytest.mark.parametrize("masks", MASKS)
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_draft):
-    model = random_model("qwen3")
+def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_draft, fused):
+    model = random_model("qwen3", head_dim=16)
     module = module_for(model, masks)
     weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
     engine = make_engine(
         model, kind="dflash", weights=weights, policy=FixedPolicy("dflash", num_draft),
-        suffix=False, prefill_chunk=7,
+        suffix=False, prefill_chunk=7, fused_drafter=fused,
     )  # fmt: skip
     drafter = engine.drafting.neural["dflash"].drafter
+    assert drafter.is_fused == fused
     seen, propose, observe = [], drafter.propose, drafter.observe
 
     def keep(outputs, at, num_draft, choose):

@@ -129,9 +129,10 @@ def test_everything_learns_through_the_loss_and_padding_changes_nothing(keep):
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
 
 
+@pytest.mark.parametrize("fused", [False, True])
 @pytest.mark.parametrize("num_draft", [1, 4])
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, num_draft):
-    model = random_model("qwen3")
+def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, num_draft, fused):
+    model = random_model("qwen3", head_dim=16)
     given = LEARNS.new_model(model.config, model.lm_head.weight.detach(), None, 1)
     module = PEagle(PEagleConfig(given.config, 2, 95))
     module.initialise(3)
@@ -142,9 +143,10 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, num_draft):
     weights = Weights(0, LEARNS.config_to_json(module), LEARNS.bundle_tensors(module))
     engine = make_engine(
         model, kind="p_eagle", weights=weights, policy=FixedPolicy("p_eagle", num_draft),
-        suffix=False, prefill_chunk=7,
+        suffix=False, prefill_chunk=7, fused_drafter=fused,
     )  # fmt: skip
     drafter = engine.drafting.neural["p_eagle"].drafter
+    assert drafter.is_fused == fused
     seen, propose, observe = [], drafter.propose, drafter.observe
 
     def keep(outputs, at, num_draft, choose):

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from drafters.suffix import compiled
+from drafters.suffix.index import SuffixIndex
 
 PROPOSED = """
 from drafters.suffix.index import SuffixIndex
@@ -52,12 +53,29 @@ def test_code_that_others_may_have_put_there_is_not_executed(
     assert f"others can write {kept}" in caplog.text
 
 
+@pytest.mark.parametrize("recent_tokens", [0, 1, 2, 50])
+@pytest.mark.parametrize("bounds", [(1, 1), (2, 6)])
+def test_every_index_calls_what_was_compiled(recent_tokens: int, bounds: tuple[int, int]) -> None:
+    """Compiling for other types would hold up a server for seconds."""
+    index = SuffixIndex(*bounds, recent_tokens)
+    for key in "ab":
+        index.begin(key, [1, 2, 3, 4, 1, 2, 3])
+        index.extend([key], [[4, 1]])
+        index.observe([key])
+        index.propose([key], [3])
+        index.finish(key, keep=True)
+
+    native = compiled.wait()
+    called = (native.extend, native.link_finished, native.look, native.draft)
+    assert [len(function.signatures) for function in called] == [1] * 4
+
+
 def test_damaged_code_is_compiled_again(tmp_path: Path) -> None:
     kept = compiled.folder()
     compiled.wait()
     shutil.copytree(kept, tmp_path / kept.name)
-    damaged = max(tmp_path.rglob("*.nbc"), key=lambda path: path.stat().st_size)
-    damaged.write_bytes(damaged.read_bytes()[:1000])
+    for damaged in tmp_path.rglob("native.draft-*.nbc"):  # one of each checkout of these sources
+        damaged.write_bytes(damaged.read_bytes()[:1000])
 
     shown = subprocess.run(
         [sys.executable, "-c", PROPOSED],

@@ -40,7 +40,8 @@ def sample_answers(per_phase: int) -> tuple[Answer, ...]:
             now_s += TOKENS / (level * 60) * rng.uniform(0.8, 1.2)
             version += name != "python" and index % 12 == 5
             acceptance = acceptance_of(level * rng.uniform(0.9, 1.1))
-            answers.append(Answer(name, now_s, TOKENS, acceptance, version, version))
+            domain = name.removesuffix("-again")
+            answers.append(Answer(name, now_s, TOKENS, acceptance, version, version, domain))
     return tuple(answers)
 
 

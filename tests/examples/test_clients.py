@@ -43,7 +43,7 @@ def server(tiny_target_dir: Path, run_dir: Path) -> Iterator[Server]:
 
 def test_every_prompt_is_answered_once(server: Server):
     replies: list[Reply] = []
-    traffic = Traffic(server, PROMPTS, 3, SAMPLING, replies.append)
+    traffic = Traffic(server, PROMPTS, 3, SAMPLING, lambda _, reply: replies.append(reply))
 
     traffic.start()
     traffic.wait()
@@ -55,7 +55,7 @@ def test_every_prompt_is_answered_once(server: Server):
 
 def test_stopped_traffic_finishes_requests_in_flight_and_sends_no_more(server: Server):
     replies: list[Reply] = []
-    traffic = Traffic(server, PROMPTS * 50, 2, SAMPLING, replies.append)
+    traffic = Traffic(server, PROMPTS * 50, 2, SAMPLING, lambda _, reply: replies.append(reply))
 
     traffic.start()
     traffic.stop()
@@ -67,7 +67,13 @@ def test_stopped_traffic_finishes_requests_in_flight_and_sends_no_more(server: S
 
 def test_refused_request_is_counted_and_the_others_go_on(server: Server):
     replies: list[Reply] = []
-    traffic = Traffic(server, [Prompt(prompt="x" * 5000), *PROMPTS], 1, SAMPLING, replies.append)
+    traffic = Traffic(
+        server,
+        [Prompt(prompt="x" * 5000), *PROMPTS],
+        1,
+        SAMPLING,
+        lambda _, reply: replies.append(reply),
+    )
 
     traffic.start()
     traffic.wait()

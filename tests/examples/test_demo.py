@@ -11,19 +11,17 @@ from rich.console import Console
 from examples.arms import ALL_ARMS
 from examples.clients import replay_rounds
 from examples.demo import (
-    MARKER,
-    DemoError,
     gather_texts,
     how_to_look,
     is_enough,
-    own_folder,
     settings_of,
     version_changes,
 )
 from examples.live import Now, line, sparkline, summary
-from examples.plan import DemoSettings, real_settings, with_prompts
+from examples.plan import DemoSettings, real_settings, with_prompts, with_requests
 from examples.recording import VersionChange
 from examples.report import build_report
+from examples.run_folder import MARKER, DemoError, own_folder
 from examples.texts import Kept, Phase
 from examples.traffic.prompts import Prompt, PromptError, asked, write_prompts
 from tests.examples.sample import sample_answers, sample_recording
@@ -111,6 +109,35 @@ def test_a_file_of_prompts_brings_its_own_phases(tmp_path: Path):
         "law": 4,
     }
     assert all(prompt.messages for prompt in texts.held_out["law"])
+
+
+def test_a_stream_ends_with_its_prompts_and_comes_back_to_its_first_domain():
+    settings = with_requests(DemoSettings(kept=Kept(4, 1)), 120, "both")
+
+    texts = gather_texts(settings)
+
+    names = ["python", "c", "docs", "mixed", "python-again"]
+    assert [phase.name for phase in settings.phases] == names
+    assert {name: len(prompts) for name, prompts in texts.live.items()} == dict.fromkeys(names, 24)
+    mixed = [prompt.domain for prompt in texts.live["mixed"]]
+    assert {domain: mixed.count(domain) for domain in mixed} == {"python": 8, "c": 8, "docs": 8}
+    assert mixed != sorted(mixed, key=["python", "c", "docs"].index)
+    assert not is_enough(settings.phases[0], elapsed_s=600.0, num_answers=23, has_caught_up=True)
+    sent = [prompt for name in names for prompt in texts.live[name]]
+    kept = [prompt for prompts in texts.held_out.values() for prompt in prompts]
+    assert len(set(sent) | set(kept)) == 120 + 12
+
+
+def test_a_mixed_stream_is_one_phase_without_replays():
+    settings = with_requests(DemoSettings(), 30, "mixed")
+
+    texts = gather_texts(settings)
+
+    assert [(p.name, p.domains, p.shifted) for p in settings.phases] == [
+        ("mixed", ("python", "c", "docs"), False)
+    ]
+    assert len(texts.live["mixed"]) == 30
+    assert not any(texts.held_out.values()) and not any(texts.warmup.values())
 
 
 def test_a_file_with_too_few_prompts_says_how_many_are_needed(tmp_path: Path):

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from examples.arms import ALL_ARMS
-from examples.demo import MARKER
 from examples.processes import ChildDiedError, check_alive, start, stop, tail
 from examples.report import checks, verdict
+from examples.run_folder import MARKER
 from oracles.forked import Forked
 from oracles.support import REPOSITORY
 from tests.serving.http.live import environment

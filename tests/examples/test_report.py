@@ -181,7 +181,8 @@ def test_unanswered_phase_has_no_figures_instead_of_zeros(recording: Recording):
 
 
 def answered(versions: list[int]) -> list[Answer]:
-    return [Answer("c", float(i), 96, acceptance_of(3.0), v, v) for i, v in enumerate(versions)]
+    spent = acceptance_of(3.0)
+    return [Answer("c", float(i), 96, spent, v, v, "c") for i, v in enumerate(versions)]
 
 
 def with_speed(recording: Recording, arm: str, factor: float) -> Recording:

@@ -116,6 +116,9 @@ class World:
     """Seconds to plan; the fixed arms of comparisons do without."""
     look_s: float = 0.0
     """Seconds to look up matches; fixed arms of the index take them too."""
+    hidden_look_s: float = 0.0
+    """Seconds for each request by which a look at its matches lengthens the step, and which do not
+    count as planning: the host looks while the device works, and has less time for all else."""
     cold_s: float = 0.0
     """Seconds a neural drafter needs to catch up after a step without it; not in the profile."""
     slowdown: float = 1.0
@@ -284,7 +287,7 @@ class Simulation:
                 for kind, match, hard in zip(who, matches, self._difficulty, strict=True)
             )
         step_s, draft_s = world.seconds(drafter, k)
-        step_s += plan_s
+        step_s += plan_s + seen * world.hidden_look_s * world.batch
         own = world.rows_of(drafter)
         is_neural = bool(own)
         if not own <= world.rows_of(self._last_drafter):
@@ -374,7 +377,7 @@ def fixed_speed(world: World, drafter: str, k: int) -> float:
         for hard in world.difficulties
     ]
     tokens = len(usual) / sum(1 / each for each in usual)
-    look_s = world.look_s if drafter == "suffix" else 0.0
+    look_s = world.look_s + world.hidden_look_s * world.batch if drafter == "suffix" else 0.0
     return world.batch * tokens / (world.seconds(drafter, k)[0] + world.noise.mean_late_s + look_s)
 
 

@@ -9,9 +9,10 @@ from dataclasses import replace
 
 import pytest
 
-from policies.goodput import GoodputPolicy, Predicted
+from policies.goodput import GoodputPolicy
 from policies.interface import Decision, Outcome, RowOutcomes, StepObs
 from policies.ledger import Purpose
+from policies.lessons import Predicted
 from tests.policies.simulated import (
     DRAFTERS,
     NEURAL,
@@ -175,7 +176,8 @@ def test_a_look_that_pays_happens_at_every_step():
     run(made, world, steps=400, seed=0)
     looks = counted_looks(made)
     run(made, world, steps=400, seed=1)
-    assert len(looks) > 390
+    # But for a stretch that shows what steps take without.
+    assert len(looks) >= 400 - 16
 
 
 def test_expensive_inspection_is_charged_to_drafting():
@@ -415,5 +417,7 @@ def test_a_plan_uses_what_was_weighed_ahead_for_steps_like_the_last_one_alone(ch
     changed = replace(usual, **changes)
     assert not basis.is_for(changed, changed.longest(8), fresh)
 
+    made.start_from(made)
+    assert made._basis is made._ahead is None, "times may be others now"
     made.observe(Outcome(decision, 3, RowOutcomes((0,) * 3, (0,) * 3), 0.02, 0.0, False, 0))
     assert made._basis is made._ahead is None, "the next batch is another one"

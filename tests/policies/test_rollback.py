@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
+from statistics import median
 
 import pytest
 
@@ -21,7 +21,7 @@ def swap(seed, old, new, *, shift_at=None, shift=1.0, watch_rounds=200, batch=1)
     rng = random.Random(seed)
     watch, version = SwapWatch(watch_rounds, 0.15), 0
     left, difficulty = [0] * batch, [0.0] * batch
-    for rounds in range(-400, 4000, batch):
+    for rounds in range(-400, 12_000, batch):
         if rounds in range(batch):
             version = 1
         accepted = 0
@@ -51,15 +51,18 @@ def kept(rng, chance):
 
 
 def test_an_equal_version_is_kept():
-    outcomes = [swap(seed, 0.7, 0.7)[0] for seed in range(1000)]
-    assert outcomes.count(False) <= 1
+    """Of a thousand, none or one is rolled back: ``benchmarks.candidates``."""
+    outcomes = [swap(seed, 0.7, 0.7, batch=16)[0] for seed in range(100)]
+    assert outcomes.count(False) == 0
 
 
 @pytest.mark.parametrize(
-    ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (260, 1.3)]
+    ("shift_at", "shift"), [(0, 0.5), (60, 0.5), (150, 0.5), (0, 1.3), (180, 1.3), (260, 1.3)]
 )
 def test_a_shift_of_traffic_does_not_roll_a_version_back(shift_at, shift):
-    outcomes = [swap(seed, 0.65, 0.65, shift_at=shift_at, shift=shift)[0] for seed in range(100)]
+    outcomes = [
+        swap(seed, 0.65, 0.65, shift_at=shift_at, shift=shift, batch=4)[0] for seed in range(20)
+    ]
     assert outcomes.count(False) == 0
 
 
@@ -67,32 +70,32 @@ def test_a_better_version_is_kept():
     assert all(swap(seed, 0.5, 0.7)[0] for seed in range(100))
 
 
-def test_a_broken_version_is_rolled_back_within_400_rounds():
+def test_a_broken_version_is_rolled_back_within_500_rounds():
     outcomes = [swap(seed, 0.75, 0.02) for seed in range(50)]
     assert not any(is_kept for is_kept, _ in outcomes)
-    assert max(rounds for _, rounds in outcomes) <= 400
+    assert max(rounds for _, rounds in outcomes) <= 500
 
 
 def test_half_the_tokens_per_step_is_rolled_back_even_when_traffic_changes():
-    for kwargs, least in [({}, 0.9), ({"shift_at": 0, "shift": 0.8}, 0.75), ({"batch": 8}, 0.98)]:
+    for kwargs, most in [({}, 600), ({"shift_at": 0, "shift": 0.8}, 900), ({"batch": 8}, 400)]:
         outcomes = [swap(seed, 0.75, 0.35, **kwargs) for seed in range(60)]
-        assert Counter(is_kept for is_kept, _ in outcomes)[False] >= least * 60
-        rounds = sorted(rounds for is_kept, rounds in outcomes if not is_kept)
-        assert rounds[len(rounds) // 2] <= 500
+        assert not any(is_kept for is_kept, _ in outcomes)
+        assert median(rounds for _, rounds in outcomes) <= most
 
 
 @pytest.mark.parametrize(
-    ("acceptance", "batch", "least"),
+    ("acceptance", "batch"),
     [
-        pytest.param(0.5, 1, 0.96, id="36 % less"),
-        pytest.param(0.55, 1, 0.88, id="30 % less"),
-        pytest.param(0.6, 4, 0.88, id="24 % less"),
+        pytest.param(0.5, 1, id="36 % less"),
+        pytest.param(0.55, 1, id="30 % less"),
+        pytest.param(0.6, 4, id="24 % less"),
+        pytest.param(0.6, 16, id="24 % less, many clients"),
     ],
 )
-def test_a_version_that_is_clearly_worse_than_max_drop_goes(acceptance, batch, least):
-    """Certainty about ``max_drop`` itself kept 28, 60 and 79 of 100 of them."""
-    outcomes = [swap(seed, 0.75, acceptance, batch=batch) for seed in range(100)]
-    assert sum(not is_kept for is_kept, _ in outcomes) >= 100 * least
+def test_a_version_that_is_clearly_worse_than_max_drop_goes(acceptance, batch):
+    """Whoever takes one window without doubt for enough keeps a tenth of them."""
+    outcomes = [swap(seed, 0.75, acceptance, batch=batch) for seed in range(60)]
+    assert not any(is_kept for is_kept, _ in outcomes)
 
 
 def drive(watch, version, accepted, blocks):
@@ -115,29 +118,38 @@ def test_a_bad_version_is_tried_confirmed_and_rolled_back():
 
 
 def test_a_good_version_whose_traffic_changed_is_kept_after_its_trial():
-    watch = SwapWatch(100, 0.15)
-    drive(watch, 7, 3, 10)
-    assert drive(watch, 8, 0, 6) is Action.TRY_FORMER
-    assert drive(watch, 7, 0, 7) is Action.RETURN_TO_NEW
+    watch = SwapWatch(400, 0.15)
+    drive(watch, 7, 3, 30)
+    assert drive(watch, 8, 1, 6) is Action.TRY_FORMER
+    assert drive(watch, 7, 0, 25) is Action.RETURN_TO_NEW
     assert (watch.state, watch.figures()["last_verdict"]) == ("steady", "kept")
 
 
-def test_a_version_that_seems_worse_and_is_not_convicted_is_tried_eight_times():
-    watch = SwapWatch(100, 0.15)
-    drive(watch, 7, 2, 10)
-    for trial in range(1, 9):
-        assert drive(watch, 8, 1.75, 40) is (Action.TRY_FORMER), trial
-        assert watch.state == "trial"
-        assert drive(watch, 7, 2, 7 * trial) is Action.RETURN_TO_NEW
-    assert drive(watch, 8, 1.75, 40) is Action.ACCEPT  # 8 % less, and never 15
+def trials_of(former, new, max_drop=0.15):
+    """Trials until a watch ends, and its verdict; versions whose blocks are all alike."""
+    watch, version, trials = SwapWatch(100, max_drop), 8, 0
+    drive(watch, 7, former, 20)
+    for _ in range(10_000):
+        action = drive(watch, version, new if version == 8 else former, 1)
+        trials += action is Action.TRY_FORMER
+        version = {Action.TRY_FORMER: 7, Action.RETURN_TO_NEW: 8}.get(action, version)
+        if watch.state == "steady":
+            return trials, watch.figures()["last_verdict"]
+    raise AssertionError("no decision")
 
 
-def test_a_version_whose_doubt_ends_is_kept_after_its_confirmation():
-    watch = SwapWatch(100, 0.15)
-    drive(watch, 7, 3, 10)
-    assert drive(watch, 8, 2, 7) is Action.TRY_FORMER
-    assert drive(watch, 7, 3, 7) is Action.RETURN_TO_NEW
-    assert drive(watch, 8, 4, 7) is Action.ACCEPT
+def test_trials_go_on_until_a_loss_of_a_tenth_is_certain_or_certain_not_to_be():
+    found = [trials_of(3, 3 + gain) for gain in (0, -0.25, -0.625, -0.875)]
+    assert [verdict for _, verdict in found] == ["kept", "kept", "rolled back", "rolled back"]
+    equal, little, much, more = [trials for trials, _ in found]
+    assert 1 < equal < little <= 24
+    assert 3 <= more < much <= 24  # three at least, since traffic may have shifted once
+
+
+def test_after_twenty_four_trials_what_is_likelier_decides():
+    """It lost 10.9 %, and 10.5 or 11.2 part good from bad ones."""
+    assert trials_of(3, 2.5625, max_drop=0.15) == (24, "rolled back")
+    assert trials_of(3, 2.5625, max_drop=0.16) == (24, "kept")
 
 
 def test_without_figures_of_a_former_version_nothing_is_compared():
@@ -160,7 +172,7 @@ def test_a_newer_version_starts_a_new_watch():
     assert watch.state == "watching"
     drive(watch, 3, 3, 2)
     assert watch.figures()["former"] == 2
-    assert drive(watch, 3, 3, 11) is Action.ACCEPT
+    assert drive(watch, 3, 4, 11) is Action.ACCEPT  # better beyond doubt
 
 
 def test_arguments_out_of_range_are_refused():

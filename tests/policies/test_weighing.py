@@ -14,8 +14,8 @@ import pytest
 
 from policies.goodput import GoodputPolicy
 from policies.interface import StepObs
-from tests.policies.decided import Capped
-from tests.policies.simulated import DRAFTERS, INDEX, NEURAL, Rows, World, context
+from tests.policies.decided import SMALL, Capped
+from tests.policies.simulated import DRAFTERS, INDEX, NEURAL, Rows, Simulation, World, context
 
 ALL = {"eagle3": NEURAL, "other": NEURAL, "suffix": INDEX}
 MOST = 8
@@ -128,3 +128,24 @@ def test_what_was_computed_ahead_changes_no_decision(seed, has_index):
         return found
 
     assert decided(forgets=False) == decided(forgets=True)
+
+
+def test_computing_ahead_without_a_look_lets_nothing_fade_that_is_known_of_an_index():
+    """What is known of an idle drafter fades when somebody asks for it, so that asking for what
+    cannot propose would alter later decisions."""
+    made = GoodputPolicy(context(DRAFTERS), explore=0.05, half_life_rounds=200, margin=1.01)
+    made.calibrate(SMALL.profile())
+    observe, index = made.observe, made._acceptance._drafters["suffix"]
+    found = Counter()
+
+    def observe_and_compare(outcome):
+        learns = {outcome.decision.drafter, made._rest.gathered.drafter}
+        before, plans_alike = index._faded_at, made._steps.obs is not None
+        observe(outcome)
+        if plans_alike and "suffix" not in learns and not made._rest.wants_look():
+            found[made._steps.obs.matches is not None, index._faded_at == before] += 1
+
+    made.observe = observe_and_compare
+    Simulation(made, 8).run(SMALL, 600)
+    assert found[True, True] > 20, "after looks"
+    assert not found[True, False] and not found[False, False]

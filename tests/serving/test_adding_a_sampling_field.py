@@ -38,7 +38,7 @@ from serving.engine.detokenize import Detokenizer
 from serving.engine.lanes import Lanes
 from serving.engine.sequence import Sequence
 from serving.engine.vocabulary import Vocabulary
-from serving.http import create_app
+from serving.http.app import create_app
 from serving.requests import Request
 from serving.sampling import LANE_REALS, SamplingParams, documentation
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import weakref
 
+from buffer.load import LoadReader
 from configs.schema import Settings
+from oracles.engines import request_of, run
 from serving.build import build_service
 
 
@@ -43,3 +45,23 @@ def test_a_service_that_ended_can_be_freed(tiny_target_dir, tmp_path):
     del service
     gc.collect()
     assert gone() is None
+
+
+def test_a_trainer_of_the_run_sees_the_load_while_the_service_lives(tiny_target_dir, tmp_path):
+    service = service_of(tiny_target_dir, tmp_path)
+    seen = []
+
+    def between(engine, step):
+        seen.append(LoadReader(tmp_path).read())
+
+    run(service.engine, [request_of("a", [5, 6, 7], 8), request_of("b", [5, 6, 8], 12)], between)
+    last = LoadReader(tmp_path).read()
+
+    assert last is not None and last.running == 0
+    assert last.tokens == service.figures().generation_tokens == 20
+    assert last.passes == len(seen)
+    during = [load for load in seen if load is not None]
+    assert max(load.running for load in during) == 2
+    assert 0 < during[1].busy_s < last.busy_s
+    service.stop()
+    assert LoadReader(tmp_path).read() is None

@@ -200,6 +200,26 @@ def test_figures_of_labels_need_no_teacher(blocks, dtype):
     assert found.agrees_N.equal(whole.agrees_N)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("blocks", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # of the interpreter
+def test_a_drafter_whose_logits_are_nan_overlaps_with_nothing(blocks, dtype, kind):
+    case = Case(reduced=False)
+    hidden, weight = case.leaves(dtype)
+    given = weight, case.teacher_in(dtype), case.rows, case.weights, kind, 4, blocks
+    sound = distill(hidden, *given).figures
+    with torch.no_grad():
+        hidden[3, 0] = torch.nan
+    broken = distill(hidden, *given).figures
+    labels = label_figures(hidden, weight, case.rows, 4, blocks)
+
+    others = torch.arange(len(hidden), device=DEVICE) != 3
+    assert broken.alpha_N[3].isnan() and broken.loss_N[3].isnan()
+    assert not broken.agrees_N[3] and not labels.agrees_N[3]
+    assert broken.alpha_N[others].equal(sound.alpha_N[others])
+    assert broken.loss_N[others].equal(sound.loss_N[others])
+
+
 def test_only_one_gradient_may_be_wanted():
     case = Case(True)
     hidden, weight = case.leaves(WIDE)

@@ -42,7 +42,8 @@ def check(apply, dtype, device, num_query, num_kv, dim, num_rows, normed, **how)
     def normal(*shape):
         return torch.randn(*shape, generator=generator, device=device).to(dtype)
 
-    qkv = normal(num_rows, (num_query + 2 * num_kv) * dim)
+    width = (num_query + 2 * num_kv) * dim
+    qkv = normal(num_rows, width + 8)[:, 8:]
     norms = (Norm(1 + normal(dim) / 8, 1e-6), Norm(1 + normal(dim) / 8, 1e-6)) if normed else ()
     heads = Heads(num_query, num_kv, *norms)
     positions = torch.randint(0, 900, (num_rows,), generator=generator, device=device)
@@ -81,6 +82,11 @@ def check(apply, dtype, device, num_query, num_kv, dim, num_rows, normed, **how)
 @pytest.mark.parametrize("normed", [False, True])
 def test_it_equals_hugging_face(apply, dtype, heads, normed):
     check(apply, dtype, "cpu", *heads, 16, 5, normed)
+
+
+@pytest.mark.parametrize("apply", IMPLEMENTATIONS)
+def test_rows_of_keys_and_values_alone_are_written_from_a_part_of_a_product(apply):
+    check(apply, torch.float32, "cpu", 0, 2, 16, 5, normed=True)
 
 
 def test_the_kernel_refuses_what_it_cannot_do():

@@ -31,16 +31,18 @@ def test_embedding_writes_rows_and_their_squares(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_pairs_of_an_embedding_and_an_output(device, dtype):
+@pytest.mark.parametrize("hidden_first", [False, True])
+def test_pairs_of_an_embedding_and_an_output(device, dtype, hidden_first):
     table, hidden = (normal(*shape, device=device, dtype=dtype) for shape in ((50, 72), (3, 2, 72)))
     norms = [Norm(1 + normal(72, device=device, dtype=dtype) / 8, eps) for eps in (1e-5, 0.5)]
     ids = torch.tensor([7, 3, 49, 0], device=device)[1:]
 
-    want = rows.norm_pair(ids, table, hidden[:, 1], *norms)
-    got = rows_triton.norm_pair(ids, table, hidden[:, 1], *norms)
+    want = rows.norm_pair(ids, table, hidden[:, 1], *norms, hidden_first=hidden_first)
+    got = rows_triton.norm_pair(ids, table, hidden[:, 1], *norms, hidden_first=hidden_first)
 
-    assert torch.equal(want[:, :72], linear.rms_norm(table[ids], norms[0]))
-    assert torch.equal(want[:, 72:], linear.rms_norm(hidden[:, 1], norms[1]))
+    halves = want.chunk(2, dim=1)[:: -1 if hidden_first else 1]
+    assert torch.equal(halves[0], linear.rms_norm(table[ids], norms[0]))
+    assert torch.equal(halves[1], linear.rms_norm(hidden[:, 1], norms[1]))
     torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5 if dtype == torch.float32 else 1e-2)
 
 

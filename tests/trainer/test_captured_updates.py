@@ -41,6 +41,26 @@ def learner_on(world: World, use_graphs: bool, optimizer: str) -> tuple[Learner,
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
+def test_updates_go_on_without_the_graphs_that_are_given_up(world: World) -> None:
+    captured, pieces = learner_on(world, True, "adamw")
+    eager, same = learner_on(world, False, "adamw")
+    captured.capture_all()
+    captured.update(pieces[:4])
+    eager.update(same[:4])
+
+    assert captured.give_up_graphs()
+    assert not captured.give_up_graphs()
+    captured.update(pieces[2:6])
+    eager.update(same[2:6])
+
+    captured.settle(), eager.settle()
+    assert captured.num_skipped == 0
+    for name, tensor in captured.model.state_dict().items():
+        assert tensor.equal(eager.model.state_dict()[name]), name
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.filterwarnings("ignore:Mismatch dtype")  # torch's own: float32 norms of bfloat16 rows
 def test_captured_updates_stay_right_between_gates_of_many_shapes(

@@ -107,7 +107,10 @@ def test_a_trainer_that_dies_says_why_and_exits_with_1(
 ) -> None:
     write_traces(tmp_path, world.traces)
     trainer, log = launch(tmp_path, world.target)
-    wait_for_version(tmp_path, 0)
+    deadline = time.monotonic() + 90
+    while not log.exists() or "training begins" not in log.read_text():  # it has read its versions
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     denied = tmp_path / "weights" / "DENIED.json"
     denied.write_text("{")  # it must know which versions were rolled back
 

@@ -106,6 +106,58 @@ def test_new_traces_are_read_while_the_trainer_is_busy(world: World, tmp_path: P
     intake.stop()
 
 
+class NotReadThrough(TraceReader):
+    """Of a log that is too long to be read from its beginning."""
+
+    def read_located(self, max_traces: int) -> Any:
+        raise AssertionError("the log was read from its beginning")
+
+
+def test_traces_are_found_where_they_are_and_not_by_reading_the_log(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, many(world, 200))
+    first = intake_of(world, tmp_path)
+    got = [key for _ in range(5) for key in keys(first.read())]
+    wanted = set(got[3::40])
+    locations = first.locations(wanted)
+    assert locations.keys() == wanted
+    evicted, gone = got[3], {got[3]: (locations[got[3]][0], "000099-0")}
+
+    again, backend = intake_of(world, tmp_path), open_backend("log:", tmp_path)
+    assert again.find(wanted, NotReadThrough(backend), locations).keys() == wanted
+    assert again.locations(wanted) == locations  # for its own checkpoints
+    found = again.find(wanted, NotReadThrough(backend), locations | gone)
+    assert found.keys() == wanted - {evicted}
+
+
+def test_a_log_that_is_a_copy_is_read_from_its_beginning(world: World, tmp_path: Path) -> None:
+    write_traces(tmp_path, many(world, 200))
+    first = intake_of(world, tmp_path)
+    wanted = set(keys(first.read())[::9])
+    elsewhere = {key: ("w1-1", at) for key, (_, at) in first.locations(wanted).items()}
+
+    for known in (elsewhere, {}):
+        again = intake_of(world, tmp_path)
+        found = again.find(wanted, TraceReader(open_backend("log:", tmp_path)), known)
+        assert found.keys() == wanted
+        assert again.locations(wanted) == first.locations(wanted)
+
+
+def test_what_another_record_holds_now_is_not_taken_for_the_trace(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, many(world, 20))
+    first = intake_of(world, tmp_path)
+    one, other, third = keys(first.read())[:3]
+    at = first.locations({one, other, third})
+
+    again = intake_of(world, tmp_path)
+    mixed = {one: at[other], third: at[third]}
+    reader = NotReadThrough(open_backend("log:", tmp_path))
+    assert again.find({one, third}, reader, mixed).keys() == {third}
+
+
 def test_refused_traces_are_counted_and_told_when_they_are_handed_over(
     world: World, tmp_path: Path
 ) -> None:
@@ -125,7 +177,7 @@ def test_what_ends_the_thread_ends_the_trainer(world: World, tmp_path: Path) -> 
     intake = intake_of(world, tmp_path)
 
     class Failing(TraceReader):
-        def read(self, max_traces: int) -> Any:
+        def read_located(self, max_traces: int) -> Any:
             raise OSError(errno.EIO, "Input/output error")
 
     intake.continue_with(Failing(open_backend("log:", tmp_path)))
@@ -155,10 +207,10 @@ def test_an_intake_waits_for_a_service_that_is_away_and_goes_on(
     class Away(TraceReader):
         is_away = True
 
-        def read(self, max_traces: int) -> Any:
+        def read_located(self, max_traces: int) -> Any:
             if self.is_away:
                 raise ServiceAwayError(errno.EIO, "redis://there: no answer")
-            return super().read(max_traces)
+            return super().read_located(max_traces)
 
     reader = Away(backend)
     intake.continue_with(reader)

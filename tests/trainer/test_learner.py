@@ -84,6 +84,26 @@ def test_a_loss_that_is_not_finite_is_skipped(world: World) -> None:
     assert updated(learner, batch).skipped
 
 
+def test_tensors_that_are_not_finite_are_named(world: World) -> None:
+    learner = new_learner(world)
+    assert learner.not_finite() == []
+
+    name, weight = next(iter(learner.model.named_parameters()))
+    moments = learner.weights.optimizer.state[weight]
+    with torch.no_grad():
+        weight.view(-1)[-1] = torch.inf
+        moments["exp_avg"].view(-1)[0] = torch.nan
+
+    assert learner.not_finite() == [f"model.{name}", f"adam.exp_avg.{name}"]
+
+
+def test_on_a_cpu_there_are_no_graphs_to_give_up(world: World) -> None:
+    learner = new_learner(world)
+
+    assert not learner.give_up_graphs()
+    assert not updated(learner, some_batch(world, learner)).skipped
+
+
 def test_gradients_are_clipped(world: World) -> None:
     learner = new_learner(world, grad_clip=1e-3)
 

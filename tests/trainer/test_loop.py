@@ -37,6 +37,7 @@ from trainer.build import build_trainer
 from trainer.checkpoint import CheckpointError, read_checkpoint
 from trainer.loop import QUIET_S, Trainer
 from trainer.packing import pack
+from trainer.replay import keys_in
 
 
 def build(settings: Settings) -> Trainer:
@@ -226,6 +227,8 @@ def test_weights_that_went_wrong_are_restored_and_the_rate_is_halved(
     assert trainer.learner.model.fc.weight.equal(weights(tmp_path, 0)["fc.weight"])
     assert [e["source"] for e in events(tmp_path, "restored")] == ["checkpoint", "version 0"]
     assert [e["lr_scale"] for e in events(tmp_path, "restored")] == [0.5, 0.25]
+    why = "3 updates in a row were not finite, nor is model.norm.weight (1 in all)"
+    assert all(e["text"].startswith(why) for e in events(tmp_path, "restored"))
     assert trainer.learner.step == 10  # never goes back
 
 
@@ -455,6 +458,8 @@ def test_a_resumed_trainer_is_the_one_that_was_never_stopped(
     ends = [read_checkpoint(run_dir / "trainer" / "checkpoints") for run_dir in (whole, halves)]
     assert ends[0] is not None and ends[1] is not None
     assert ends[1].state["memory"] == ends[0].state["memory"]
+    for end in ends:
+        assert end.state["locations"].keys() == keys_in(end.state["memory"])
     assert events(halves, "resumed")[0]["traces_gone"] == 0
     for name, tensor in ends[0].tensors.items():
         assert tensor.equal(ends[1].tensors[name]), name

@@ -156,13 +156,14 @@ def test_two_processes_learn_what_one_learns(world: World, tmp_path: Path) -> No
 
 @pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_zero_learns_what_one_process_learns_and_resumes_from_it(
+def test_zero_learns_what_one_process_learns_and_each_resumes_from_the_other(
     world: World, tmp_path: Path, stage: int
 ) -> None:
     alone = learner_of(world, **SETTINGS)
     losses_of(alone, batches_of(world, alone, 5))
     before = alone.state_tensors()
-    expected = losses_of(alone, batches_of(world, alone, 50))
+    batches = batches_of(world, alone, 50)
+    expected = losses_of(alone, batches)
 
     # Processes that DeepSpeed was imported into are not forked from this one.
     code = f"""
@@ -183,6 +184,11 @@ torch.save(found, {str(tmp_path / "found")!r})
     assert losses == pytest.approx(expected, abs=1e-4)
     for name, tensor in alone.state_tensors().items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=2e-3, msg=name)
+    again = learner_of(world, **SETTINGS)
+    again.load_state_tensors(state)
+    again.step = alone.step
+    resumed = losses_of(again, batches_of(world, again, 5))
+    assert resumed == pytest.approx(losses_of(alone, batches[:5]), abs=2e-4)
 
 
 def test_a_dead_process_ends_the_other_in_words(world: World, tmp_path: Path) -> None:

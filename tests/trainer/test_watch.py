@@ -72,7 +72,21 @@ def test_a_living_trainer_is_shown_with_what_it_does(tmp_path: Path) -> None:
     assert lines["step"] == "40, 1 updates skipped"
     assert lines["rows/s"] == "180"  # the rows after the first event, over ten seconds
     assert lines["gate"] == "refused: no gain"
+    assert "sharing" not in lines
     assert json.loads(values.stdout)["owner"]["pid"] == os.getpid()
+
+
+def test_what_sharing_a_device_costs_is_shown(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "trainer")
+    sharing = {"duty": 0.12, "slowdown": 0.4, "loss": 0.048}
+    journal.status({**STATUS, "sharing": sharing})
+
+    assert (
+        "sharing    works 12% of the time while requests decode, which are slower by 40% then; "
+        "serving loses 4.8%" in ask("status", tmp_path).stdout
+    )
+    journal.status({**STATUS, "sharing": {"duty": 0.5, "slowdown": None, "loss": None}})
+    assert "sharing" not in ask("status", tmp_path).stdout
 
 
 @pytest.mark.parametrize(

@@ -355,3 +355,27 @@ def test_a_killed_server_loses_nothing_that_was_acknowledged(place, limits):
     counts = writer.counts
     assert (counts.durable, counts.dropped, counts.doubtful) == (63, 0, 0)
     assert (reader.counts.damaged, reader.counts.evicted_unread) == (0, 0)
+
+
+def test_records_are_found_again_at_their_locations(open_buffer, limits):
+    backend = open_buffer()
+    with backend.open_trace_writer(limits) as writer:
+        for number in range(30):
+            writer.append(payload(number))
+        writer.sync()
+        records = backend.open_record_reader().read(100)
+        first = records[0]
+        wanted = {(one.writer, one.location): bytes(one.payload) for one in records[3:30:4]}
+        strange = [(first.writer, "nowhere"), ("../elsewhere", first.location), ("w0", "000001-0")]
+
+        found = open_buffer().fetch([*wanted, *strange])
+        if found is None:
+            pytest.skip("this backend finds records only by reading all of them")
+
+        assert {location: bytes(stored) for location, stored in found.items()} == wanted
+        at_first = first.writer, first.location
+        assert backend.fetch([at_first]).keys() == {at_first}
+        for number in range(2 * limits.max_bytes // 20_000):
+            writer.append(payload(number, 20_000))
+            writer.tend()
+        assert backend.fetch([at_first]) == {}  # it was evicted

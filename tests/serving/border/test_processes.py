@@ -23,7 +23,7 @@ from serving.border import processes as border_processes
 from serving.border import server as border_server
 from serving.border.processes import MOST_DEATHS, Spawner
 from serving.border.server import serve_http
-from serving.http import bind
+from serving.http.port import bind
 from tests.serving.border.conftest import settings_of
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
 

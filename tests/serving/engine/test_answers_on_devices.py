@@ -9,6 +9,7 @@ import torch
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles import tokenizer_kinds as kinds
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
+from serving.engine.cuda_graphs import Graphs
 from serving.engine.detokenize import Detokenizer
 from serving.engine.outputs import NOT_FINITE
 from serving.engine.vocabulary import Vocabulary
@@ -87,6 +88,26 @@ def test_a_poisoned_request_does_not_touch_its_neighbours(device, shape, poison)
             assert values == pytest.approx([entry.logprob for entry in answer.logprobs], abs=1e-3)
     assert engine.figures().num_corrupted == 3
     assert engine.figures().num_draft_tokens > 0
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_running_a_program_before_it_is_captured_changes_no_answer(shape, monkeypatch):
+    """At its first use, on the inputs of nobody: the kernels of a GPU are compiled in this way."""
+    want = run(engine_on("cpu", poisoned(None)), neighbours(shape))
+    num_run = 0
+
+    def after_a_run(_graphs, work):
+        nonlocal num_run
+        num_run += 1
+        work()
+        return work
+
+    monkeypatch.setattr(Graphs, "capture", after_a_run)
+
+    got = run(engine_on("cpu", poisoned(None)), neighbours(shape))
+
+    assert num_run > 3
+    assert {n: a.token_ids for n, a in got.items()} == {n: a.token_ids for n, a in want.items()}
 
 
 TOKENIZERS = {"byte level": kinds.byte_level(), "sentencepiece": kinds.sentencepiece()}

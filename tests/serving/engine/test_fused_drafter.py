@@ -11,7 +11,7 @@ import torch
 
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.protocol import weights_were_overwritten
-from oracles.engines import make_engine, random_model, request_of, run
+from oracles.engines import make_engine, new_weights, random_model, request_of, run
 from policies.fixed import FixedPolicy
 from serving.capture.rounds import round_columns
 from serving.engine.loop import Listeners
@@ -25,9 +25,19 @@ def reduced_drafter(model, draft_vocab):
     return drafter
 
 
-def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: None, **sampling):
+def decoded(
+    fuse_drafter,
+    num_draft,
+    draft_vocab=None,
+    swap=lambda _engine, _step: None,
+    kind="eagle3",
+    device="cpu",
+    **sampling,
+):
     """Answers, and drafts of every round, of prompts long enough to be cut into chunks."""
     model = random_model("qwen3", head_dim=16)
+    weights = None if kind == "eagle3" else new_weights(kind, model)
+    model.to(device)
     drafts = {}
 
     def keep(sequence):
@@ -36,15 +46,17 @@ def decoded(fuse_drafter, num_draft, draft_vocab, swap=lambda _engine, _step: No
 
     engine = make_engine(
         model,
-        policy=FixedPolicy("eagle3", num_draft),
+        policy=FixedPolicy(kind, num_draft),
         max_batch=4,
         prefill_chunk=32,
         suffix=False,
         drafter=reduced_drafter(model, draft_vocab) if draft_vocab else None,
+        kind=None if kind == "eagle3" else kind,
+        weights=weights,
         fused_drafter=fuse_drafter,
         listeners=Listeners(on_finished=keep),
     )
-    assert engine.drafting.neural["eagle3"].drafter.is_fused == fuse_drafter
+    assert engine.drafting.neural[kind].drafter.is_fused == fuse_drafter
     numbers = random.Random(3)
     prompts = [[numbers.randrange(96) for _ in range(n)] for n in (1, 5, 20, 50)]
     requests = [request_of(str(i), p, 25 + i, **sampling) for i, p in enumerate(prompts)]
@@ -56,7 +68,8 @@ def scramble(engine, step):
     """New random weights, in place, every second step."""
     if step % 2 == 0:
         generator = torch.Generator().manual_seed(step)
-        drafter = engine.drafting.neural["eagle3"].drafter
+        (rows,) = engine.drafting.neural.values()
+        drafter = rows.drafter
         for parameter in drafter.module.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
         weights_were_overwritten(drafter)
@@ -91,6 +104,21 @@ def test_drafts_equal_those_of_the_module(num_draft, draft_vocab, swaps, samplin
                 torch.tensor([prompt]), max_new_tokens=25 + index, do_sample=False
             )
             assert answers[str(index)] == one[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("num_draft", "heat"), [(1, 0), (4, 0), (4, 0.8)])
+@pytest.mark.parametrize("kind", ["p_eagle", "dflash", "mtp"])
+def test_drafts_of_other_kinds_equal_those_of_their_modules(kind, num_draft, heat, device):
+    """With new weights every second step; on a GPU from captured programs."""
+    how = {"swap": scramble, "kind": kind, "device": device}
+    how |= {"temperature": heat, "seed": 3} if heat else {}
+    _, answers, drafts = decoded(True, num_draft, **how)
+    _, want_answers, want = decoded(False, num_draft, **how)
+
+    assert answers == want_answers
+    assert drafts == want
+    assert len({ids for one in drafts.values() for _, ids, _ in one}) > 10
 
 
 def test_programs_say_why_a_drafter_is_not_fused(caplog):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
+from policies.fixed import FixedPolicy
 from policies.interface import Decision
 from serving.engine.later import Later
 from serving.engine.making import Making
@@ -31,17 +32,17 @@ def making_of(durations):
     return Making(make_next, clock), clock, left
 
 
-def test_beside_requests_making_takes_a_twentieth_of_the_time():
+def test_beside_requests_making_takes_a_fiftieth_of_the_time():
     making, clock, left = making_of([0.1, 0.2, 0.1])
     making.begin()
     assert making.is_due and making.make()
 
     assert not making.is_due
-    clock.now_s += 1.9
+    clock.now_s += 4.9
     assert not making.is_due
     clock.now_s += 0.2
     assert making.is_due and making.make()
-    clock.now_s += 3.9
+    clock.now_s += 9.9
     assert not making.is_due and left == [0.1]
 
 
@@ -67,7 +68,7 @@ def test_a_device_that_cannot_make_more_goes_on_with_what_there_is(caplog):
 
 
 def test_a_k_is_used_once_all_its_programs_are_made():
-    later = Later([1, 2], 3)
+    later = Later([1, 2], 3, 0)
     later.leave(1, lambda size, k: [(size, k, "greedy"), (size, k, "sampled")])
     assert later.num_left == 8 and later.made_draft(1) == later.made_draft(2) == 1
 
@@ -80,8 +81,48 @@ def test_a_k_is_used_once_all_its_programs_are_made():
     assert order[1] == ((1, 2, "sampled"), 1, 1)
     assert order[2] == ((2, 2, "greedy"), 2, 1)
     assert order[4] == ((1, 3, "greedy"), 2, 2)
-    assert all(small >= large for _, small, large in order), "a batch may shrink"
-    assert later.made_draft(1) == later.made_draft(2) == 3
+    assert later.made_draft(1) == later.made_draft(2) == 3 and later.is_empty
+
+
+def test_without_programs_nothing_is_left():
+    """As of a server that has no drafters."""
+    later = Later([1, 2], 3)
+    later.leave(1, lambda size, k: [])
+
+    assert later.is_empty and later.next is None and later.num_left == 0
+
+
+def test_programs_of_the_size_that_batches_have_are_made_first():
+    later = Later([1, 2, 4], 3)
+    later.leave(1, lambda size, k: [(size, k)])
+    later.prefer(4)
+    order = []
+    while later.next is not None:
+        order.append(later.next)
+        later.was_made()
+        if len(order) == 2:
+            assert [later.made_draft(size) for size in (1, 2, 4)] == [1, 1, 3]
+            assert later.size_for(1, 3) == later.size_for(2, 2) == 4, "where a batch is padded to"
+            assert later.size_for(1, 1) == 1
+            later.prefer(2)
+
+    assert order == [(4, 2), (4, 3), (2, 2), (2, 3), (1, 2), (1, 3)]
+
+
+def test_programs_that_score_are_made_last_and_bound_only_those_who_ask():
+    later = Later([1, 2], 2, 1)
+    later.leave(0, lambda size, k: [(size, k, "scored")], are_scored=True)
+    later.leave(1, lambda size, k: [(size, k)])
+    assert (later.made_draft(2), later.made_draft(2, is_scored=True)) == (1, 0)
+
+    order, timed = [], []
+    while later.next is not None:
+        order.append(later.next)
+        timed.append(later.was_made())
+
+    assert order == [(1, 1, "scored"), (2, 1, "scored"), (1, 2), (2, 2)]
+    assert timed == [False, False, True, True], "drafting is timed by programs that do not score"
+    assert (later.made_draft(2), later.made_draft(2, is_scored=True)) == (2, 1)
 
 
 class Eager(RandomPolicy):
@@ -117,13 +158,40 @@ def test_requests_decode_alike_while_programs_are_made(overlaps):
         assert found[key].token_ids == collected.token_ids
 
 
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_a_batch_of_a_size_without_programs_of_its_k_is_padded(overlaps):
+    """As after requests that ended once K was chosen: only batches of three have drafts of 2."""
+    requests = [request_of(str(i), [5, 6, 7, 5, 6, 7, 5, 6 + i], 8 + 8 * i) for i in range(3)]
+    wanted = run(make_engine(random_model("qwen3"), max_batch=3, overlaps=overlaps), requests)
+
+    policy = FixedPolicy("eagle3", 2)
+    engine = make_engine(random_model("qwen3"), policy=policy, max_batch=3, overlaps=overlaps)
+    rounds = engine.programs.rounds
+    rounds.leave_for_later(0)
+    rounds._later.prefer(3)
+    while rounds._later.made_draft(3) < 2:
+        rounds._later.was_made()
+    rounds.most_draft = lambda batch: 2
+    launched, program = [], rounds._program
+    rounds._program = lambda key: launched.append(key) or program(key)
+    found = run(engine, requests)
+
+    drafted = [key.size for key in launched if key.num_draft == 2]
+    assert len(drafted) > 8 and set(drafted) == {3}
+    for key, collected in wanted.items():
+        assert found[key].token_ids == collected.token_ids
+
+
 def test_a_request_with_log_probabilities_takes_no_longer_drafts_than_are_made():
     engine = make_engine(random_model("qwen3"), policy=Eager())
     rounds = engine.programs.rounds
-    rounds.leave_for_later(2)
+    rounds.leave_for_later(2, 1)
 
     run(engine, [request_of("a", [5, 6, 7, 5, 6, 7], 20, logprobs=2)])
+    assert max(engine.policy.most) == 1
 
+    engine.policy.most.clear()
+    run(engine, [request_of("b", [5, 6, 7, 5, 6, 7], 20)])
     assert max(engine.policy.most) == 2
 
 
@@ -146,5 +214,10 @@ def test_looking_through_programs_meets_each_that_is_made_and_no_request():
     def called(each):
         return sorted((work.func.__qualname__, *map(repr, work.args)) for work in each)
 
-    assert called(works) == called(made)
+    scoring = [work for work in made if any(getattr(key, "is_scored", False) for key in work.args)]
+    assert scoring, "they launch the kernels of the same program that does not score"
+    others = [work for work in made if work not in scoring]
+    assert called(work.args[0] for work in works) == called(others)
+    twins = {work.args[0]._replace(is_scored=False) for work in scoring}
+    assert twins <= {work.args[0] for work in others}
     assert run(engine, [request_of("b", [5, 6, 7], 8)])["b"].token_ids == wanted["a"].token_ids

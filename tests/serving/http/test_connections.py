@@ -13,7 +13,7 @@ import pytest
 
 from oracles.forked import run_forked
 from serving.http.connections import ACCEPTS, is_near_limit
-from serving.http.drain import BACKLOG, bind
+from serving.http.port import BACKLOG, bind
 from tests.serving.http.live import LiveServer, environment, wait_for
 from tests.serving.http.test_port import settings
 

@@ -16,7 +16,7 @@ import openai
 import pytest
 import uvicorn
 
-from serving.http import drain
+from serving.http import uvicorn_server
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
 
 LONG = {
@@ -180,7 +180,7 @@ def test_the_server_listens_on_loopback_only(server: LiveServer):
 
 def test_headers_that_never_end_are_cut_off(monkeypatch: pytest.MonkeyPatch):
     """On uvicorn's own loop, with shorter timeouts than a real server."""
-    monkeypatch.setattr(drain, "HEADER_S", 0.3)
+    monkeypatch.setattr(uvicorn_server, "HEADER_S", 0.3)
     served: list[str] = []
 
     async def app(scope, receive, send):
@@ -190,7 +190,7 @@ def test_headers_that_never_end_are_cut_off(monkeypatch: pytest.MonkeyPatch):
 
     async def scenario() -> tuple[float, float]:
         config = uvicorn.Config(
-            app, http=drain.GuardedProtocol, lifespan="off", port=0, timeout_keep_alive=1
+            app, http=uvicorn_server.GuardedProtocol, lifespan="off", port=0, timeout_keep_alive=1
         )
         server = uvicorn.Server(config)
         config.load()

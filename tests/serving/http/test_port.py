@@ -15,7 +15,8 @@ import pytest
 
 from configs.schema import ServerSettings, Settings
 from oracles.forked import Forked
-from serving.http import answering_503, bind
+from serving.http.loading import answering_503
+from serving.http.port import bind
 from tests.serving.http.live import SETTINGS, environment, launch_command, wait_for
 
 

@@ -25,7 +25,7 @@ from oracles.engines import Collected, request_of
 from oracles.support import save_tiny_target
 from serving.border.in_process import InProcess
 from serving.build import build_service
-from serving.http import create_app
+from serving.http.app import create_app
 from tests.serving.engine.test_target_update import by_the_book
 from tests.serving.swap.test_swaps import ask, publish_next, settings_for, wait_until
 

@@ -1,0 +1,184 @@
+"""What a step teaches the default policy: acceptance, times, and what its account earned or spent.
+
+Steps of a rest are gathered and learned at the next plan, because learning takes the host longer
+than deciding.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from policies.acceptance import AcceptanceModel
+from policies.choice import Chooser
+from policies.interface import Outcome
+from policies.ledger import Ledger
+from policies.picks import Kinds
+from policies.probes import Explorer
+from policies.rest import Gathered, Rest, count_rows
+from policies.step_time import StepTimes
+from policies.switching import SwitchCosts
+
+_TIMED_STEPS = 8
+"""One in so many steps of a rest updates the step times: that takes longer than deciding."""
+_LEAST_SHARE = 0.2
+"""Least share of a step's time that is left to it when the hidden time of its look is taken off."""
+
+
+class Predicted(NamedTuple):
+    """The note of a step that was planned, or that belongs to a stretch."""
+
+    tokens: float
+    """Of a request, the target's own included."""
+    seconds: float
+    """Catching up included."""
+    catches_up: bool
+    pending_rows: Mapping[str, int]
+    on_trial: bool = False
+    """It is charged by what it loses, see ``probes``."""
+
+    def columns(self) -> Mapping[str, float]:
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+
+class Lessons:
+    """Feeds outcomes to the models of one policy."""
+
+    def __init__(
+        self,
+        kinds: Kinds,
+        acceptance: AcceptanceModel,
+        times: StepTimes,
+        switches: SwitchCosts,
+        chooser: Chooser,
+        explorer: Explorer,
+        rest: Rest,
+        ledger: Ledger,
+    ) -> None:
+        self._kinds = kinds
+        self._acceptance = acceptance
+        self._times = times
+        self._switches = switches
+        self._chooser = chooser
+        self._explorer = explorer
+        self._rest = rest
+        self._ledger = ledger
+        self.drafter = "none"
+        """That of the last step observed."""
+
+    def learn(self, outcome: Outcome) -> None:
+        """Take in a step."""
+        self._acceptance.tick(outcome.batch)
+        plain_s = self._times.plain_s(outcome.batch)
+        if not outcome.has_prefill:
+            self._rest.note_cost(outcome.plan_s, plain_s)
+        self._ledger.pay_off(outcome.step_s / plain_s)
+        if outcome.decision.drafter in self._kinds.needing and not outcome.has_prefill:
+            self._rest.note_saved(
+                outcome.rows.tokens_each - (outcome.step_s - outcome.plan_s) / plain_s
+            )
+        if self._kinds.matching and not outcome.has_prefill and outcome.step_s > outcome.plan_s:
+            self._compare_look(outcome, plain_s)
+        if outcome.decision.reason == "rest" and outcome.decision.drafter == self.drafter:
+            self._gather(outcome)
+            return
+        self.learn_gathered()
+        note = outcome.decision.note
+        predicted = note if isinstance(note, Predicted) else None
+        if outcome.decision.draft_k:
+            self._observe_rows(outcome)
+        if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
+            self._observe_time(outcome, predicted.pending_rows if predicted else {})
+            self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
+            if predicted and outcome.decision.explore:
+                self._charge(outcome, predicted, plain_s)
+            elif outcome.decision.draft_k:
+                self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
+        self.drafter = outcome.decision.drafter
+
+    def _compare_look(self, outcome: Outcome, plain_s: float) -> None:
+        """Compare the time of a step with and without a look, in arms that need none."""
+        drafter, k = outcome.decision.drafter, outcome.decision.draft_k
+        if drafter in self._kinds.needing or self.catches_up(drafter, self.drafter):
+            return
+        arm_s = self._times.arm_times(drafter, outcome.batch)[k - 1] if k else plain_s
+        # Not relative to what was expected: that follows the speed of the machine too fast.
+        as_plain_s = outcome.step_s - outcome.plan_s - (arm_s - plain_s)
+        looked = outcome.rows.matches is not None
+        self._rest.look_time.note(as_plain_s, plain_s, looked=looked, always=self._rest.pays)
+
+    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
+        """Charge a step of a stretch what it took."""
+        drafter = outcome.decision.drafter
+        if drafter in self._kinds.neural:
+            self._explorer.note_gain(
+                drafter,
+                outcome.rows.tokens_each / self._chooser.plain_lead - outcome.step_s / plain_s,
+                plain_s,
+                on_trial=predicted.on_trial,
+                catches_up=predicted.catches_up,
+            )
+        if not predicted.on_trial:
+            self._explorer.settle(
+                outcome.step_s,
+                predicted.seconds,
+                plain_s,
+                catches_up=predicted.catches_up,
+                is_own=drafter == self._chooser.base != "none",
+            )
+
+    def _gather(self, outcome: Outcome) -> None:
+        """Learn from a step of a rest: its time now and then, the rest at the next plan."""
+        self._rest.gathered.add(outcome)
+        is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
+        if is_timed and self._rest.gathered.num_steps % _TIMED_STEPS == 0:
+            self._observe_time(outcome, {})
+
+    def learn_gathered(self) -> None:
+        """Learn from the steps of a rest that was not learned from yet."""
+        gathered, self._rest.gathered = self._rest.gathered, Gathered()
+        if gathered.rounds:
+            self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
+        if gathered.seconds:
+            is_drafted = gathered.drafter != "none"
+            self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
+        if gathered.seconds and gathered.drafter != "none":
+            plain_s = self._times.plain_s(self._acceptance.batch)
+            self._ledger.earned_s += gathered.tokens_each * plain_s - gathered.seconds
+
+    def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
+        self._ledger.save(seconds, self._times.plain_s(batch), is_drafted=is_drafted)
+
+    def catches_up(self, drafter: str, before: str) -> bool:
+        """Whether a drafter must catch up after a step by another one."""
+        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
+
+    def _observe_rows(self, outcome: Outcome) -> None:
+        found = {outcome.decision.drafter: outcome.rows}
+        # The length of a match decides who drafts, and a drafter that needs one is known by it.
+        found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
+        for drafter, rows in found.items():
+            seen: dict[int | None, Counter[tuple[int, int]]] = {}
+            count_rows(rows, seen)
+            if seen:
+                self._acceptance.observe(drafter, seen, outcome.batch)
+
+    def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
+        (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
+        # Most steps are not planned. What planning takes must not look like the time of an arm that
+        # is only tried in steps that are.
+        step_s = outcome.step_s - outcome.plan_s
+        plain_s = self._times.plain_s(batch)
+        looked = outcome.rows.matches is not None
+        if looked:
+            hidden_s = self._rest.look_time.hidden * plain_s
+            step_s = max(step_s - hidden_s, _LEAST_SHARE * step_s)
+        if self.catches_up(drafter, self.drafter):
+            usual_s = self._times.arm_times(drafter, batch)[k - 1]
+            pending = pending_rows.get(drafter, 0)
+            self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
+            return
+        if k and drafter not in self._kinds.neural:
+            k = max(outcome.rows.num_verified, default=k)
+        self._times.observe(drafter, k, batch, step_s)
