@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from specops.attention import DecodePass, PagedPass
-from specops.device import decode_attention, prepare, prepare_pass
+from specops.device import decode_attention, prepare_pass
 from targets.families import family_of
 from targets.fused import FusedDecoder, supports
 from targets.layers import columns_of
@@ -48,7 +48,6 @@ class KvPool:
         shape = (num_slots, num_kv_heads, head_dim)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)]
-        prepare(self.keys[0].device)
 
 
 def _attention_forward(

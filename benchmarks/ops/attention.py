@@ -196,7 +196,6 @@ def alternatives(
 
 def row_of(shape: Shape, cache: Cache, copy_rate: float, deadline_s: float) -> dict[str, Any]:
     """Milliseconds, and shares of the copy bandwidth."""
-    attention_triton.prepare(torch.device("cuda", torch.cuda.current_device()))
     num_rows = shape.batch * shape.num_query
     q_THD = torch.randn(num_rows, HEADS, DIM, dtype=torch.bfloat16, device="cuda")
     start = shape.context - shape.num_query

@@ -30,7 +30,6 @@ from drafters.catalog import CATALOG, kind_of
 from drafters.protocol import DrafterContext, Weights
 from drafters.trainable import trainable
 from serving.engine.drafts import Best
-from specops import attention_triton
 from specops.attention import DecodePass
 from targets.target import Target
 
@@ -108,7 +107,6 @@ def lines(shape: str, sizes: tuple[int, ...], kinds: list[str]) -> Iterator[dict
     with _META:
         model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
         target = Target(model.bfloat16(), ())
-    attention_triton.prepare(_META)  # as a GPU's KV pool does
     with counted():
         target.fuse(_PAGE * _PAGES_EACH)
     for kind in kinds:

@@ -3,9 +3,8 @@
 
 Every program processes one request, one key head and one part of its keys. The request's query rows
 and the query heads that share the key head form one tile, so each key is read once. Keys are split
-so that even few requests fill the GPU (Dao et al. 2023, Flash-Decoding). The program that finishes
-last combines the parts, in a fixed order, so results do not depend on which one that was. Where
-there is no room to count who has finished, a second kernel combines them.
+so that even few requests fill the GPU; a second kernel combines the parts (Dao et al. 2023,
+Flash-Decoding).
 
 Shapes: T packed rows, R requests of Q query rows each, S keys, Hq/Hkv heads, G = Hq / Hkv,
 D head dimension (a power of two, at least 16).
@@ -62,17 +61,6 @@ _TILE_OUTPUTS = 1 << 14
 """Maximum float32 outputs of one tile: 64 registers per thread of eight warps."""
 _PLACE_ROWS = 128
 """Rows per program of ``places_of``."""
-_NUM_COUNTERS = 1 << 16
-_COUNTERS: dict[torch.device, Tensor] = {}
-"""Finished parts of each request, key head and tile; zeros between launches, which follow each
-other on one stream."""
-
-
-def prepare(device: torch.device) -> None:
-    """Allocate what ``attend_pages`` counts finished parts in, once for each device. Memory that is
-    allocated while work is recorded belongs to the recording, so call it before."""
-    if device not in _COUNTERS:
-        _COUNTERS[device] = torch.zeros(_NUM_COUNTERS, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,56 +96,22 @@ def _span(
     return first, count, begin, end, tl.maximum(blocks * KEYS, PART_KEYS)
 
 
-@triton.jit
-def _write_part(part_ptr, lse_ptr, place, is_row, mixed, lse, D: tl.constexpr):
-    """Write a part's normalised output and the log2 of its sum of weights."""
-    tl.store(lse_ptr + place, lse, mask=is_row)
-    at = part_ptr + place[:, None] * D + tl.arange(0, D)[None, :]
-    tl.store(at, mixed, mask=is_row[:, None])
-
-
-@triton.jit
-def _join_parts(
-    part_ptr, lse_ptr, first, is_row, num_filled, part_rows, ROWS: tl.constexpr, D: tl.constexpr
-):
-    """[ROWS, D] the parts combined in order, weighted by their sums of weights. They are read past
-    the L1 cache, which may hold stale values."""
-    dim = tl.arange(0, D)
-    top = tl.full([ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([ROWS], tl.float32)
-    mixed = tl.zeros([ROWS, D], tl.float32)
-    for part in range(num_filled):
-        place = first + part * part_rows
-        lse = tl.load(lse_ptr + place, mask=is_row, other=float("-inf"), cache_modifier=".cg")
-        at = part_ptr + place[:, None] * D + dim[None, :]
-        mine = tl.load(at, mask=is_row[:, None], other=0.0, cache_modifier=".cg")
-        higher = tl.maximum(top, lse)
-        base = tl.where(higher == float("-inf"), 0.0, higher)  # a row may see no key of this part
-        share, shrink = tl.exp2(lse - base), tl.exp2(top - base)
-        mixed = mixed * shrink[:, None] + mine * share[:, None]
-        total = total * shrink + share
-        top = higher
-    return mixed / tl.where(total > 0, total, 1.0)[:, None]
-
-
 @triton.jit(
     do_not_specialize=["window", "num_query", "num_pages", "first_key"],
     do_not_specialize_on_alignment=["first_ptr"],
 )
 def _attend_pages(
-    q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr,
-    part_ptr, lse_ptr, arrived_ptr, scale, cap, window, num_query, num_pages, first_key, q_stride,
+    q_ptr, keys_ptr, values_ptr, pages_ptr, first_ptr, counts_ptr, ancestors_ptr, out_ptr, lse_ptr,
+    scale, cap, window, num_query, num_pages, first_key, q_stride,
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, IS_BLOCK: tl.constexpr, JOINED: tl.constexpr, JOINS: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_BLOCK: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of rows to one part of the keys of one request and key head.
 
     With ``JOINED`` there is a single part, whose output is final; otherwise writes the part's
-    normalised output and the log2 of its sum of weights. With ``JOINS`` the last part to finish
-    combines all, and the output of a part that has all keys is final.
+    normalised output and the log2 of its sum of weights.
     """
     if OVERLAP:
         let_next_start()
@@ -169,13 +123,9 @@ def _attend_pages(
         first_ptr, counts_ptr, request, num_query, num_parts, num_pages * PAGE, window,
         KEYS, PART_KEYS, HAS_COUNTS, HAS_WINDOW,
     )  # fmt: skip
-    num_filled = (end - begin + part_keys - 1) // part_keys
     begin += part * part_keys
     end = tl.minimum(begin + part_keys, end)
-    if JOINS:
-        if part >= tl.maximum(num_filled, 1):  # a request without keys gets its zeros from part 0
-            return
-    elif not JOINED:  # noqa: SIM102, this one is decided when compiling
+    if not JOINED:  # noqa: SIM102, this one is decided when compiling
         if begin >= end:
             return
 
@@ -236,28 +186,16 @@ def _attend_pages(
 
     some = tl.where(total > 0, total, 1.0)
     mixed = mixed / some[:, None]
-    place = (request * num_query + query).to(tl.int64) * (NUM_KV * GROUP) + head * GROUP + member
-    target = out_ptr + place[:, None] * D + dim[None, :]
-    part_rows = num_query * GROUP
-    first_part = (request * NUM_KV + head).to(tl.int64) * num_parts * part_rows + row
-    lse = top + tl.log2(some)
     if JOINED:
-        tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-    elif JOINS:
-        if num_filled <= 1:
-            tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-        else:
-            _write_part(part_ptr, lse_ptr, first_part + part * part_rows, is_row, mixed, lse, D)
-            tl.debug_barrier()  # the whole part is written before it is announced
-            counter = arrived_ptr + request * tl.num_programs(0) + tl.program_id(0)
-            if tl.atomic_add(counter, 1, sem="acq_rel") == num_filled - 1:
-                mixed = _join_parts(
-                    part_ptr, lse_ptr, first_part, is_row, num_filled, part_rows, ROWS, D
-                )
-                tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
-                tl.store(counter, 0)
+        place = (
+            (request * num_query + query).to(tl.int64) * (NUM_KV * GROUP) + head * GROUP + member
+        )
     else:
-        _write_part(part_ptr, lse_ptr, first_part + part * part_rows, is_row, mixed, lse, D)
+        whole = (request * NUM_KV + head) * num_parts + part
+        place = whole.to(tl.int64) * (num_query * GROUP) + row
+        tl.store(lse_ptr + place, top + tl.log2(some), mask=is_row)
+    target = out_ptr + place[:, None] * D + dim[None, :]
+    tl.store(target, mixed.to(out_ptr.dtype.element_ty), mask=is_row[:, None])
 
 
 @triton.jit(
@@ -448,13 +386,11 @@ def attend_pages(
     tiling: Tiling | None = None,
     overlap: bool = False,
     pinned: bool = False,
-    counters: Tensor | None = None,
 ) -> Tensor:
     """See ``specops.attention.attend_pages``, which has the same arguments and result.
 
-    One launch, plus one that joins the parts if keys are split and nothing counts finished parts.
-    Launches depend on shapes only: each part processes its share of a request's actual length, and
-    exits if that is empty.
+    One launch, plus one that joins the parts if keys are split. Launches depend on shapes only:
+    each part processes its share of a request's actual length, and exits if that is empty.
 
     Args:
         num_parts: maximum number of parts per request, up to 64; ``None``: as many as fill the GPU.
@@ -462,8 +398,6 @@ def attend_pages(
         overlap: start while the previous kernel still runs (``specops.overlap_triton``).
         pinned: one part and one tiling for all shapes, so that a row's result does not depend on
             the other rows; overrides ``num_parts`` and ``tiling``.
-        counters: [requests * key heads * tiles] int32 zeros, which are zeros again afterwards;
-            ``None``: those of ``prepare``.
 
     Raises:
         ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is not
@@ -497,9 +431,6 @@ def attend_pages(
         "HAS_WINDOW": window is not None,
         "OVERLAP": overlap,
     }
-    counters = _COUNTERS.get(q.device) if counters is None else counters
-    num_counted = num_requests * num_kv * tiles
-    joins = parts > 1 and counters is not None and num_counted <= len(counters)
     part_out, lse = out, out
     if parts > 1:
         scratch = (num_requests * num_kv * parts, num_rows)
@@ -507,16 +438,16 @@ def attend_pages(
         lse = torch.empty(scratch, dtype=torch.float32, device=q.device)
     _attend_pages[(num_kv * tiles, parts, num_requests)](
         q, keys, values, decode.pages_RP, decode.first_R, counts,
-        q if decode.ancestors_RQ is None else decode.ancestors_RQ, out, part_out, lse,
-        counters if joins else out,
+        q if decode.ancestors_RQ is None else decode.ancestors_RQ, part_out, lse,
         scale * _LOG2_E if softcap is None else 2 * scale / softcap, (softcap or 0.0) * _LOG2_E,
         window or 0, num_query, num_pages, decode.first_key, q.stride(0),
         **span, ROWS=chosen.rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
-        IS_BLOCK=decode.is_block, JOINED=parts == 1, JOINS=joins,
-        num_warps=chosen.num_warps, num_stages=chosen.num_stages, launch_pdl=overlap,
+        IS_BLOCK=decode.is_block,
+        JOINED=parts == 1, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        launch_pdl=overlap,
     )  # fmt: skip
-    if parts > 1 and not joins:
+    if parts > 1:
         up = triton.next_power_of_2(parts)
         _join_pages[(num_rows, num_kv, num_requests)](
             part_out, lse, decode.first_R, counts, out, window or 0, num_query, num_keys, parts,

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes_host, listed
@@ -92,15 +91,6 @@ def decode_attention(
     return attention.decode_attention(
         q_THD, k_THD, v_THD, keys, values, paged, scale, window, softcap, attend, write
     )
-
-
-def prepare(device: torch.device) -> None:
-    """Allocate what ``decode_attention`` keeps on a device; nothing on a CPU. Call it before work
-    is recorded."""
-    if device.type == "cuda":
-        from specops import attention_triton
-
-        attention_triton.prepare(device)
 
 
 def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> Places:

@@ -2,7 +2,7 @@
 
 Every program streams some rows of the weight once. There are three variants:
 
-- ``multiply``: multiplies and adds in float32, for up to eight rows of x;
+- ``multiply``: multiplies and adds in float32, for one or two rows of x;
 - ``weights_first``: a matrix product with the weight as left operand, so that Hopper's tensor cores
   read both operands from shared memory; at least 64 rows of the weight at a time;
 - ``rows_first``: a matrix product with x, padded to 16 rows, as left operand; narrow tiles.
@@ -30,8 +30,6 @@ from specops.overlap_triton import fetch_into_l2, let_next_start, wait_for_previ
 
 MAX_ROWS = 64
 _PINNED_ROWS = 16
-_MOST_MULTIPLIED = 8
-"""Rows that a program multiplies without tensor cores."""
 _PROGRAMS = 264
 """Target number of programs: two for each multiprocessor of an H100 or H200."""
 _MAX_SPLIT = 16
@@ -39,8 +37,6 @@ _LINE_BYTES = 128
 _SHARED_BYTES = 100 << 10
 _THIRD_BYTES = 72 << 10
 """Shared memory per program with which three fit on a multiprocessor."""
-_SMALL_BYTES = 4 << 20
-"""Of a weight that all multiprocessors together read in a microsecond."""
 _FULL = 0.9
 """From this share of ``_PROGRAMS`` upwards, fewer and wider blocks in flight are faster."""
 
@@ -84,25 +80,12 @@ def choose_plan(
 
     Blocks in flight take at most 100 KB of shared memory, so two programs fit on a multiprocessor;
     columns are split only as far as all programs run at once. The rule comes from a sweep of 15
-    products of Qwen3-8B on an H200 (``benchmarks/results/ops_linear_sweep.json``), that for small
-    weights from the four products of SmolLM2-135M (``ops_linear_plans.json``).
+    products of Qwen3-8B on an H200 (``benchmarks/results/ops_linear_sweep.json``).
 
     Args:
         num_outputs, num_inputs: N, K.
         itemsize: bytes of an element of the weight.
     """
-    is_small = num_outputs * (1 + gated) * num_inputs * itemsize <= _SMALL_BYTES
-    if is_small and itemsize == 2 and num_rows <= _PINNED_ROWS:
-        small = _small_plan(num_rows, num_outputs, num_inputs, gated)
-        if small is not None:
-            return small
-    return _streaming_plan(num_rows, num_outputs, num_inputs, gated, itemsize)
-
-
-def _streaming_plan(
-    num_rows: int, num_outputs: int, num_inputs: int, gated: bool, itemsize: int
-) -> Plan:
-    """For a weight whose reading takes the time."""
     block_k = min(_LINE_BYTES // itemsize, _up(num_inputs))
     if num_rows <= 2 and gated:
         return Plan("multiply", 4, min(512 // itemsize, _up(num_inputs)), 1, 2, 5)
@@ -122,28 +105,9 @@ def _streaming_plan(
     return Plan("weights_first", 64, block_k, split, num_stages=stages)
 
 
-def _small_plan(num_rows: int, num_outputs: int, num_inputs: int, gated: bool) -> Plan | None:
-    """For a weight that is read in less time than a kernel takes to start: little shared memory,
-    so that the next kernels fit beside this one and start early."""
-    if num_rows <= 2:
-        if gated:
-            return None
-        if num_inputs > 1024:
-            return Plan("multiply", 4, 512, 1, 2, 3)
-        return Plan("multiply", 8, min(256, _up(num_inputs)), 1, 4, 3)
-    if num_inputs < 128:
-        return None
-    if gated:
-        return Plan("weights_first", 16, 128, 1, 2, 4)
-    split = min(4, num_inputs // 128)
-    if num_inputs > 1024:
-        return Plan("weights_first", 32, 128, split, 2, 4)
-    return Plan("weights_first", 16, 128, split, 2, 4) if num_outputs <= 640 else None
-
-
 def pinned_plan(num_outputs: int, num_inputs: int, gated: bool, itemsize: int = 2) -> Plan:
     """The plan of a weight for any number of rows. For the arguments see ``choose_plan``."""
-    plan = _streaming_plan(_PINNED_ROWS, num_outputs, num_inputs, gated, itemsize)
+    plan = choose_plan(_PINNED_ROWS, num_outputs, num_inputs, gated, itemsize)
     # Tensor cores do not multiply float32 exactly, so a thread holds all columns of a block.
     block_k = plan.block_k if itemsize < 4 else 16
     return replace(plan, split=1, block_k=block_k, rows=_PINNED_ROWS)
@@ -340,26 +304,7 @@ def _few_rows(
         )  # fmt: skip
         scale = tl.rsqrt(squares / num_inputs + eps)
 
-    if WAY == "multiply" and ROWS > 2:
-        many = tl.zeros([BLOCK_N, ROWS, BLOCK_K], tl.float32)
-        up_many = many
-        for start in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-            k = start + column
-            is_k = k < num_inputs  # only the last part can end inside a block
-            weight = _weight_tile(weight_ptr, n, is_n, k, is_k, weight_stride).to(tl.float32)
-            x = _rows_of_x(x_ptr, norm_ptr, row, is_row, k, is_k, x_stride, scale, NORM)
-            x = x.to(tl.float32)[None, :, :]
-            many += weight[:, None, :] * x
-            if GATED:
-                up_weight = _weight_tile(
-                    weight_ptr, n + num_outputs, is_n, k, is_k, weight_stride
-                ).to(tl.float32)
-                up_many += up_weight[:, None, :] * x
-        value = tl.trans(tl.sum(many, axis=2))
-        up = value
-        if GATED:
-            up = tl.trans(tl.sum(up_many, axis=2))
-    elif WAY == "multiply":
+    if WAY == "multiply":
         scale_0 = tl.sum(tl.where(row == 0, scale, 0.0), axis=0)
         scale_1 = tl.sum(tl.where(row == 1, scale, 0.0), axis=0)
         sums_0 = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -493,12 +438,9 @@ def _launch(
         plan = choose_plan(num_rows, num_outputs, num_inputs, gated, x_MK.element_size())
         plan = plan if scratch is not None else replace(plan, split=1)
     if plan.way == "multiply":
-        if num_rows > _MOST_MULTIPLIED or plan.split > 1 or in_blocks:
-            most = _MOST_MULTIPLIED
-            raise ValueError(
-                f"'multiply' takes 1..{most} rows and no split, got {num_rows}, {plan}"
-            )
-        rows = int(triton.next_power_of_2(num_rows))
+        if num_rows > 2 or plan.split > 1 or in_blocks:
+            raise ValueError(f"'multiply' takes 1..2 rows and no split, got {num_rows}, {plan}")
+        rows = num_rows
     else:
         rows = _padded(num_rows if plan.rows is None else plan.rows)
     if in_blocks and plan.split > 1:

@@ -189,10 +189,9 @@ class Rounds:
             picks = None
         if neural is not None:
             neural.catch_up([s for s in batch if not s.is_flying])
-        size = fitting(self._sizes, len(batch))
+        size, is_scored = fitting(self._sizes, len(batch)), any(map(_IS_SCORED, batch))
         if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
-            size = self._later.size_for(size, num_draft)
-        is_scored = any(map(_IS_SCORED, batch))
+            size = self._later.size_for(size, num_draft, is_scored=is_scored)
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
         key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)

@@ -20,16 +20,6 @@ from specops.overlap_triton import can_overlap
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PAGE = 4
 SCALE = 0.3
-
-
-def joined_by_the_last(q, *how, **more):
-    """Three parts, of which the last to finish joins all."""
-    counters = torch.zeros(200, dtype=torch.int32, device=q.device)
-    out = attention_triton.attend_pages(q, *how, **{"num_parts": 3, **more}, counters=counters)
-    assert not counters.any(), "ready for the next launch"
-    return out
-
-
 IMPLEMENTATIONS = [
     pytest.param((attention.attend_pages, attention.write_rows), id="definition"),
     *(
@@ -42,7 +32,6 @@ IMPLEMENTATIONS = [
         )
         for parts in (1, 3)
     ),
-    pytest.param((joined_by_the_last, attention_triton.write_rows), id="kernel, the last joins"),
 ]
 CHAIN = (0b1, 0b11, 0b111, 0b1111)
 TREE = (0b1, 0b11, 0b101, 0b1101)  # 0 -> 1, 0 -> 2 -> 3
@@ -410,29 +399,6 @@ def test_every_cut_is_close_at_real_shapes(tiling, num_parts, overlap):
 
     wide = (t.double() for t in (q, keys, values))
     assert relative_error(got, attention.attend_pages(*wide, decode, 0.1)) < 1e-2
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize(("num_parts", "longest"), [(2, 2048), (16, 2048), (32, 4096), (16, 100)])
-def test_the_last_part_joins_the_same_bits_in_every_run(num_parts, longest, overlap):
-    if overlap and not can_overlap(torch.device("cuda")):
-        pytest.skip("needs compute capability 9.0")
-    q, k, v, keys, values, decode = large(16, 5, (9, 3), 64, longest)
-    attention_triton.write_rows(k, v, keys, values, decode)
-    counters = torch.zeros(16 * 3, dtype=torch.int32, device="cuda")
-
-    got = [
-        attention_triton.attend_pages(
-            q, keys, values, decode, 0.1, num_parts=num_parts, overlap=overlap, counters=counters
-        )
-        for _ in range(20)
-    ]
-
-    wide = (t.double() for t in (q, keys, values))
-    assert relative_error(got[0], attention.attend_pages(*wide, decode, 0.1)) < 1e-2
-    assert all(torch.equal(got[0], again) for again in got)
-    assert not counters.any()
 
 
 @pytest.mark.gpu

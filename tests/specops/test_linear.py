@@ -43,11 +43,11 @@ def scratch_of(plan, outputs, device="cpu"):
 
 
 def rows_that_fit(plan, num_rows):
-    if plan.way == "multiply" and num_rows > 8:
-        pytest.skip("'multiply' takes up to eight rows")
+    if plan.way == "multiply" and num_rows > 2:
+        pytest.skip("'multiply' takes one or two rows")
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 5, 17])
+@pytest.mark.parametrize("num_rows", [1, 2, 17])
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
@@ -68,7 +68,7 @@ def test_the_kernel_equals_the_definition(num_rows, plan, normed, gated):
         assert not scratch.arrived.any()  # ready for the next launch
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 8, 33])
+@pytest.mark.parametrize("num_rows", [1, 2, 33])
 @pytest.mark.parametrize("plan", PLANS)
 def test_the_residual_is_added_in_place_and_its_squares_feed_the_next_norm(num_rows, plan):
     rows_that_fit(plan, num_rows)
@@ -167,8 +167,8 @@ def test_the_kernel_refuses_what_it_cannot_do():
         linear_triton.few_row_linear(torch.zeros(1, 32), weight)
     with pytest.raises(ValueError, match=r"weight torch\.float16; they must be the same"):
         linear_triton.few_row_linear(x, weight.half())
-    with pytest.raises(ValueError, match=r"takes 1\.\.8 rows and no split, got 9"):
-        linear_triton.few_row_linear(torch.zeros(9, 64), weight, plan=Plan("multiply", 8, 32))
+    with pytest.raises(ValueError, match=r"takes 1\.\.2 rows and no split, got 3"):
+        linear_triton.few_row_linear(torch.zeros(3, 64), weight, plan=Plan("multiply", 8, 32))
     with pytest.raises(ValueError, match="needs scratch"):
         linear_triton.few_row_linear(x, weight, plan=Plan("rows_first", 16, 32, split=2))
     with pytest.raises(ValueError, match="columns of weight must be adjacent"):
@@ -187,8 +187,6 @@ def test_the_kernel_refuses_what_it_cannot_do():
         (2, None),
         (1, Plan("multiply", 16, 256, num_stages=1)),
         (5, None),
-        (3, Plan("multiply", 4, 256)),
-        (8, Plan("multiply", 4, 128)),
         (16, None),
         (33, None),
         (64, None),

@@ -86,14 +86,14 @@ def test_a_k_is_used_once_all_its_programs_are_made():
 
 def test_without_programs_nothing_is_left():
     """As of a server that has no drafters."""
-    later = Later([1, 2], 3)
+    later = Later([1, 2], 3, 0)
     later.leave(1, lambda size, k: [])
 
     assert later.is_empty and later.next is None and later.num_left == 0
 
 
 def test_programs_of_the_size_that_batches_have_are_made_first():
-    later = Later([1, 2, 4], 3)
+    later = Later([1, 2, 4], 3, 0)
     later.leave(1, lambda size, k: [(size, k)])
     later.prefer(4)
     order = []
