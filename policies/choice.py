@@ -13,10 +13,11 @@ quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
+from operator import sub
 from typing import NamedTuple
 
-from policies.forecast import PLAIN_ARM, Arm, Forecast
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Outline
 
 _HYSTERESIS = 1.01
 """Predicted speed relative to the base that another neural drafter needs to replace it."""
@@ -28,6 +29,27 @@ _DOUBT = 1.0
 """Standard deviations by which a drafter must be slower than plain decoding to be left for it."""
 _RATE_GAIN = 0.02
 """Gain of moving averages over steps."""
+
+
+class Footing(NamedTuple):
+    """What a choice rests on and what does not depend on the requests of the step, so that it can
+    be computed before these are known."""
+
+    base: str
+    alone: float
+    """Tokens per second of the base without its interruptions,"""
+    speed: float
+    """and with them."""
+    plain: float
+    """Tokens per second of plain decoding."""
+    charges_s: dict[str, float]
+    """Seconds of switching, by drafter."""
+    plain_worth: float
+    """Tokens that this speed makes in a plain step, switching included."""
+    worth: dict[str, list[float]]
+    """[K + 1] by drafter that may propose: in a step of its arms."""
+    neural: Set[str]
+    """Drafters among these that must catch up."""
 
 
 class Choice(NamedTuple):
@@ -112,40 +134,53 @@ class Chooser:
         """Share of the steps of each neural drafter and mix that come right after an interruption
         where it is the base; what is not the base any more is slowly forgotten."""
 
-    def weigh(
+    def footing(
         self,
-        seen: Forecast,
+        outline: Outline,
         fresh: str,
         catch_up_s: Mapping[str, float],
         overhead_s: float = 0.0,
         spread: Callable[[Arm], float] = lambda _arm: 0.0,
         *,
-        looked: bool = True,
         plain_lead: float = 1.0,
-    ) -> Choice:
-        """Choose the arm of a step; nothing changes before ``take``.
+    ) -> Footing:
+        """What the choice of a step rests on; nothing changes before ``take``.
 
         Args:
             fresh: the drafter or mix of the last step.
-            catch_up_s: seconds to come back to each neural drafter that can propose now.
+            catch_up_s: seconds to come back to each neural drafter that may propose.
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
             spread: standard deviation of the logarithm of an arm's speed relative to plain
                 decoding; asked where drafting may have to end.
-            looked: matches of this step are known.
             plain_lead: speed of plain decoding with an index, relative to plain decoding alone.
         """
-        base, alone = self._best_base(seen, catch_up_s, overhead_s, spread, plain_lead)
+        base, alone = self._best_base(outline, catch_up_s, overhead_s, spread, plain_lead)
         speed = alone * self._leads[base]
-        charges = self._charges(base, seen, fresh, catch_up_s)
+        charges = self._charges(base, outline, fresh, catch_up_s)
         least = speed if base != "none" else speed * self._margin
-        values = {"none": [seen.batch - (seen.plain_s + charges["none"]) * speed]}
-        for drafter, seconds in seen.seconds.items():
-            charge, tokens = charges[drafter], seen.tokens[drafter]
-            by_k = [t - (s + charge) * least for t, s in zip(tokens, seconds, strict=True)]
+        worth = {
+            drafter: [(s + charges[drafter]) * least for s in seconds]
+            for drafter, seconds in outline.seconds.items()
+        }
+        plain_worth = (outline.plain_s + charges["none"]) * speed
+        plain = outline.batch / outline.plain_s
+        return Footing(base, alone, speed, plain, charges, plain_worth, worth, catch_up_s.keys())
+
+    def weigh(self, seen: Forecast, footing: Footing, *, looked: bool = True) -> Choice:
+        """Choose the arm of a step; nothing changes before ``take``.
+
+        Args:
+            footing: of the outline that the forecast was made from.
+            looked: matches of this step are known.
+        """
+        base = footing.base
+        values = {"none": [seen.batch - footing.plain_worth]}
+        for drafter, tokens in seen.tokens.items():
+            by_k = list(map(sub, tokens, footing.worth[drafter]))
             by_k[0] = -math.inf
             values[drafter] = by_k
         arm = best_of(values) or PLAIN_ARM
-        if arm == PLAIN_ARM and alone < seen.batch / seen.plain_s:
+        if arm == PLAIN_ARM and footing.alone < footing.plain:
             # In doubt a base goes on drafting: a step without it would tell nothing.
             most = max(values[base])
             arm = base, values[base].index(most)
@@ -153,10 +188,13 @@ class Chooser:
         elif base == "none" and not looked:
             # All steps look alike: what is not worth being the base is not worth it in any step.
             below = math.nextafter(values["none"][0], -math.inf)
-            for other in values.keys() & catch_up_s.keys():
+            for other in values.keys() & footing.neural:
                 values[other] = [min(value, below) for value in values[other]]
             arm = best_of(values) or PLAIN_ARM
-        return Choice(arm, base, speed, values, charges, seen.plain_s, alone)
+        charges_s = footing.charges_s
+        if len(values) < len(charges_s):  # of those that can propose in this step
+            charges_s = {drafter: charges_s[drafter] for drafter in values}
+        return Choice(arm, base, footing.speed, values, charges_s, seen.plain_s, footing.alone)
 
     def take(self, choice: Choice, seen: Forecast, fresh: str) -> None:
         """Go on from a choice: its base is kept, and whether it interrupts that is noted."""
@@ -174,7 +212,7 @@ class Chooser:
 
     def _best_base(
         self,
-        seen: Forecast,
+        seen: Outline,
         catch_up_s: Mapping[str, float],
         overhead_s: float,
         spread: Callable[[Arm], float],
@@ -229,7 +267,7 @@ class Chooser:
         return own < least and own * (1 + _DOUBT * spread()) < least
 
     def _charges(
-        self, base: str, seen: Forecast, fresh: str, catch_up_s: Mapping[str, float]
+        self, base: str, seen: Outline, fresh: str, catch_up_s: Mapping[str, float]
     ) -> dict[str, float]:
         """Seconds of switching that each drafter's arm causes.
 

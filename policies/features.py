@@ -2,6 +2,9 @@
 
 Server and trainer use this very class, so a policy is fitted on what it will see. Nothing in it
 depends on a drawn token of the step to come.
+
+Plain steps tell nothing of drafts. In these, what was seen of late fades to what is usual:
+otherwise a policy that stops drafting where text is hard sees hard text for ever.
 """
 
 from __future__ import annotations
@@ -23,15 +26,22 @@ NAMES = (
     "last_k",
     "last_accepted",
     "all_kept",
+    "tokens_middle",
+    "recent_hazard_1",
+    "recent_hazard_2",
 )
 """In the order of ``Features.vector``."""
 NUM_FEATURES = len(NAMES)
 
-_FAST, _SLOW = 0.3, 0.02
-_HAZARD_GAIN = 0.02
+_FAST, _MIDDLE, _SLOW = 0.3, 0.08, 0.02
+_HAZARD_GAIN, _RECENT_GAIN = 0.02, 0.1
+_NUM_RECENT = 2
+"""First positions whose hazards are followed faster, too: most rounds tell of these."""
 _NUM_HAZARDS = 5
 """Positions 1 to 4, and all deeper ones together."""
 _FIRST_HAZARD = 0.6
+_FADE = 0.1
+"""Share of the difference between recent and usual figures that a plain step takes away."""
 _MOST_COST = 8.0
 """Relative cost of a draft beyond which it does not matter how much it is."""
 
@@ -49,29 +59,46 @@ class Features:
 
     def forget(self) -> None:
         """Start over: other weights draft."""
-        self._fast = self._slow = 1.5
+        self._fast = self._middle = self._slow = 1.5
+        self._recent = [_FIRST_HAZARD] * _NUM_RECENT
         self._hazards = [_FIRST_HAZARD] * _NUM_HAZARDS
         self._last_k, self._last_accepted, self._all_kept = 0.0, 0.0, 0.0
+        self._usually_kept = 0.0
 
     def observe(
         self, draft_k: int, num_verified: Sequence[int], num_accepted: Sequence[int]
     ) -> None:
-        """Take in the rounds of a step; a plain one says only that it was plain."""
+        """Take in the rounds of a step."""
         self._last_k = draft_k / self._max_draft
+        if not draft_k:
+            self._fade()
         if not draft_k or not num_accepted:
             return
         size = len(num_accepted)
         mean = sum(num_accepted) / size
         self._fast += _FAST * (1 + mean - self._fast)
+        self._middle += _MIDDLE * (1 + mean - self._middle)
         self._slow += _SLOW * (1 + mean - self._slow)
         self._last_accepted = mean / self._max_draft
         kept = sum(map(int.__eq__, num_verified, num_accepted))
         self._all_kept += _FAST * (kept / size - self._all_kept)
-        hazards = self._hazards
+        self._usually_kept += _SLOW * (kept / size - self._usually_kept)
+        hazards, recent = self._hazards, self._recent
         for verified, accepted in zip(num_verified, num_accepted, strict=True):
             for j in range(min(accepted + 1, verified)):
                 at = min(j, _NUM_HAZARDS - 1)
                 hazards[at] += _HAZARD_GAIN * ((j < accepted) - hazards[at])
+                if j < _NUM_RECENT:
+                    recent[j] += _RECENT_GAIN * ((j < accepted) - recent[j])
+
+    def _fade(self) -> None:
+        usual = (self._slow - 1) / self._max_draft
+        self._fast += _FADE * (self._slow - self._fast)
+        self._middle += _FADE * (self._slow - self._middle)
+        self._last_accepted += _FADE * (usual - self._last_accepted)
+        self._all_kept += _FADE * (self._usually_kept - self._all_kept)
+        for j in range(_NUM_RECENT):
+            self._recent[j] += _FADE * (self._hazards[j] - self._recent[j])
 
     def vector(self, batch: int, shares: Sequence[float]) -> list[float]:
         """[NUM_FEATURES] what is known before a step.
@@ -90,4 +117,6 @@ class Features:
             self._last_k,
             self._last_accepted,
             self._all_kept,
+            self._middle / self._max_draft,
+            *self._recent,
         ]

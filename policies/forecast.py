@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import NamedTuple, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from policies.acceptance import MAX_DRAFT, AcceptanceModel, Floats
 from policies.interface import StepObs
@@ -17,24 +18,39 @@ _MIX_GAIN = 0.02
 
 Arm = tuple[str, int]
 """A drafter and K; plain decoding is ``PLAIN_ARM``."""
+Bytes = NDArray[np.uint8]
 PLAIN_ARM: Arm = ("none", 0)
+
+
+class Outline(NamedTuple):
+    """What can be predicted of a step before its requests are known. Lists are over K = 0, 1, ...
+    max_k."""
+
+    batch: int
+    max_k: int
+    plain_s: float
+    seconds: Mapping[str, list[float]]
+    """Of a step by each drafter that may propose, switching aside."""
+    usual_tokens: Mapping[str, list[float]]
+    """Over a batch of this size with the matches that rows usually have, by drafters that need
+    none."""
+    expected: Mapping[str, Floats]
+    """[B, K + 1] expected tokens of a row in each bucket, by drafter; K is the largest of all."""
 
 
 class Forecast(NamedTuple):
     """Predictions for one step. Lists are over K = 0, 1, ... max_k. There are B kinds of match."""
 
     batch: int
-    caps: tuple[int, ...]
-    """[batch] largest K of each request."""
+    is_whole: bool
+    """Every request may have drafts of ``max_k``."""
     max_k: int
     plain_s: float
     seconds: dict[str, list[float]]
     """Of a step by each drafter that can propose now, switching aside."""
     tokens: dict[str, list[float]]
     """Over this batch, each row held to its cap."""
-    usual_tokens: dict[str, list[float]]
-    """Over a batch of this size with the matches that rows usually have."""
-    rows: list[float]
+    rows: Floats
     """[B] rows by kind of match; where nobody looked, as they usually are."""
 
     def arm(self, arm: Arm) -> tuple[float, float]:
@@ -50,10 +66,29 @@ class Gains(NamedTuple):
 
     arms: tuple[Arm, ...]
     """[A]"""
-    gains: Floats
-    """[A, 6] more tokens of a row in each bucket."""
+    tokens: Floats
+    """[A, B] more tokens of a row in each bucket."""
     seconds: Floats
     """[A] more seconds of a step."""
+
+    @classmethod
+    def over(cls, blind: Arm, outline: Outline, matching: Iterable[str]) -> Self:
+        """Over an arm of a drafter that needs no match.
+
+        Args:
+            matching: drafters of the outline that need a match. No mixes: who drafts for which
+                request is planned.
+        """
+        arms: list[Arm] = []
+        tokens, seconds = [], []
+        (drafter, k), expected = blind, outline.expected
+        blind_s = outline.seconds[drafter][k] if k else outline.plain_s
+        for kind in matching:
+            used = expected[drafter][:, k] if k else np.ones(len(expected[kind]))
+            tokens.append((expected[kind][:, 1 : outline.max_k + 1] - used[:, None]).T)
+            seconds += outline.seconds[kind][1:]
+            arms += [(kind, each) for each in range(1, outline.max_k + 1)]
+        return cls(tuple(arms), np.concatenate(tokens), np.array(seconds) - blind_s)
 
 
 class _Usual(NamedTuple):
@@ -71,7 +106,7 @@ class Forecaster:
         self,
         acceptance: AcceptanceModel,
         times: StepTimes,
-        needing: Collection[str],
+        needing: Set[str],
         max_draft: int,
         matching: Collection[str] = (),
     ) -> None:
@@ -90,8 +125,10 @@ class Forecaster:
         """[B] share of rows by kind of match, in steps without a drafter that needs one."""
         self._known: dict[str, _Usual] = {}
         """What each drafter is expected to bring as rows usually are, while it is still true."""
-        self._rows: dict[int, list[float]] = {}
+        self._rows: dict[int, Floats] = {}
         """Rows by kind of match as they usually are, by batch."""
+        self._noted: list[Forecast] = []
+        """Steps of which the mix is still to be counted."""
         self._drafters_last: tuple[str, ...] = ()
         """Those that could propose in the last step that was forecast,"""
         self._was_capped = 0
@@ -99,32 +136,55 @@ class Forecaster:
         self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         """By drafter and K: what is expected by kind of match, and what ``_capped`` made of it."""
 
-    def forecast(self, obs: StepObs, max_k: int) -> Forecast:
-        """Predict every arm of a step."""
-        self._drafters_last, self._was_capped = obs.drafters, 0
+    def outline(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Outline:
+        """What does not depend on the requests of a step: by its batch and its drafters alone.
+
+        Args:
+            may_match: some request may have a match. Otherwise mixes that need one are left out.
+        """
+        seconds, usual, expected = {}, {}, {}
+        idle = set() if may_match else self._needing - {*self._matching}
+        for drafter in obs.drafters:
+            if drafter in idle:
+                continue
+            expected[drafter] = self._acceptance.expected_tokens(drafter)
+            seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
+            if drafter not in self._needing:
+                usual[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
+        plain_s = self._times.plain_s(obs.batch)
+        return Outline(obs.batch, max_k, plain_s, seconds, usual, expected)
+
+    def forecast(self, obs: StepObs, outline: Outline) -> Forecast:
+        """Predict every arm of a step.
+
+        Args:
+            outline: of it, or of one with the same batch, with these drafters among others, and
+                with nothing learned since.
+        """
+        max_k, batch, num_kinds = outline.max_k, obs.batch, self._acceptance.num_buckets
+        caps, has_match = bytes(obs.caps), False  # counted by C, at a tenth of the time of integers
+        is_whole = caps.count(max_k) == batch
         if obs.matches is None:
-            rows, by_match = self._usual_rows(obs.batch), None
+            kinds, rows = None, self._usual_rows(batch)
         else:
-            rows = by_kind(obs.matches, self._acceptance.num_buckets)
-            by_match = np.array(rows)
-        by_cap = None
-        if obs.caps.count(max_k) < obs.batch and min(obs.caps) < max_k:
-            by_cap, self._was_capped = self._by_cap(obs, max_k), max_k
-        has_match = obs.matches is not None and any(obs.matches)
-        seconds, tokens, usual = {}, {}, {}
+            kinds = kinds_of(obs.matches)
+            rows = by_kind(kinds, num_kinds)
+            has_match = rows[0] < batch
+        by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
+        self._drafters_last, self._was_capped = obs.drafters, 0 if is_whole else max_k
+        seconds, tokens = {}, {}
         for drafter in obs.drafters:
             if drafter in self._needing and not has_match:
                 continue
-            seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
-            usual[drafter] = tokens[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
+            seconds[drafter] = outline.seconds[drafter]
             if by_cap is not None:
-                tokens[drafter] = (by_cap @ self._capped(drafter, max_k)).tolist()
-            elif by_match is not None:
-                expected = self._acceptance.expected_tokens(drafter)[:, : max_k + 1]
-                tokens[drafter] = (by_match @ expected).tolist()
-        return Forecast(
-            obs.batch, obs.caps, max_k, self._times.plain_s(obs.batch), seconds, tokens, usual, rows
-        )
+                table = self._capped(drafter, outline.expected[drafter], max_k)
+                tokens[drafter] = (by_cap @ table).tolist()
+            elif kinds is not None:
+                tokens[drafter] = (rows @ outline.expected[drafter][:, : max_k + 1]).tolist()
+            else:
+                tokens[drafter] = outline.usual_tokens[drafter]
+        return Forecast(batch, is_whole, max_k, outline.plain_s, seconds, tokens, rows)
 
     def prepare(self, batch: int, *, looks: bool) -> None:
         """Compute what the next forecast will most likely ask for, while the device works: the same
@@ -138,22 +198,9 @@ class Forecaster:
                 self._times.arm_times(drafter, batch)
                 self._usual_tokens(drafter, batch)
                 if self._was_capped:
-                    self._capped(drafter, self._was_capped)
+                    expected = self._acceptance.expected_tokens(drafter)
+                    self._capped(drafter, expected, self._was_capped)
         self._times.plain_s(batch)
-
-    def over(self, seen: Forecast, blind: Arm) -> Gains:
-        """What drafters that need matches gain over an arm that needs none, by length of match.
-        No mixes: who drafts for which request is planned."""
-        (drafter, k), max_k = blind, seen.max_k
-        used = self._acceptance.expected_tokens(drafter)[:, k] if k else np.ones(len(seen.rows))
-        blind_s = seen.arm(blind)[1]
-        gains, seconds = [], []
-        for kind in self._matching:
-            expected = self._acceptance.expected_tokens(kind)
-            gains.append((expected[:, 1 : max_k + 1] - used[:, None]).T)
-            seconds += self._times.arm_times(kind, seen.batch)[:max_k]
-        arms = tuple((kind, each) for kind in self._matching for each in range(1, max_k + 1))
-        return Gains(arms, np.concatenate(gains), np.array(seconds) - blind_s)
 
     def needing_match(self, batch: int) -> tuple[Floats, Floats]:
         """All arms of drafters that need matches, mixes left out.
@@ -180,6 +227,8 @@ class Forecaster:
 
     def _usual_tokens(self, drafter: str, batch: int) -> list[float]:
         """[max_draft + 1] expected tokens of a step as its rows usually are."""
+        if self._noted:
+            self._settle()
         expected = self._acceptance.expected_tokens(drafter)
         known = self._known.get(drafter)
         if known is None or known.batch != batch or known.expected is not expected:
@@ -187,49 +236,60 @@ class Forecaster:
             known = self._known[drafter] = _Usual(batch, expected, tokens)
         return known.tokens
 
-    def _usual_rows(self, batch: int) -> list[float]:
+    def _usual_rows(self, batch: int) -> Floats:
+        if self._noted:
+            self._settle()
         rows = self._rows.get(batch)
         if rows is None:
-            rows = self._rows[batch] = (batch * self._mix).tolist()
+            rows = self._rows[batch] = batch * self._mix
         return rows
 
-    def _capped(self, drafter: str, max_k: int) -> Floats:
+    def _capped(self, drafter: str, expected: Floats, max_k: int) -> Floats:
         """[B * (max_k + 1), max_k + 1] expected tokens of a row by kind of match and by those it
         may have."""
-        expected = self._acceptance.expected_tokens(drafter)
         known = self._tables.get((drafter, max_k))
         if known is None or known[0] is not expected:
             table = expected[:, _CAPPED[max_k]].reshape(-1, max_k + 1)
             known = self._tables[drafter, max_k] = expected, table
         return known[1]
 
-    def _by_cap(self, obs: StepObs, max_k: int) -> Floats:
+    def _by_cap(self, caps: bytes, kinds: Bytes | None, max_k: int) -> Floats:
         """[B * (max_k + 1)] rows by kind of match and by the tokens that they may have."""
-        num = self._acceptance.num_buckets
-        caps = np.minimum(np.fromiter(obs.caps, np.int64, obs.batch), max_k)
-        if obs.matches is not None:
-            codes = np.frombuffer(bytes(obs.matches), np.uint8) * np.int64(max_k + 1) + caps
-            return np.bincount(codes, minlength=self._acceptance.num_buckets * (max_k + 1)).astype(
-                np.float64
-            )
-        found = np.zeros((num, max_k + 1))
-        found[0] = np.bincount(caps, minlength=max_k + 1)
+        shape = self._acceptance.num_buckets, max_k + 1
+        held = np.minimum(np.frombuffer(caps, np.uint8), _HELD[max_k])
+        if kinds is not None:
+            codes = kinds * np.int64(max_k + 1) + held
+            return np.bincount(codes, minlength=shape[0] * shape[1]).astype(np.float64)
+        found = np.zeros(shape)
+        found[0] = np.bincount(held, minlength=max_k + 1)
         # Those that may have all of them have matches as usual.
         found[:, max_k] = self._usual_rows(int(found[0, max_k]))
         return found.reshape(-1)
 
     def note_mix(self, seen: Forecast) -> None:
         """Count the rows of a step that a drafter that needs a match leaves to others."""
-        self._mix += _MIX_GAIN * (np.array(seen.rows) / seen.batch - self._mix)
+        self._noted.append(seen)
+
+    def _settle(self) -> None:
+        """Count what was noted. A plan only notes: counting is for when the device works."""
+        for seen in self._noted:
+            self._mix += _MIX_GAIN * (seen.rows / seen.batch - self._mix)
+        self._noted.clear()
         self._known.clear()
         self._rows.clear()
 
 
-def by_kind(matches: Sequence[int], num_kinds: int) -> list[float]:
+def kinds_of(matches: Sequence[int]) -> Bytes:
+    """[batch] kinds of match as numpy counts them fastest."""
+    return np.frombuffer(bytes(matches), np.uint8)
+
+
+def by_kind(matches: Bytes, num_kinds: int) -> Floats:
     """[num_kinds] rows by kind of match."""
-    kinds = bytes(matches)  # counted by C, at a tenth of the time of integers
-    return [float(kinds.count(kind)) for kind in range(num_kinds)]
+    return np.bincount(matches, minlength=num_kinds).astype(np.float64)
 
 
 _CAPPED = [np.minimum(np.arange(k + 1)[:, None], np.arange(k + 1)) for k in range(MAX_DRAFT + 1)]
 """[K + 1, K + 1] by K: tokens that a row has, by its cap and by K of the step."""
+_HELD = [np.uint8(k) for k in range(MAX_DRAFT + 1)]
+"""Numbers of numpy: to make one takes longer than to use it."""

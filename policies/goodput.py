@@ -16,15 +16,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, Self
-
-import numpy as np
+from typing import Any, Self
 
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
 from policies.interface import (
     CostSample,
     Decision,
@@ -36,46 +34,16 @@ from policies.interface import (
 from policies.ledger import Ledger
 from policies.lessons import Lessons, Predicted
 from policies.picks import Kinds, Picker, rows_of, with_mixes
-from policies.probes import Explorer, Option, Stretch
+from policies.probes import Explorer, Stretch
 from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
 from policies.switching import SwitchCosts
 from policies.versions import VersionMemory
+from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
 _PLAIN = replace(PLAIN, policy="goodput")
-
-
-class _Weighed(NamedTuple):
-    """All that a plan weighs before it draws: computed when it is asked for, or ahead of it."""
-
-    obs: StepObs
-    fresh: str
-    """The drafter of the decision before."""
-    seen: Forecast
-    catch_up_s: dict[str, float]
-    """Seconds to come back to each neural drafter that can propose."""
-    choice: Choice
-    options: list[Option]
-    """Stretches that could begin."""
-    blind: Arm
-    """The best arm that needs no look at matches."""
-    draft: Arm
-    """The best arm that drafts; plain decoding if none can."""
-
-    def is_for(self, obs: StepObs, fresh: str) -> bool:
-        """Whether this is what the plan would weigh."""
-        own = self.obs
-        return (
-            obs.matches is None
-            and obs.batch == own.batch
-            and fresh == self.fresh
-            and obs.max_draft == own.max_draft
-            and obs.drafters == own.drafters
-            and obs.pending_rows == own.pending_rows
-            and obs.caps == own.caps
-        )
 
 
 class _Steps:
@@ -148,8 +116,10 @@ class GoodputPolicy:
             self._rest, self._ledger,
         )  # fmt: skip
         self._steps = _Steps()
-        self._ahead: _Weighed | None = None
-        """For the next plan, if that is as the last one was and nothing is learned before it."""
+        self._basis: Basis | None = None
+        """For the next plan, if that is as the last one was and nothing is learned before it,"""
+        self._ahead: Weighed | None = None
+        """and all that it weighs, if its requests are alike too."""
         self._picker = Picker(
             context.mixes, self._acceptance, explore, context.seed, kinds.matching
         )
@@ -168,7 +138,7 @@ class GoodputPolicy:
     def calibrate(self, samples: Sequence[CostSample]) -> None:
         """Start the step times from those measured at start-up."""
         self._times.calibrate(samples)
-        self._ahead = None
+        self._basis = self._ahead = None
 
     def start_from(self, other: DraftPolicy) -> None:
         """Take over step times, and what coming back to drafters costs.
@@ -180,7 +150,7 @@ class GoodputPolicy:
             raise TypeError(f"start_from needs a GoodputPolicy, got {type(other).__name__}")
         self._times.start_from(other._times)
         self._switches.start_from(other._switches)
-        self._ahead = None
+        self._basis = self._ahead = None
 
     def plain_s(self, batch: int) -> float | None:
         """Predicted seconds of a plain step; ``None`` while it is only a guess."""
@@ -242,7 +212,9 @@ class GoodputPolicy:
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
-            rows = by_kind(obs.matches or (), self._acceptance.num_buckets)
+            rows = by_kind(kinds_of(obs.matches or ()), self._acceptance.num_buckets)
+            # What looks find decides how fast plain decoding is with an index.
+            self._basis = self._ahead = None
             self._rest.note_matches(rows, obs.batch)
             self._rest.note_find(gain)
             return self._resting(arm)
@@ -252,7 +224,7 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
-        self._ahead = None
+        self._basis = self._ahead = None
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
@@ -263,9 +235,14 @@ class GoodputPolicy:
                 doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
                 self._explorer.note_doubt(doubt)
             obs = self._steps.obs
-            # The next plan mostly is for a batch like that of the last one.
-            if obs is not None and obs.batch == outcome.batch and obs.matches is None and not looks:
-                self._ahead = self._weigh(obs, obs.longest(self._forecaster.max_draft))
+            # The next plan mostly is for a batch like that of the last one. Drafters that cannot
+            # propose in it are not asked for: what is known of idle ones fades when it is.
+            if obs is None or obs.batch != outcome.batch:
+                return
+            if looks or obs.matches is None:
+                self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
+                if obs.matches is None and not looks:
+                    self._ahead = self._weigh(obs, self._basis)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
@@ -275,7 +252,7 @@ class GoodputPolicy:
             if drafter in members:
                 self._versions.on_change(mix)
         self._rest.reset()
-        self._ahead = None
+        self._basis = self._ahead = None
         self._explorer.under_way = None
         self._steps.untried.update({drafter} & self._kinds.neural)
 
@@ -298,10 +275,13 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        self._steps.obs, ahead = obs, self._ahead
-        self._ahead = None
-        if ahead is None or not ahead.is_for(obs, self._steps.drafter):
-            ahead = self._weigh(obs, max_k)
+        basis, ahead, self._steps.obs = self._basis, self._ahead, obs
+        self._basis = self._ahead = None
+        if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
+            may_match = obs.matches is None or any(obs.matches)
+            basis, ahead = self._based(obs, max_k, may_match=may_match), None
+        if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
+            ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
         self._chooser.take(choice, seen, self._steps.drafter)
         if obs.matches is not None and self._needs_no_look(choice.arm[0]):
@@ -311,7 +291,7 @@ class GoodputPolicy:
         tokens, seconds = seen.arm((drafter, k))
         catches_up = self._lessons.catches_up(drafter, self._steps.drafter)
         if catches_up:
-            seconds += ahead.catch_up_s[drafter]
+            seconds += basis.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
         on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
         picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
@@ -320,23 +300,29 @@ class GoodputPolicy:
             note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
         )  # fmt: skip
 
-    def _weigh(self, obs: StepObs, max_k: int) -> _Weighed:
-        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
-        seen, fresh = self._forecaster.forecast(obs, max_k), self._steps.drafter
+    def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
+        """Compute what arms take and which one is the base, for a batch of this size."""
+        outline = self._forecaster.outline(obs, max_k, may_match=may_match)
+        fresh = self._steps.drafter
         catch_up_s = {
             kind: self._switches.seconds(
-                kind, obs.pending_rows.get(kind, 0), obs.batch, seen.plain_s
+                kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
             )
-            for kind in seen.seconds
+            for kind in obs.drafters
             if kind in self._kinds.neural
         }
-        choice = self._chooser.weigh(
-            seen, fresh, catch_up_s, self._rest.overhead * seen.plain_s,
-            lambda arm: self._forecaster.spread(arm, obs.batch), looked=obs.matches is not None,
-            plain_lead=self._plain_lead,
+        footing = self._chooser.footing(
+            outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
+            lambda arm: self._forecaster.spread(arm, obs.batch), plain_lead=self._plain_lead,
         )  # fmt: skip
-        return _Weighed(
-            obs, fresh, seen, catch_up_s, choice, self._explorer.options(seen, choice),
+        return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+
+    def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
+        """Compare the arms of a step; nothing but what is remembered of the batch changes."""
+        seen = self._forecaster.forecast(obs, basis.outline)
+        choice = self._chooser.weigh(seen, basis.footing, looked=obs.matches is not None)
+        return Weighed(
+            basis, seen, choice, self._explorer.options(seen, choice),
             best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
         )  # fmt: skip
 
@@ -346,7 +332,7 @@ class GoodputPolicy:
         a drafter goes on with it at no catch-up, and what that would bring is not known before."""
         return 1.0 if self._kinds.mixed else self._rest.plain_lead
 
-    def _decided(self, weighed: _Weighed, *, looked: bool) -> tuple[Arm, float, str]:
+    def _decided(self, weighed: Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
@@ -374,18 +360,12 @@ class GoodputPolicy:
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
-            self._rest.begin(blind, self._glance_over(seen, choice, blind) if looked else None)
+            outline, glance = weighed.basis.outline, None
+            if looked and seen.is_whole:
+                matching = [kind for kind in self._kinds.matching if kind in outline.expected]
+                glance = Glance(outline, choice, blind, matching) if matching else None
+            self._rest.begin(blind, glance)
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
-
-    def _glance_over(self, seen: Forecast, choice: Choice, blind: Arm) -> Glance | None:
-        """What drafters that need matches gain over an arm without, by kind of match."""
-        are_whole = seen.caps.count(seen.max_k) == seen.batch or min(seen.caps) >= seen.max_k
-        if not self._kinds.matching or not are_whole:
-            return None
-        table = self._forecaster.over(seen, blind)
-        charges_s = [choice.charges_s.get(arm[0], 0.0) for arm in table.arms]
-        longer_s = table.seconds + (np.array(charges_s) - choice.charges_s[blind[0]])
-        return Glance(table.arms, table.gains, longer_s * choice.speed, choice.speed * seen.plain_s)
 
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind
@@ -406,7 +386,7 @@ class GoodputPolicy:
                 return stretch
         return None
 
-    def _next_stretch(self, weighed: _Weighed) -> tuple[Stretch | None, float]:
+    def _next_stretch(self, weighed: Weighed) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
         choice = weighed.choice
         left = self._explorer.goes_on(choice, self._times.num_changes)

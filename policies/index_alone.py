@@ -10,7 +10,6 @@ done with it, by what is known of the index.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -42,7 +41,7 @@ class IndexAlone:
         """They are not appraised yet."""
         self._tokens = self._steps = 1.0
 
-    def note(self, rows: Sequence[float], batch: int, *, is_dense: bool) -> float:
+    def note(self, rows: Floats, batch: int, *, is_dense: bool) -> float:
         """Take in a look.
 
         Args:
@@ -53,7 +52,7 @@ class IndexAlone:
             Plain steps' worth of time that the look would have saved beside plain decoding.
         """
         self.appraise()
-        shares = np.array(rows) / batch
+        shares = rows / batch
         self._seen.append(shares)
         self._gains.append(_DENSE_GAIN if is_dense else _SPACED_GAIN)
         self._num_rows += batch

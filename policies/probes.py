@@ -229,7 +229,7 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None
         self._ledger.forgive(Purpose.ARM)
-        return self._begin(self._option(arm, 1.0, choice), choice, 1.0)
+        return self._begin(self._option(arm, 1.0, choice, choice.loss_s(arm)), choice, 1.0)
 
     def _begin(self, one: Option, choice: Choice, propensity: float) -> Stretch:
         if self._is_on_trial(one.arm, choice):
@@ -242,18 +242,28 @@ class Explorer:
 
     def options(self, seen: Forecast, choice: Choice) -> list[Option]:
         """The stretches that could begin, whatever they lose; nothing changes."""
-        (drafter, k), options = choice.arm, {}
-        if choice.base != "none" or k:  # an index may draft in every step beside no base
-            options[PLAIN_ARM] = self._haste
+        (drafter, k), weights = choice.arm, {}
         if k:
-            options[drafter, seen.max_k] = 1.0
-            options[drafter, min(k + 2, seen.max_k)] = 1.0
-            options[drafter, min(k + 1, seen.max_k)] = 2.0
-            options[drafter, max(k - 1, 1)] = 2.0
-        for idle in seen.seconds.keys() - {drafter}:
-            options[choice.best_of(idle)] = 2.0
-        options.pop(choice.arm, None)
-        return [self._option(arm, options[arm], choice) for arm in sorted(options)]
+            most_k = seen.max_k
+            weights[drafter, most_k] = weights[drafter, min(k + 2, most_k)] = 1.0
+            weights[drafter, min(k + 1, most_k)] = weights[drafter, max(k - 1, 1)] = 2.0
+        values, speed, base = choice.values, choice.speed, choice.base
+        if k or base != "none":  # an index may draft in every step beside no base
+            weights[PLAIN_ARM] = self._haste
+        for idle in seen.seconds:
+            if idle != drafter:
+                weights[choice.best_of(idle)] = 2.0
+        weights.pop(choice.arm, None)
+        most, found = values[drafter][k], []
+        for arm in sorted(weights):
+            kind, length = arm
+            loss_s = (most - values[kind][length]) / speed
+            if length and (kind == base or kind not in self._neural):
+                purpose = Purpose.LENGTH if kind == drafter else Purpose.ARM
+                found.append(Option(arm, weights[arm], 1, loss_s, purpose))
+            else:
+                found.append(self._option(arm, weights[arm], choice, loss_s))
+        return found
 
     def _affordable(self, found: Sequence[Option]) -> list[Option]:
         """The stretches that can be paid for now."""
@@ -273,29 +283,32 @@ class Explorer:
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
 
-    def _length(self, arm: Arm, choice: Choice) -> int:
+    def _length(self, arm: Arm, choice: Choice, loss_s: float) -> int:
         """Steps of a stretch of plain decoding or of an idle drafter."""
         switch_s = choice.charges_s[arm[0]]
-        step_s = max(choice.loss_s(arm) - switch_s, switch_s / _MOST_STRETCH, 1e-9)
+        step_s = max(loss_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         least = _TRIAL_STEPS if self._is_on_trial(arm, choice) else _LEAST_STRETCH
         longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
         usual = max(_USUAL_STRETCH, least)
         return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
 
-    def _option(self, arm: Arm, weight: float, choice: Choice) -> Option:
+    def _option(self, arm: Arm, weight: float, choice: Choice, first_s: float) -> Option:
         """A stretch of an arm, with what it is predicted to lose: it switches once.
 
         What is charged by what it does lose counts as at most a plain step: a prediction that is
         far too high would postpone for thousands of steps the only thing that can correct it.
+
+        Args:
+            first_s: what its first step loses.
         """
         drafter, k = arm
         is_own = k > 0 and drafter == choice.arm[0]
         purpose = Purpose.LENGTH if is_own else Purpose.ARM
         is_idle = drafter in self._neural and drafter != choice.base
         if k and not is_idle:
-            return Option(arm, weight, 1, choice.loss_s(arm), purpose)
-        num_steps = self._length(arm, choice)
-        loss_s = choice.loss_s(arm) * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
+            return Option(arm, weight, 1, first_s, purpose)
+        num_steps = self._length(arm, choice, first_s)
+        loss_s = first_s * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
         if self._is_on_trial(arm, choice):
             loss_s = min(loss_s, choice.plain_s)
         return Option(arm, weight, num_steps, loss_s, purpose)

@@ -17,13 +17,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import repeat
-from typing import NamedTuple
 
 import numpy as np
 
 from policies.acceptance import Floats
 from policies.average import Average
-from policies.forecast import PLAIN_ARM, Arm, by_kind
+from policies.choice import Choice
+from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind, kinds_of
 from policies.index_alone import IndexAlone
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
@@ -206,7 +206,7 @@ class Rest:
         self._finds[self.is_plain].add(share)
         self.num_unlooked = 0
 
-    def note_matches(self, rows: Sequence[float], batch: int) -> None:
+    def note_matches(self, rows: Floats, batch: int) -> None:
         """Take in the matches that a look found; before ``note_find``.
 
         Args:
@@ -265,29 +265,46 @@ class Rest:
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
-class Glance(NamedTuple):
+class Glance:
     """Decides from a look alone, between plans, whether a drafter that needs matches gains, and at
     which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
     taken without a plan: a plan at every match would cost more than most matches save."""
 
-    arms: tuple[Arm, ...]
-    """[A] drafters that need matches, each at every K."""
-    gains: Floats
-    """[A, B] tokens that a row with each kind of match gains over the arm in use."""
-    losses: Floats
-    """[A] tokens' worth of time that the step takes longer."""
-    step_tokens: float
-    """Tokens that the speed reached so far makes in the time of a plain step."""
+    def __init__(
+        self, outline: Outline, choice: Choice, blind: Arm, matching: Sequence[str]
+    ) -> None:
+        """
+        Args:
+            outline: of the last plan,
+            choice: which was this.
+            blind: the arm in use.
+            matching: drafters of the outline that need a match, no mixes; at least one.
+        """
+        self._outline, self._choice, self._blind = outline, choice, blind
+        self._matching = matching
+        self._gains: tuple[Gains, Floats] | None = None
+        """What they gain, and [A] tokens' worth of time that the step takes longer. ``None`` until
+        the first look: most plans are followed by none."""
 
-    def best(self, matches: tuple[int, ...]) -> tuple[Arm | None, float]:
+    def _weighed(self) -> tuple[Gains, Floats]:
+        gains, charges_s = Gains.over(self._blind, self._outline, self._matching), []
+        for drafter, _ in gains.arms:
+            charges_s.append(self._choice.charges_s.get(drafter, 0.0))
+        longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
+        return gains, longer_s * self._choice.speed
+
+    def best(self, matches: Sequence[int]) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
-        rows = by_kind(matches, self.gains.shape[1])
-        values = (self.gains @ np.array(rows) - self.losses).tolist()
+        if self._gains is None:
+            self._gains = self._weighed()
+        gains, losses = self._gains
+        rows = by_kind(kinds_of(matches), gains.tokens.shape[1])
+        values = (gains.tokens @ rows - losses).tolist()
         most = max(values)
         if most <= 0:
             return None, 0.0
-        return self.arms[values.index(most)], most / self.step_tokens
+        return gains.arms[values.index(most)], most / (self._choice.speed * self._choice.plain_s)
 
 
 class Gathered:

@@ -28,11 +28,16 @@ def read_steps(url: str, run_dir: Path, most_steps: int) -> list[LoggedStep]:
     Raises:
         ValueError, OSError: the buffer cannot be read.
     """
+    return steps_of(read_traces(url, run_dir))[-most_steps:]
+
+
+def read_traces(url: str, run_dir: Path) -> Iterator[Trace]:
+    """The traces of a run; the access is noted.
+
+    Raises:
+        ValueError, OSError: the buffer cannot be read.
+    """
     audit(run_dir, "policies", url)
-    return steps_of(_traces(url, run_dir))[-most_steps:]
-
-
-def _traces(url: str, run_dir: Path) -> Iterator[Trace]:
     reader = TraceReader(open_backend(url, run_dir))
     while batch := reader.read(_READ):
         yield from batch

@@ -2,9 +2,14 @@
 
 Two ways. **PPO** in the replay environment, as the paper does it: an actor and a critic, rewards of
 the actions that were tried. **Full information**: a log says what *every* K would have brought in
-every step, so the gradient of the expected gain, sum over K of probability times advantage, is
-exact, and nothing needs to be tried. The features depend on which K ran before, so after a first
-fit on the logged ones it is repeated on those that the fitted policy sees.
+every step, so nothing needs to be tried. What one step would have brought is mostly chance, though:
+a network that is fitted to the gains themselves learns these by heart. So a first one learns how
+likely each position is to be kept, given the features, from all positions that were verified; and
+the policy maximises the gain that this one expects, sum over K of probability times advantage. The
+features depend on which K ran before, so after a first fit on the logged ones both are repeated on
+those that the fitted policies see, all of them together (Ross, Gordon and Bagnell 2011,
+arXiv:1011.0686): a policy that is fitted to the features of the one before it alone is lost among
+those that it makes itself.
 
 Shapes: S steps, F features, A actions (K = 0 to A - 1), H hidden units.
 """
@@ -12,9 +17,10 @@ Shapes: S steps, F features, A actions (K = 0 to A - 1), H hidden units.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -33,7 +39,8 @@ Rows = NDArray[np.bool_]
 
 _RESAMPLES = 1000
 _LEAST_DEVIATION = 1e-3
-"""Of a feature; one that never varied is not blown up."""
+"""Of a feature. One that never varied says nothing: in service it may, as the step times of a
+single load do, and would drown the others if it were divided by next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +49,17 @@ class FullInformation:
 
     hidden: int = 32
     epochs: int = 300
-    rounds: int = 2
-    """Fits; the features of the second and later ones are those of the policy before."""
+    passes: int = 60
+    """Over the steps, by the network that predicts acceptance,"""
+    minibatch: int = 512
+    """in updates of so many."""
+    rounds: int = 4
+    """Fits; the features of the second and later ones are those of the policies before, too."""
     lr: float = 3e-3
     entropy: float = 0.003
     """Weight of the law's entropy at first; it falls to 0."""
+    decay: float = 1e-2
+    """Of the weights of the network that predicts acceptance."""
     seed: int = 0
 
 
@@ -82,30 +95,89 @@ def fit_full_information(log: ReplayedLog, rows: Rows, how: FullInformation) -> 
     """
     torch.manual_seed(how.seed)
     ks = np.minimum([step.draft_k for step in log.steps], log.max_draft)
-    features = features_of(log, lambda at, _: int(ks[at]), how.seed)
-    actor = _actor(how.hidden, log.max_draft + 1)
-    network = _fitted(actor, features, log, rows, how)
+    features = [features_of(log, lambda at, _: int(ks[at]), how.seed)]
+    actor, held = _actor(how.hidden, log.max_draft + 1), torch.from_numpy(rows)
+    steps = _Steps.of(log.rows(rows))
+    network = _fitted(actor, [one[held] for one in features], steps, how)
     for number in range(1, how.rounds):
-        features = features_of(log, partial(_best, network), how.seed + number)
-        network = _fitted(actor, features, log, rows, how)
+        features.append(features_of(log, partial(_best, network), how.seed + number))
+        network = _fitted(actor, [one[held] for one in features], steps, how)
     return network
 
 
+class _Steps(NamedTuple):
+    """What some steps of a log say, each of them N times."""
+
+    sizes: Tensor
+    """[S] int64, of their batches."""
+    seconds: Tensor
+    """[S, A] of a request at every K."""
+    reached: Tensor
+    """[S, A - 1] rows that reached each position,"""
+    kept: Tensor
+    """and those that kept it."""
+
+    @classmethod
+    def of(cls, log: ReplayedLog) -> Self:
+        """All of them once."""
+        batches = torch.tensor([float(step.batch) for step in log.steps])[:, None]
+        reached, kept = torch.zeros(2, len(log.steps), log.max_draft)
+        for at, step in enumerate(log.steps):
+            for row in step.rows:
+                reached[at, : min(row.num_accepted + 1, row.num_verified)] += 1
+                kept[at, : row.num_accepted] += 1
+        seconds = torch.from_numpy(log.seconds).float() / batches
+        return cls(torch.from_numpy(log.sizes), seconds, reached, kept)
+
+    def times(self, num: int) -> Self:
+        return type(self)(*(one.repeat(num, *[1] * (one.dim() - 1)) for one in self))
+
+
 def _fitted(
-    actor: nn.Sequential, features: Tensor, log: ReplayedLog, rows: Rows, how: FullInformation
+    actor: nn.Sequential, features: Sequence[Tensor], steps: _Steps, how: FullInformation
 ) -> Network:
-    own = features[torch.from_numpy(rows)]
-    shift, scale = _standard(own)
-    _ascend(actor, (own - shift) * scale, log.rows(rows), how)
+    """Fit to the features of the same steps under several policies."""
+    every = torch.cat(list(features))
+    shift, scale = _standard(every)
+    x, steps = (every - shift) * scale, steps.times(len(features))
+    _ascend(actor, x, steps, _expected_tokens(x, steps, how), how)
     return _network(actor, shift, scale)
 
 
-def _ascend(actor: nn.Sequential, x: Tensor, log: ReplayedLog, how: FullInformation) -> None:
-    sizes = torch.from_numpy(log.sizes)
-    batches = torch.tensor([float(step.batch) for step in log.steps])[:, None]
-    tokens = torch.from_numpy(log.tokens).float() / batches
-    seconds = torch.from_numpy(log.seconds).float() / batches
+def _expected_tokens(x: Tensor, steps: _Steps, how: FullInformation) -> Tensor:
+    """[S, A] tokens of a request that the features of each step let expect at every K: by a network
+    of hazards, fitted to these steps, that is told of every position that was verified.
+
+    Args:
+        x: [S, F] standardised features.
+    """
+    hazards = _actor(how.hidden, steps.kept.shape[1])
+    optimizer = torch.optim.AdamW(hazards.parameters(), how.lr, weight_decay=how.decay)
+    for number in range(how.passes):
+        for group in optimizer.param_groups:
+            group["lr"] = how.lr * (1 - number / how.passes)
+        for drawn in torch.split(torch.randperm(len(x)), how.minibatch):
+            odds, num = hazards(x[drawn]), steps.reached[drawn]
+            losses = num * nn.functional.softplus(odds) - steps.kept[drawn] * odds
+            loss = losses.sum() / num.sum().clamp_min(1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    with torch.no_grad():
+        survivals = torch.sigmoid(hazards(x)).cumprod(1)
+    return 1 + nn.functional.pad(survivals.cumsum(1), (1, 0))
+
+
+def _ascend(
+    actor: nn.Sequential, x: Tensor, steps: _Steps, tokens: Tensor, how: FullInformation
+) -> None:
+    """Maximise the expected gain.
+
+    Args:
+        tokens: [S, A] expected of a request.
+    """
     optimizer = torch.optim.Adam(actor.parameters(), how.lr)
+    sizes, seconds = steps.sizes, steps.seconds
     num_sizes = int(sizes.max()) + 1
     for epoch in range(how.epochs):
         law = torch.softmax(actor(x), dim=1)
@@ -263,7 +335,9 @@ def _actor(hidden: int, num_outputs: int) -> nn.Sequential:
 
 
 def _standard(features: Tensor) -> tuple[Tensor, Tensor]:
-    return features.mean(0), 1 / features.std(0).clamp_min(_LEAST_DEVIATION)
+    spread = features.std(0)
+    scale = torch.where(spread > _LEAST_DEVIATION, 1 / spread.clamp_min(_LEAST_DEVIATION), 0.0)
+    return features.mean(0), scale
 
 
 def _network(actor: nn.Sequential, shift: Tensor, scale: Tensor) -> Network:

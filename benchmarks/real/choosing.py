@@ -284,6 +284,10 @@ def main(
     cells = [(float(t), int(c)) for t in temperatures.split(",") for c in clients.split(",")]
     for number, (temperature, size) in enumerate(cells):
         left_s = budget_s - (time.monotonic() - began)
+        shortest_s = SHORTEST_S * len(ARM_DOMAINS) * (3 + len(fixed.split(",")))
+        if number and left_s < shortest_s:
+            say(f"{left_s:.0f} s are left: {len(cells) - number} cells are left out")
+            break
         until = time.monotonic() + left_s / (len(cells) - number)
         traffic = Traffic(held_out, temperature, 512)
         arms = arms_of(service, settings, samples, [int(k) for k in fixed.split(",")])
@@ -298,7 +302,8 @@ def main(
         for arm in arms:
             say_steps(arm, size)
         write_result(out, figures)
-        write_rows("choosing", claims(rows), "python -m benchmarks.real.choosing")
+        source = "python -m benchmarks.real.choosing"
+        write_rows("choosing", claims(rows), source, out.parent)
     if profile:
         for arm in arms:
             if arm.name in (PLAIN, TUNED):

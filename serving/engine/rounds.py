@@ -303,11 +303,8 @@ class Rounds:
                 others are left for ``make_next``. ``None``: all are made.
         """
         self._leave_out_requests()
-        first = (
-            self._drafting.max_draft
-            if most_draft is None
-            else min(most_draft, self._drafting.max_draft)
-        )
+        largest = self._drafting.max_draft
+        first = largest if most_draft is None else min(most_draft, largest)
         first_scored = self._io.most_scored if most_draft is None else 0
         for size in reversed(self._sizes):
             for num_draft in range(first, -1, -1):
@@ -370,10 +367,8 @@ class Rounds:
 
     def _scored_keys(self, size: int, num_draft: int) -> list[_Key]:
         """Those that do, with K at most ``RoundBuffers.most_scored``."""
-        return [
-            _Key(size, num_draft, neural, False, is_scored=True)
-            for neural in self._sources(num_draft)
-        ]
+        sources = self._sources(num_draft)
+        return [_Key(size, num_draft, neural, False, is_scored=True) for neural in sources]
 
     def _sources(self, num_draft: int) -> list[str | None]:
         """Neural drafters and mixes, and ``None`` where tokens are uploaded or K is 0."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from policies.acceptance import AcceptanceModel
@@ -31,16 +32,21 @@ def obs(matches, caps):
     return StepObs(0, len(caps), caps, matches, tuple(DRAFTERS), 8, 0)
 
 
+def forecast(made, see, max_k):
+    return made.forecast(see, made.outline(see, max_k))
+
+
 def test_rows_are_counted_by_kind_of_match():
-    assert by_kind(MATCHES, 6) == [3, 1, 1, 1, 1, 2]
-    assert by_kind(MATCHES[:4], 25) == [2, 1, 0, 0, 1, *[0] * 20]
+    kinds = np.array(MATCHES, np.uint8)
+    assert by_kind(kinds, 6).tolist() == [3, 1, 1, 1, 1, 2]
+    assert by_kind(kinds[:4], 25).tolist() == [2, 1, 0, 0, 1, *[0] * 20]
 
 
 @pytest.mark.parametrize("max_k", [1, 5, 8])
 @pytest.mark.parametrize("caps", [CAPS, (8,) * 9])
 def test_every_request_is_held_to_its_cap(forecaster, max_k, caps):
     made, acceptance = forecaster
-    seen = made.forecast(obs(MATCHES, caps), max_k)
+    seen = forecast(made, obs(MATCHES, caps), max_k)
     for drafter in DRAFTERS:
         table = acceptance.expected_tokens(drafter)
         for k in range(max_k + 1):
@@ -52,9 +58,9 @@ def test_where_nobody_looked_short_requests_have_no_match_and_others_what_they_u
     forecaster,
 ):
     made, acceptance = forecaster
-    made.note_mix(made.forecast(obs(MATCHES, (8,) * 9), 8))
-    usual = [share / 9 for share in made.forecast(obs(None, (8,) * 9), 8).rows]
-    seen, table = made.forecast(obs(None, CAPS), 8), acceptance.expected_tokens("eagle3")
+    made.note_mix(forecast(made, obs(MATCHES, (8,) * 9), 8))
+    usual = [share / 9 for share in forecast(made, obs(None, (8,) * 9), 8).rows]
+    seen, table = forecast(made, obs(None, CAPS), 8), acceptance.expected_tokens("eagle3")
     for k in range(9):
         short = sum(table[0, min(k, cap)] for cap in CAPS if cap < 8)
         whole = sum(share * table[bucket, k] for bucket, share in enumerate(usual))

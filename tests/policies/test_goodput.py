@@ -364,7 +364,7 @@ def test_what_was_prepared_for_a_plan_is_what_the_plan_would_compute(world):
             made._times._arms.clear()
             made._times._plain.clear()
             made._forecaster._known.clear()
-            made._ahead = None
+            made._basis = made._ahead = None
             return plan(seen)
 
         if forgets:
@@ -395,7 +395,7 @@ def test_planning_takes_microseconds(batch, limit_s):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"batch": 3, "caps": (8,) * 3}, {"caps": (8, 3)}, {"max_draft": 4}, {"matches": (0, 0)},
+        {"batch": 3, "caps": (8,) * 3}, {"max_draft": 4},
         {"drafters": ("eagle3", "suffix")}, {"pending_rows": {"eagle3": 9}},
     ],
 )  # fmt: skip
@@ -409,12 +409,15 @@ def test_a_plan_uses_what_was_weighed_ahead_for_steps_like_the_last_one_alone(ch
         decision = made.plan(usual)
         rows = RowOutcomes((decision.draft_k,) * 2, (min(decision.draft_k, 2),) * 2)
         made.observe(Outcome(decision, 2, rows, 0.010 + 0.001 * decision.draft_k, 0.0, False, 0))
-    ahead, fresh = made._ahead, made._steps.drafter
+    basis, fresh = made._basis, made._steps.drafter
 
-    assert ahead.is_for(usual, fresh)
-    assert ahead.is_for(replace(usual, step=9, version=2), fresh)
-    assert not ahead.is_for(usual, "another")
-    assert not ahead.is_for(replace(usual, **changes), fresh)
+    assert basis.is_for(usual, 8, fresh)
+    assert basis.is_for(replace(usual, step=9, version=2), 8, fresh)
+    assert not basis.is_for(usual, 8, "another")
+    changed = replace(usual, **changes)
+    assert not basis.is_for(changed, changed.longest(8), fresh)
 
+    made.start_from(made)
+    assert made._basis is made._ahead is None, "times may be others now"
     made.observe(Outcome(decision, 3, RowOutcomes((0,) * 3, (0,) * 3), 0.02, 0.0, False, 0))
-    assert made._ahead is None, "the next batch is another one"
+    assert made._basis is made._ahead is None, "the next batch is another one"

@@ -10,7 +10,7 @@ import pytest
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
 from policies.choice import Chooser
-from policies.forecast import Forecast
+from policies.forecast import Forecast, Outline
 from policies.index_alone import IndexAlone
 from tests.policies.simulated import (
     DRAFTERS,
@@ -30,7 +30,7 @@ def looked(*shares, batch=32, is_dense=True):
     """Looks that found these shares of rows with a match."""
     rival = IndexAlone()
     for share in shares:
-        rival.note([batch * (1 - share), batch * share], batch, is_dense=is_dense)
+        rival.note(np.array([batch * (1 - share), batch * share]), batch, is_dense=is_dense)
     for _ in range(2):  # the speed that it is compared with is that of the time before
         rival.learn(TOKENS, STEPS)
         rival.appraise()
@@ -64,11 +64,13 @@ def test_traffic_that_has_changed_is_followed_by_looks_now_and_then():
 
 def weighed(chooser, plain_lead):
     """A step with a drafter that is 1.5 times as fast as plain decoding."""
-    seen = Forecast(
-        1, (1,), 1, 1.0, {"eagle3": [0.0, 1.2]}, {"eagle3": [1.0, 1.8]}, {"eagle3": [1.0, 1.8]},
-        [1.0],
+    usual = Outline(
+        batch=1, max_k=1, plain_s=1.0, seconds={"eagle3": [0.0, 1.2]},
+        usual_tokens={"eagle3": [1.0, 1.8]}, expected={},
     )  # fmt: skip
-    choice = chooser.weigh(seen, "eagle3", {"eagle3": 0.5}, looked=False, plain_lead=plain_lead)
+    seen = Forecast(1, True, 1, 1.0, usual.seconds, usual.usual_tokens, np.ones(1))
+    footing = chooser.footing(usual, "eagle3", {"eagle3": 0.5}, plain_lead=plain_lead)
+    choice = chooser.weigh(seen, footing, looked=False)
     chooser.take(choice, seen, "eagle3")
     return choice.base
 

@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from policies.choice import Choice, Chooser
-from policies.forecast import PLAIN_ARM, Forecast
+from policies.forecast import PLAIN_ARM, Forecast, Outline
 from policies.ledger import Ledger
 from policies.probes import Explorer
 
 PLAIN_S = 0.001
 
 
-def forecast(speed):
+ROWS = np.array([1.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+
+
+def outline(speed):
     """Of one drafter with K = 1 that is so many times as fast as plain decoding."""
-    return Forecast(
-        batch=1, caps=(1,), max_k=1, plain_s=PLAIN_S, seconds={"eagle3": [PLAIN_S, 2 * PLAIN_S]},
-        tokens={"eagle3": [1.0, 2 * speed]}, usual_tokens={"eagle3": [1.0, 2 * speed]},
-        rows=[1.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+    return Outline(
+        batch=1, max_k=1, plain_s=PLAIN_S, seconds={"eagle3": [PLAIN_S, 2 * PLAIN_S]},
+        usual_tokens={"eagle3": [1.0, 2 * speed]}, expected={},
     )  # fmt: skip
 
 
+def forecast(seen):
+    """Of a step that is as usual."""
+    return Forecast(1, True, 1, PLAIN_S, seen.seconds, seen.usual_tokens, ROWS)
+
+
 def chosen(chooser, speed, fresh, catch_up_s=4 * PLAIN_S):
-    seen = forecast(speed)
-    choice = chooser.weigh(seen, fresh, {"eagle3": catch_up_s}, looked=False)
+    usual = outline(speed)
+    seen, footing = forecast(usual), chooser.footing(usual, fresh, {"eagle3": catch_up_s})
+    choice = chooser.weigh(seen, footing, looked=False)
     chooser.take(choice, seen, fresh)
     return choice
 
@@ -101,12 +110,11 @@ def test_plain_decoding_is_tried_where_an_index_drafts_in_every_step():
     """Its time is not known by that of drafts: a machine that is shared slows them differently."""
     ledger = Ledger(0.005)
     explorer = Explorer(0.05, 0, frozenset({"eagle3"}), ledger)
-    seen = forecast(0.5)._replace(
-        seconds={"suffix": [PLAIN_S, PLAIN_S]},
-        tokens={"suffix": [1.0, 1.5]},
-        usual_tokens={"suffix": [1.0, 1.5]},
+    usual = outline(0.5)._replace(
+        seconds={"suffix": [PLAIN_S, PLAIN_S]}, usual_tokens={"suffix": [1.0, 1.5]}
     )
-    choice = Chooser(1.01, {}, {"suffix"}).weigh(seen, "suffix", {})
+    seen, chooser = forecast(usual), Chooser(1.01, {}, {"suffix"})
+    choice = chooser.weigh(seen, chooser.footing(usual, "suffix", {}))
     assert choice.base == "none"
     assert choice.arm == ("suffix", 1)
     assert PLAIN_ARM in {option.arm for option in explorer.options(seen, choice)}
