@@ -246,9 +246,26 @@ def _problems(layer: _Layer) -> list[str]:
     try:
         _validated(tree)
     except ValidationError as error:
-        lines = [line for problem in error.errors() for line in _lines(layer.source, problem, tree)]
+        problems = error.errors()
+        # A value of one of several types has a problem with each: a limit says more than a type.
+        limited = {_key_of(problem) for problem in problems if not _is_of_type(problem)}
+        said = (p for p in problems if not _is_of_type(p) or _key_of(p) not in limited)
+        lines = [line for problem in said for line in _lines(layer.source, problem, tree)]
         return list(dict.fromkeys(lines))
     return []
+
+
+def _is_of_type(problem: Any) -> bool:
+    """The value is of another type, or none of some words."""
+    return str(problem["type"]).endswith(("_type", "_parsing", "literal_error"))
+
+
+def _key_of(problem: Any) -> str:
+    """The setting that a problem is about; the location may point into a list or at a type."""
+    parts = [str(part) for part in problem["loc"]]
+    while parts and ".".join(parts) not in _KEYS:
+        parts.pop()
+    return ".".join(parts)
 
 
 def _empty(source: str, values: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -270,15 +287,13 @@ def _lines(source: str, problem: Any, tree: dict[str, Any]) -> Iterator[str]:
         for key in _leaves(".".join(parts), problem["input"]):
             yield f"{source}: unknown key {_shown_key(key)!r}; {_hint(key)}"
         return
-    while ".".join(parts) not in _KEYS:  # the location may point into a list
-        parts.pop()
-    key, value = ".".join(parts), reduce(lambda node, part: node[part], parts, tree)
+    key = _key_of(problem)
+    value = reduce(lambda node, part: node[part], key.split("."), tree)
     if problem["type"] == "finite_number":
         yield f"{source}: {key!r} must be finite, got {value}"
         return
-    is_wrong_type = problem["type"].endswith(("_type", "_parsing", "literal_error"))
     said: str = problem["msg"].replace("Input should be", "must be")
-    must = f"must be {_type_text(_KEYS[key])}" if is_wrong_type else said
+    must = f"must be {_type_text(_KEYS[key])}" if _is_of_type(problem) else said
     yield f"{source}: {key!r} {must}, got {_value_text(key, value)}"
 
 

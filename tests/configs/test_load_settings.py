@@ -315,3 +315,16 @@ def test_a_bundled_path_is_found_from_any_directory(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     assert load_settings([], ["target=configs"], {}).target == "configs"
     assert load_settings([], ["target=ORG/no-such"], {}).target == "ORG/no-such"
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("2", "must be less than or equal to 1, got int (2)"),
+        ("fast", "must be float or one of 'auto', got str ('fast')"),
+    ],
+)
+def test_a_value_of_one_of_two_types_is_told_its_limit_alone(value, said):
+    with pytest.raises(SettingsError) as caught:
+        load_settings([], [f"trainer.duty={value}"], {})
+    assert str(caught.value) == f"--set: 'trainer.duty' {said}"
