@@ -25,11 +25,11 @@ def test_what_launches_is_counted_and_views_are_not():
 @pytest.mark.parametrize(
     ("kind", "most", "most_of_many"),
     [
-        ("eagle3", 45, 60),
-        ("p_eagle", 20, 27),
-        ("dflash", 17, 23),
-        ("mtp", 52, 64),
-        ("draft_model", 47, 59),
+        ("eagle3", 49, 60),
+        ("p_eagle", 22, 27),
+        ("dflash", 18, 23),
+        ("mtp", 56, 64),
+        ("draft_model", 51, 59),
     ],
 )
 def test_a_fused_draft_is_few_launches(kind, most, most_of_many):
