@@ -27,12 +27,17 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from enum import Enum
 from operator import mul
 from statistics import fmean
 from typing import Any
 
-_BLOCK_ROUNDS = 16
+_BLOCK_ROUNDS, _BLOCK_STEPS = 16, 2
+"""Least rounds and steps of a block. Whenever weights come back, the rows of all requests are
+computed again, which takes longer the more requests there are: windows of a dozen steps would make
+drafting seem as slow as that, and a policy that believes it hardly drafts after a swap but in
+trials."""
 _MIN_BLOCKS = 6
 """Minimum blocks in a window before it is tested."""
 _MIDDLE = 0.7
@@ -72,6 +77,31 @@ class Action(Enum):
     """The new version stays."""
 
 
+@dataclass(slots=True)
+class _Block:
+    """The block that is being filled."""
+
+    tokens: float = 0.0
+    num_rounds: int = 0
+    num_steps: int = 0
+    usual_rounds: int = _BLOCK_ROUNDS
+    """Rounds of the last one that was full."""
+
+    def begin(self) -> None:
+        self.tokens, self.num_rounds, self.num_steps = 0.0, 0, 0
+
+    def add(self, tokens_per_step: float, rounds: int) -> float | None:
+        """Add a step; return the mean of the block once it is full."""
+        self.tokens += tokens_per_step * rounds
+        self.num_rounds += rounds
+        self.num_steps += 1
+        if self.num_rounds < _BLOCK_ROUNDS or self.num_steps < _BLOCK_STEPS:
+            return None
+        mean, self.usual_rounds = self.tokens / self.num_rounds, self.num_rounds
+        self.begin()
+        return mean
+
+
 class SwapWatch:
     """Watches one learning drafter; takes one observation for each step in which it drafted."""
 
@@ -94,7 +124,7 @@ class SwapWatch:
         self._new: int | None = None
         self._former: int | None = None
         self._version: int | None = None
-        self._filling: tuple[float, int] = (0.0, 0)
+        self._block = _Block()
         self._recent: deque[float] = deque(maxlen=self._num_blocks)
         self._reference: list[float] = []
         self._trial: list[float] = []
@@ -132,7 +162,7 @@ class SwapWatch:
         if version != self._version and version not in self._left_behind():
             self._begin(version)
         is_late = version != self._version
-        block = None if is_late else self._fill(1 + num_accepted / rounds, rounds)
+        block = None if is_late else self._block.add(1 + num_accepted / rounds, rounds)
         if block is None:
             return Action.KEEP_GOING
         self._recent.append(block)
@@ -169,18 +199,8 @@ class SwapWatch:
 
     def _switch_to(self, version: int | None) -> None:
         self._version = version
-        self._filling = (0.0, 0)
+        self._block.begin()
         self._recent.clear()
-
-    def _fill(self, tokens_per_step: float, rounds: int) -> float | None:
-        """Add rounds to the current block; return its mean once it is full."""
-        total, count = self._filling
-        total, count = total + tokens_per_step * rounds, count + rounds
-        if count < _BLOCK_ROUNDS:
-            self._filling = (total, count)
-            return None
-        self._filling = (0.0, 0)
-        return total / count
 
     def _watch(self) -> Action:
         if len(self._recent) < _MIN_BLOCKS:
@@ -237,7 +257,7 @@ class SwapWatch:
 
     def _is_sound(self, new: Sequence[float], former: Sequence[float]) -> bool:
         """It is certain that the version did not lose too much."""
-        return _sigmas_below(new, former, 1 - _MIDDLE * self._max_drop) < -_KEEP_SIGMA
+        return self._sigmas_below(new, former, 1 - _MIDDLE * self._max_drop) < -_KEEP_SIGMA
 
     def _is_worse(self, new: Sequence[float]) -> bool:
         """It is certain that it did; or, at the end, much likelier than not."""
@@ -245,7 +265,7 @@ class SwapWatch:
             return False
         enough = _END_SIGMA if self._num_trials == MAX_TRIALS else _LOST_SIGMA
         confirmed = new[self._num_watched :]  # traffic may have shifted in the first window
-        return _sigmas_below(confirmed, self._trial, 1 - _MIDDLE * self._max_drop) > enough
+        return self._sigmas_below(confirmed, self._trial, 1 - _MIDDLE * self._max_drop) > enough
 
     def _is_far_worse_already(self) -> bool:
         """What was seen before this trial is over is enough to end it."""
@@ -261,21 +281,23 @@ class SwapWatch:
 
     def _sigmas_lost(self, new: Sequence[float], former: Sequence[float]) -> float:
         """Standard errors beyond ``max_drop``."""
-        return _sigmas_below(new, former, 1 - self._max_drop)
+        return self._sigmas_below(new, former, 1 - self._max_drop)
+
+    def _sigmas_below(self, new: Sequence[float], former: Sequence[float], keep: float) -> float:
+        """Standard errors by which ``new`` is below ``keep * former``."""
+        variance = _block_variance(self._block.usual_rounds, new, former)
+        error = math.sqrt(variance * (1 / len(new) + keep**2 / len(former)))
+        return (keep * fmean(former) - fmean(new)) / error
 
 
-def _sigmas_below(new: Sequence[float], former: Sequence[float], keep: float) -> float:
-    """Standard errors by which ``new`` is below ``keep * former``."""
-    variance = _block_variance(new, former)
-    error = math.sqrt(variance * (1 / len(new) + keep**2 / len(former)))
-    return (keep * fmean(former) - fmean(new)) / error
-
-
-def _block_variance(*windows: Sequence[float]) -> float:
+def _block_variance(block_rounds: int, *windows: Sequence[float]) -> float:
     """Variance of a block's mean, raised for the correlation between blocks near each other.
 
     Pooled over the windows and, since they are short, shrunk towards usual values: a round's
     standard deviation is half its mean.
+
+    Args:
+        block_rounds: of a block.
     """
     squares, lagged, num = 0.0, 0.0, 0
     for blocks in windows:
@@ -286,7 +308,7 @@ def _block_variance(*windows: Sequence[float]) -> float:
             lagged += _sum_of_products(deviations[:-lag], deviations[lag:])
         num += len(blocks) - 1
     level = fmean(value for blocks in windows for value in blocks)
-    usual = (0.5 * level) ** 2 / _BLOCK_ROUNDS
+    usual = (0.5 * level) ** 2 / block_rounds
     variance = (squares + _PRIOR_BLOCKS * usual) / (num + _PRIOR_BLOCKS)
     measured = lagged / squares if squares else 0.0
     prior = _PRIOR_LAG_BLOCKS * _PRIOR_CORRELATION

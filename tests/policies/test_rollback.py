@@ -99,8 +99,10 @@ def test_a_version_that_is_clearly_worse_than_max_drop_goes(acceptance, batch):
 
 
 def drive(watch, version, accepted, blocks):
-    """Observe equal blocks of 16 rounds at K = 4; the first action other than KEEP_GOING."""
-    actions = [watch.observe(version, 64, round(16 * accepted), 16) for _ in range(blocks)]
+    """Observe equal blocks of four steps of four requests at K = 4; the first action other than
+    KEEP_GOING."""
+    kept_each = [round(16 * accepted) // 4 + (i < round(16 * accepted) % 4) for i in range(4)]
+    actions = [watch.observe(version, 16, kept, 4) for kept in kept_each * blocks]
     return next((action for action in actions if action is not Action.KEEP_GOING), None)
 
 
@@ -180,3 +182,23 @@ def test_arguments_out_of_range_are_refused():
         SwapWatch(0, 0.15)
     with pytest.raises(ValueError, match=r"num_accepted 5 is not in 0\.\.4"):
         SwapWatch(10, 0.15).observe(0, 4, 5, 1)
+
+
+def steps_until(action, watch, version, batch):
+    """Steps of a version until the watch asks for this; version 8 accepts an eighth less."""
+    for step in range(2000):
+        accepted = (3 if version == 7 or step % 2 else 2) * batch
+        if watch.observe(version, 4 * batch, accepted, batch) is action:
+            return step + 1
+    raise AssertionError(f"never {action}")
+
+
+@pytest.mark.parametrize("batch", [1, 8, 32, 64])
+def test_a_trial_lasts_two_dozen_steps_however_many_requests_there_are(batch):
+    """Weights that come back make the server compute all rows of all requests again."""
+    watch = SwapWatch(200, 0.15)
+    for _ in range(400):
+        watch.observe(7, 4 * batch, 3 * batch, batch)
+    steps_until(Action.TRY_FORMER, watch, 8, batch)
+    assert steps_until(Action.RETURN_TO_NEW, watch, 7, batch) >= 24
+    assert steps_until(Action.TRY_FORMER, watch, 8, batch) >= 24
