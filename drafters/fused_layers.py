@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +34,52 @@ Attend = Callable[[int, Tensor], Tensor]
 """(layer, queries [T, Hq, D]) -> [T, Hq, D]. The rows' keys and values are already in their
 slots."""
 
+
+class Follows(Protocol):
+    """Fused passes of a drafter."""
+
+    def follow(self) -> None:
+        """The module's weights were overwritten: make copies of them again."""
+
+
+FusedT = TypeVar("FusedT", bound=Follows)
+
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _WIDEST = 16_384
+
+
+class Fusable(Generic[FusedT]):
+    """A neural drafter whose passes can run our operations instead of its module's own code."""
+
+    _fused: FusedT | None = None
+
+    def fuse(self, num_positions: int, **options: Any) -> str | None:
+        """See ``NeuralDrafter.fuse``.
+
+        Args:
+            options: passed to what computes the passes, e.g. ``FusedEagle3``.
+        """
+        reason = self._why_not_fused()
+        if reason is None:
+            self._fused = self._make_fused(num_positions, **{"packs": True, **options})
+        return reason
+
+    def _why_not_fused(self) -> str | None:
+        """``None`` if our operations compute what the module does."""
+        raise NotImplementedError
+
+    def _make_fused(self, num_positions: int, **options: Any) -> FusedT:
+        raise NotImplementedError
+
+    def follow_weights(self) -> None:
+        """See ``drafters.protocol.FollowsWeights``."""
+        if self._fused is not None:
+            self._fused.follow()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether passes run our operations instead of the module's own code."""
+        return self._fused is not None
 
 
 def why_not_fused(

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from drafters import fused_layers
 from drafters.eagle3.fused import FusedEagle3, supports_first_layer
 from drafters.eagle3.model import Attend, Eagle3, Eagle3Config
-from drafters.fused_layers import FusedLayers, Parts, norm_of
+from drafters.fused_layers import Fusable, FusedLayers, Parts, norm_of
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.rotary import rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
@@ -284,7 +284,7 @@ def _fused_layer(layer: _Layer, heads: Heads) -> Layer:
     )
 
 
-class PagedPEagle:
+class PagedPEagle(Fusable[FusedPEagle]):
     """One drafter module, its KV pool and its version. A ``NeuralDrafter``."""
 
     kind = "p_eagle"
@@ -311,29 +311,12 @@ class PagedPEagle:
         )  # fmt: skip
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
-        self._fused: FusedPEagle | None = None
 
-    def fuse(self, num_positions: int, **options: Any) -> str | None:
-        """See ``NeuralDrafter.fuse``.
+    def _why_not_fused(self) -> str | None:
+        return supports(self.module, self.embed)
 
-        Args:
-            options: passed to ``FusedPEagle``.
-        """
-        reason = supports(self.module, self.embed)
-        if reason is None:
-            options = {"packs": True, **options}
-            self._fused = FusedPEagle(self.module, self.embed, num_positions, **options)
-        return reason
-
-    def follow_weights(self) -> None:
-        """See ``drafters.protocol.FollowsWeights``."""
-        if self._fused is not None:
-            self._fused.follow()
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether passes run our operations instead of the module's own code."""
-        return self._fused is not None
+    def _make_fused(self, num_positions: int, **options: Any) -> FusedPEagle:
+        return FusedPEagle(self.module, self.embed, num_positions, **options)
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
         """See ``NeuralDrafter.observe``."""

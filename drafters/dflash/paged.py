@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from drafters.dflash.fused import FusedDFlash, supports
 from drafters.dflash.model import DFlash, DFlashConfig
+from drafters.fused_layers import Fusable
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass, Places
@@ -40,7 +41,7 @@ Passes = list[DecodePass | PagedPass]
 """What each layer's attention sees."""
 
 
-class PagedDFlash:
+class PagedDFlash(Fusable[FusedDFlash]):
     """One drafter module, its KV pool and its version. A ``NeuralDrafter``."""
 
     kind = "dflash"
@@ -72,29 +73,12 @@ class PagedDFlash:
         )
         self._heads_per_key = c.num_heads // c.num_kv_heads
         self._mask = torch.tensor([c.mask_token_id], device=weight.device)
-        self._fused: FusedDFlash | None = None
 
-    def fuse(self, num_positions: int, **options: Any) -> str | None:
-        """See ``NeuralDrafter.fuse``.
+    def _why_not_fused(self) -> str | None:
+        return supports(self.module, self.embed)
 
-        Args:
-            options: passed to ``FusedDFlash``.
-        """
-        reason = supports(self.module, self.embed)
-        if reason is None:
-            options = {"packs": True, **options}
-            self._fused = FusedDFlash(self.module, self.embed, num_positions, **options)
-        return reason
-
-    def follow_weights(self) -> None:
-        """See ``drafters.protocol.FollowsWeights``."""
-        if self._fused is not None:
-            self._fused.follow()
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether passes run our operations instead of the module's own code."""
-        return self._fused is not None
+    def _make_fused(self, num_positions: int, **options: Any) -> FusedDFlash:
+        return FusedDFlash(self.module, self.embed, num_positions, **options)
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
         """See ``NeuralDrafter.observe``: keeps the context, and returns the tokens' embeddings."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
+from drafters.fused_layers import Fusable
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
@@ -43,7 +44,7 @@ class FusedPass(Protocol):
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor: ...
 
 
-class PagedEagle3:
+class PagedEagle3(Fusable[FusedPass]):
     """One drafter module, its KV pool and its version. A ``NeuralDrafter``."""
 
     kind = "eagle3"
@@ -72,34 +73,12 @@ class PagedEagle3:
         self._heads_per_key = c.num_heads // c.num_kv_heads
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
-        self._fused: FusedPass | None = None
-
-    def fuse(self, num_positions: int, **options: Any) -> str | None:
-        """See ``NeuralDrafter.fuse``.
-
-        Args:
-            options: passed to what computes the passes, e.g. ``FusedEagle3``.
-        """
-        reason = self._why_not_fused()
-        if reason is None:
-            self._fused = self._make_fused(num_positions, **{"packs": True, **options})
-        return reason
 
     def _why_not_fused(self) -> str | None:
         return supports(self.module, self.embed)
 
     def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
         return FusedEagle3(self.module, self.embed, num_positions, **options)
-
-    def follow_weights(self) -> None:
-        """See ``drafters.protocol.FollowsWeights``."""
-        if self._fused is not None:
-            self._fused.follow()
-
-    @property
-    def is_fused(self) -> bool:
-        """Whether passes run our operations instead of the module's own code."""
-        return self._fused is not None
 
     def propose(
         self,
