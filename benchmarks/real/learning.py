@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -83,7 +83,7 @@ def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
         (
             n
             for n in range(WINDOW, len(answers))
-            if _tokens_per_step(answers[n - WINDOW : n]) >= GOOD_TOKENS
+            if tokens_per_step(answers[n - WINDOW : n]) >= GOOD_TOKENS
         ),
         None,
     )
@@ -184,7 +184,7 @@ def _made_of(
     )
     return {
         "seconds": until_s - from_s,
-        "tokens_per_step": _tokens_per_step(answers),
+        "tokens_per_step": tokens_per_step(answers),
         "draft_tokens_per_step": sum(s["num_proposed"] for s in spent) / steps,
         "request_steps_per_s": steps / (until_s - from_s),
         "trainer_share": worked_s / (until_s - from_s) if work else None,
@@ -199,7 +199,8 @@ def _tokens_per_s(answers: list[dict[str, Any]]) -> float:
     return float(tokens / seconds)
 
 
-def _tokens_per_step(answers: list[dict[str, Any]]) -> float:
+def tokens_per_step(answers: Sequence[Mapping[str, Any]]) -> float:
+    """Of all steps of some recorded answers, each request counting as one."""
     spent = [answer["acceptance"] for answer in answers]
     return 1 + sum(s["num_accepted"] for s in spent) / sum(s["num_steps"] for s in spent)
 

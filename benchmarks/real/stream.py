@@ -43,6 +43,7 @@ from benchmarks.harness.results import (
     write_result,
     write_rows,
 )
+from benchmarks.real.learning import tokens_per_step
 
 SOURCE = "python -m benchmarks.real.stream"
 WINDOW = 500
@@ -75,7 +76,7 @@ def arm_of(recording: Mapping[str, Any], arm: str) -> Arm:
     replays = [one for one in recording["replays"] if one["arm"] == arm]
     for domain in {one["domain"] for one in replays}:
         own = [one for one in replays if one["domain"] == domain]
-        per_step[domain] = _tokens(own) / sum(one["acceptance"]["num_steps"] for one in own)
+        per_step[domain] = tokens_per_step(own)
         per_s[domain] = sum(len(one["token_ids"]) for one in own) / sum(o["share_s"] for o in own)
     if not replays:
         raise ValueError(f"this demo has not replayed the arm {arm!r}")
@@ -140,7 +141,7 @@ def stream_figures(recording: Mapping[str, Any]) -> dict[str, Any]:
     }
     below = {name: requests_below(by_phase[name], static) for name in phases[1:]}
     peak = max(rolling(first, WINDOW, None), default=None)
-    again = _per_step(others[-1])
+    again = tokens_per_step(others[-1])
     return {
         "requests": len(recording["answers"]),
         "failed_requests": recording["failed_requests"],
@@ -159,10 +160,6 @@ def stream_figures(recording: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _per_step(answers: Answers) -> float:
-    return _tokens(answers) / sum(one["acceptance"]["num_steps"] for one in answers)
-
-
 def curve(answers: Answers, arm: Arm) -> list[dict[str, Any]]:
     """A point for every ``CURVE`` answers."""
     parts = [answers[n : n + CURVE] for n in range(0, len(answers), CURVE)]
@@ -172,7 +169,7 @@ def curve(answers: Answers, arm: Arm) -> list[dict[str, Any]]:
             "phase": part[0]["phase"],
             "at_s": part[0]["finished_s"],
             "version": part[0]["version"],
-            "tokens_per_step": _per_step(part),
+            "tokens_per_step": tokens_per_step(part),
             "over_static": over(part, arm),
         }
         for n, part in enumerate(parts)
