@@ -32,6 +32,8 @@ ALIVE_S = 10.0
 """A server with requests whose last pass is older has stopped or was killed."""
 LOOK_S = 1.0
 """After so long without a pass, and as often, it is looked whether another server has begun."""
+_LEFT_S = 60.0
+"""A file that nobody holds was left behind by a server that was killed, if it is older."""
 _MAGIC = 0x534C_4F41_4400_0001
 _VALUES = struct.Struct("<QQQdQd64pQ")
 """Magic number, passes, tokens, seconds, running requests, monotonic time, device, passes again."""
@@ -137,6 +139,7 @@ def open_writer(run_dir: Path, device: str, memory: Path = MEMORY) -> LoadWriter
         os.close(descriptor)
         log.info("the load is not published (%s); a trainer beside this server is not held", error)
         return LoadWriter(None, device)
+    _remove_left(memory, path)
     writer = LoadWriter(mapped, device)
     writer._leave = weakref.finalize(writer, _leave, os.getpid(), path, descriptor)
     return writer
@@ -148,6 +151,25 @@ def _leave(process: int, path: Path, descriptor: int) -> None:
         with contextlib.suppress(OSError):
             path.unlink()
     with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def _remove_left(memory: Path, own: Path) -> None:
+    """Remove what servers of other runs left behind: a run that is not served again keeps its file
+    for ever."""
+    for path in memory.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):  # it is held, or gone
+            if path != own:
+                _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    descriptor = open_regular(path)
+    try:
+        if _is_own(descriptor) and time.time() - os.fstat(descriptor).st_mtime > _LEFT_S:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    finally:
         os.close(descriptor)
 
 

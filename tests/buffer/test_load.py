@@ -69,6 +69,29 @@ def test_only_one_server_of_a_run_publishes_and_leaves_nothing_behind(
     first.passed(tokens=2, running=1)  # after the end: nothing happens
 
 
+def test_what_killed_servers_left_behind_is_removed(
+    places: tuple[Path, Path], tmp_path: Path
+) -> None:
+    left, fresh, other = (places[1] / f"slipstream.load-1-{name}" for name in "abc")
+    foreign = places[1] / "somebody-elses"
+    for path in (left, fresh, other, foreign):
+        path.write_bytes(bytes(120))
+    held = open_writer(tmp_path / "another run", DEVICE, places[1])
+    held_path = path_of(tmp_path / "another run", places[1])
+    other.unlink()
+    other.mkdir()  # whatever it is, it stops nobody
+    for path in (left, other, foreign, held_path):
+        os.utime(path, (1.0, 1.0))
+
+    writer = written(places)
+
+    assert not left.exists(), "nobody holds it"
+    assert fresh.exists(), "a server may just be about to hold it"
+    assert held_path.exists() and foreign.exists() and other.exists()
+    writer.close()
+    held.close()
+
+
 def test_a_reader_finds_the_next_server(places: tuple[Path, Path]) -> None:
     writer, reader = written(places), LoadReader(*places)
     writer.passed(tokens=1, running=0)
