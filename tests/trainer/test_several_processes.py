@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -191,7 +192,11 @@ torch.save(found, {str(tmp_path / "found")!r})
     assert resumed == pytest.approx(losses_of(alone, batches[:5]), abs=2e-4)
 
 
-def test_a_dead_process_ends_the_other_in_words(world: World, tmp_path: Path) -> None:
+def test_a_dead_process_ends_the_other_in_words(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Now and then gloo does not see that a connection was closed, and waits as long as it may.
+    monkeypatch.setattr("trainer.group._PATIENCE", timedelta(seconds=120))
     with with_worker(world, tmp_path / "worker", **SETTINGS) as (group, worker):
         first = learner_of(world, group, **SETTINGS)
         batch, *rest = batches_of(world, first, 40)
