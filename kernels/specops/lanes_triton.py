@@ -123,8 +123,7 @@ def open_round(
         ValueError: the state, or a row of the inputs, has the wrong dtype or is not contiguous.
     """
     _check_state(state)
-    if inputs_RI.dtype != torch.int64 or inputs_RI.stride(1) != 1:
-        raise ValueError(f"inputs must be rows of int64, got {inputs_RI.dtype}")
+    _check_rows("inputs", inputs_RI)
     num_requests, num_query, device = len(inputs_RI), num_draft + 1, inputs_RI.device
     num_fields, num_lanes = state.ints_FL.shape
     num_reals, num_pages = len(state.floats_3L), state.pages_LP.shape[1]
@@ -160,6 +159,16 @@ def open_round(
         QUERY_UP=_places(num_query), PAGES=_PAGES, IS_GIVEN=is_given, num_warps=4,
     )  # fmt: skip
     return opened
+
+
+def _check_rows(name: str, rows: Tensor) -> None:
+    """Refuse a matrix whose rows are not int64, or whose rows' elements are not adjacent. The
+    stride of a single column means nothing, and torch leaves any value there."""
+    is_adjacent = rows.shape[1] < 2 or rows.stride(1) == 1
+    if rows.dtype != torch.int64 or not is_adjacent:
+        raise ValueError(
+            f"{name} must be rows of adjacent int64, got {rows.dtype} of strides {rows.stride()}"
+        )
 
 
 def _check_state(state: LaneState) -> None:
@@ -280,8 +289,7 @@ def close_round(
         if tensor is not None and not (tensor.dtype == dtype and tensor.is_contiguous()):
             raise ValueError(f"a verdict must be contiguous {dtype}, got {tensor.dtype}")
     for name, rows in (("drafts", draft_RK), ("outputs", outputs_RC)):
-        if rows.dtype != torch.int64 or (rows.numel() and rows.stride(1) != 1):
-            raise ValueError(f"{name} must be rows of int64, got {rows.dtype}")
+        _check_rows(name, rows)
 
     def empty(*shape: int, dtype: torch.dtype = torch.int64) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=draft_RK.device)

@@ -154,6 +154,20 @@ def test_rounds_close_alike(chosen, num_draft, kind, by, device):
     assert (outputs[0] == -1).all() and (outputs[1 + len(chosen) :] == -1).all()
 
 
+@pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)
+def test_single_drafts_that_were_chosen_by_position_are_rows(by, device):
+    """[1, R] ids, transposed, have a stride of R between columns and pass for contiguous."""
+    found = []
+    for laid_out in (lambda ids: ids.contiguous(), lambda ids: torch.stack([ids[:, 0]]).t()):
+        state, inputs = state_of(device), inputs_of([2, 5, 1], device)
+        opened = lanes.open_round(state, inputs, 1, PAGE, Rule.BLOCK, is_given=True)
+        outputs = torch.full((3, Column.TOKENS + 3 * MOST), -1, device=device)
+        best, _ = verdict_of("greedy", opened, opened.given_RK, device)
+        by.close_round(state, opened, laid_out(opened.given_RK), best, None, outputs)
+        found.append(outputs)
+    assert torch.equal(*found)
+
+
 @pytest.mark.parametrize(
     "close", [lanes.close_round, lanes_host.close_round, lanes_triton.close_round]
 )
