@@ -29,6 +29,8 @@ _DOUBT = 1.0
 """Standard deviations by which a drafter must be slower than plain decoding to be left for it."""
 _RATE_GAIN = 0.02
 """Gain of moving averages over steps."""
+_MOST_SAVED = 0.9
+"""Largest share of their time that steps are believed to have saved."""
 
 
 class Footing(NamedTuple):
@@ -128,8 +130,8 @@ class Chooser:
         self._needing = needing
         self.base = "none"
         self._leads: dict[str, float] = dict.fromkeys(("none", *rows), 1.0)
-        """Speed of each base with its interruptions, relative to the base alone, when it was the
-        base last."""
+        """Speed of each base with its interruptions and what finding them takes, relative to the
+        base alone, when it was the base last."""
         self._broken = dict.fromkeys(rows, 0.0)
         """Share of the steps of each neural drafter and mix that come right after an interruption
         where it is the base; what is not the base any more is slowly forgotten."""
@@ -155,7 +157,7 @@ class Chooser:
             plain_lead: speed of plain decoding with an index, relative to plain decoding alone.
         """
         base, alone = self._best_base(outline, catch_up_s, overhead_s, spread, plain_lead)
-        speed = alone * self._leads[base]
+        speed = alone * self._lead(base)
         charges = self._charges(base, outline, fresh, catch_up_s)
         least = speed if base != "none" else speed * self._margin
         worth = {
@@ -196,19 +198,38 @@ class Chooser:
             charges_s = {drafter: charges_s[drafter] for drafter in values}
         return Choice(arm, base, footing.speed, values, charges_s, seen.plain_s, footing.alone)
 
-    def take(self, choice: Choice, seen: Forecast, fresh: str) -> None:
-        """Go on from a choice: its base is kept, and whether it interrupts that is noted."""
+    def take(self, choice: Choice, seen: Forecast, fresh: str, look_s: float = 0.0) -> None:
+        """Go on from a choice: its base is kept, and whether it interrupts that is noted.
+
+        Args:
+            look_s: seconds that the look at the matches of this step takes; 0 without one.
+        """
         self.base = choice.base
         tokens, seconds = seen.arm(choice.arm)
-        lead = self._leads[self.base]
-        lead += _RATE_GAIN * (max(1.0, tokens / seconds / choice.alone) - lead)
-        self._leads[self.base] = lead
+        reached = tokens / (seconds + look_s) / choice.alone
+        self._leads[self.base] += _RATE_GAIN * (reached - self._leads[self.base])
         for drafter, share in self._broken.items():
             if drafter != self.base:
                 self._broken[drafter] = (1 - _RATE_GAIN) * share
             elif choice.arm[0] == self.base:
                 is_broken = not self.goes_on(self.base, fresh)
                 self._broken[drafter] = share + _RATE_GAIN * (is_broken - share)
+
+    def rested(self, num_steps: int, saved: float) -> None:
+        """Take in steps that no choice was made for: they are most steps of a base that is seldom
+        interrupted, and without them the few that are would seem to be the rule.
+
+        Args:
+            saved: plain steps' worth of time that interruptions among them have saved, at the speed
+                reached with them, beyond what finding them took.
+        """
+        if not num_steps:
+            return
+        kept = (1 - _RATE_GAIN) ** num_steps
+        reached = 1 / (1 - min(saved / num_steps, _MOST_SAVED))
+        self._leads[self.base] = kept * self._leads[self.base] + (1 - kept) * reached
+        for drafter in self._broken:
+            self._broken[drafter] *= kept
 
     def _best_base(
         self,
@@ -238,7 +259,7 @@ class Chooser:
         own = speeds[base]
         if base == "none":
             entry = 1 + catch_up_s.get(best, 0.0) / seen.plain_s / _STAY_STEPS
-            reached = speeds[best] * self._leads[best]
+            reached = speeds[best] * self._lead(best)
             if (
                 best != "none"
                 and speeds[best] > plain * self._margin * entry
@@ -255,13 +276,17 @@ class Chooser:
     def plain_lead(self) -> float:
         """Speed of plain decoding with its interruptions, relative to plain decoding alone, while
         it is the base; otherwise 1."""
-        return self._leads["none"] if self.base == "none" else 1.0
+        return self._lead("none") if self.base == "none" else 1.0
+
+    def _lead(self, base: str) -> float:
+        """A base that is not interrupted is at least as fast as it is alone."""
+        return max(self._leads[base], 1.0)
 
     def _is_left(
         self, base: str, own: float, plain: float, plain_lead: float, spread: Callable[[], float]
     ) -> bool:
         """Whether a drafter is left for plain decoding, or for plain decoding with an index."""
-        if plain * plain_lead > own * self._leads[base] * _RIVAL:
+        if plain * plain_lead > own * self._lead(base) * _RIVAL:
             return True
         least = plain * (1 + (self._margin - 1) / 2)
         return own < least and own * (1 + _DOUBT * spread()) < least

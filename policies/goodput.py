@@ -43,6 +43,9 @@ from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
+_SETTLE_STEPS = 10
+"""Steps between a swap and the trial of its weights: the server is busy with the swap for some
+milliseconds, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
@@ -60,10 +63,14 @@ class _Steps:
         """What the last plan was for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
-        self.untried: set[str] = set()
-        """Neural drafters whose weights changed, and that have not drafted since."""
+        self.untried: dict[str, int] = {}
+        """Neural drafters whose weights changed, and that have not drafted since; with the number
+        of decisions until then."""
+        self.num = 0
+        """Decisions."""
 
     def note(self, decision: Decision) -> Decision:
+        self.num += 1
         self.drafter = decision.drafter
         self.counts[decision.reason] += 1
         return decision
@@ -187,13 +194,13 @@ class GoodputPolicy:
             return None
         if drafter in self._picker.mixes:  # who drafts for which request is planned
             return None
-        if self._kinds.matching and self._rest.pays:
+        on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
+        if self._kinds.matching and self._rest.pays and not on_trial:
             return None
         if not self._explorer.goes_on_unplanned(changes):
             return None
         self._explorer.take(stretch)
         seconds = self._times.arm_times(drafter, batch)[k - 1] if k else plain_s
-        on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
         note = Predicted(self._steps.tokens, seconds, False, {}, on_trial)
         decision = Decision(drafter, k, 1.0, True, "probe", "goodput", note=note)
         return self._steps.note(decision)
@@ -216,7 +223,7 @@ class GoodputPolicy:
             # What looks find decides how fast plain decoding is with an index.
             self._basis = self._ahead = None
             self._rest.note_matches(rows, obs.batch)
-            self._rest.note_find(gain)
+            self._rest.note_glance(gain)
             return self._resting(arm)
         self._lessons.learn_gathered()
         return self._steps.note(self._decide(obs))
@@ -254,7 +261,8 @@ class GoodputPolicy:
         self._rest.reset()
         self._basis = self._ahead = None
         self._explorer.under_way = None
-        self._steps.untried.update({drafter} & self._kinds.neural)
+        if drafter in self._kinds.neural:
+            self._steps.untried[drafter] = self._steps.num
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
@@ -283,7 +291,8 @@ class GoodputPolicy:
         if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
-        self._chooser.take(choice, seen, self._steps.drafter)
+        look_s = 0.0 if obs.matches is None else self._rest.look_share * seen.plain_s
+        self._chooser.take(choice, seen, self._steps.drafter, look_s)
         if obs.matches is not None and self._needs_no_look(choice.arm[0]):
             self._forecaster.note_mix(seen)
         self._steps.best = ahead.draft
@@ -302,6 +311,7 @@ class GoodputPolicy:
 
     def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""
+        self._chooser.rested(*self._rest.rested())
         outline = self._forecaster.outline(obs, max_k, may_match=may_match)
         fresh = self._steps.drafter
         catch_up_s = {
@@ -377,12 +387,15 @@ class GoodputPolicy:
         machine. If either is wrong, only drafting can tell, and the explorer's draws may come no
         sooner than the next swap.
         """
-        for kind in sorted(self._steps.untried & seen.seconds.keys()):
+        untried = self._steps.untried
+        for kind in sorted(untried.keys() & seen.seconds.keys()):
             if choice.base == kind or choice.arm[0] == kind:
-                self._steps.untried.discard(kind)
+                del untried[kind]
+                continue
+            if self._steps.num - untried[kind] < _SETTLE_STEPS:
                 continue
             if (stretch := self._explorer.trial(choice.best_of(kind), choice)) is not None:
-                self._steps.untried.discard(kind)
+                del untried[kind]
                 return stretch
         return None
 

@@ -89,6 +89,9 @@ class Rest:
         """What is done meanwhile."""
         self.num_since = 1
         """Steps since the last plan."""
+        self._num_rested, self._saved = 0, 0.0
+        """Steps without a plan that ``rested`` has not told of, and plain steps' worth of time that
+        looks alone have saved in these."""
         self.gathered = Gathered()
         """Outcomes of steps without a plan."""
         self.glance: Glance | None = None
@@ -108,7 +111,7 @@ class Rest:
         return self._finds[is_plain].mean >= self._look_cost(is_plain=is_plain)
 
     def _look_cost(self, *, is_plain: bool) -> float:
-        cost = self._costs[True].mean + self.look_time.hidden
+        cost = self.look_share
         if not is_plain:
             return cost
         planned = self._costs[False].mean
@@ -117,6 +120,11 @@ class Rest:
         else:
             alone = max(cost - planned, 0.0)
         return min(cost, alone + planned / max(self._num_steps(planned), 1))
+
+    @property
+    def look_share(self) -> float:
+        """Time that a plan with a look takes, as a share of a plain step."""
+        return self._costs[True].mean + self.look_time.hidden
 
     @property
     def plain_lead(self) -> float:
@@ -206,6 +214,18 @@ class Rest:
         self._finds[self.is_plain].add(share)
         self.num_unlooked = 0
 
+    def note_glance(self, share: float) -> None:
+        """Take in a look that needed no plan, likewise."""
+        self.note_find(share)
+        self._saved += share - self._glances.mean - self.look_time.hidden
+
+    def rested(self) -> tuple[int, float]:
+        """Steps without a plan since this was asked last, and what looks alone have saved in them,
+        in plain steps."""
+        found = self._num_rested, self._saved
+        self._num_rested, self._saved = 0, 0.0
+        return found
+
     def note_matches(self, rows: Floats, batch: int) -> None:
         """Take in the matches that a look found; before ``note_find``.
 
@@ -228,6 +248,7 @@ class Rest:
         self._stepped(looked=False)
         self.left = max(self.left - 1, 0)
         self.num_since += 1
+        self._num_rested += 1
         self.num_unlooked += 1
         return self.arm
 
@@ -258,9 +279,9 @@ class Rest:
         }
 
     def reset(self) -> None:
-        """Forget what looks found: other weights draft now."""
+        """Forget what looks found beside drafts: other weights draft now."""
         self.glance = None
-        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        self._finds[False] = Average(_REST_GAIN, mean=1.0)
         self.left = 0
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 

