@@ -60,6 +60,18 @@ class _Plan:
     """and it was a glance."""
 
 
+@dataclass(slots=True)
+class _Steps:
+    """Steps without a plan."""
+
+    since_plan: int = 1
+    """Since the last plan, its own included."""
+    untold: int = 0
+    """Those that ``rested`` has not told of,"""
+    saved: float = 0.0
+    """and plain steps' worth of time that looks alone have saved in these."""
+
+
 class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
@@ -87,11 +99,7 @@ class Rest:
         self.left = 0
         self.arm: Arm = PLAIN_ARM
         """What is done meanwhile."""
-        self.num_since = 1
-        """Steps since the last plan."""
-        self._num_rested, self._saved = 0, 0.0
-        """Steps without a plan that ``rested`` has not told of, and plain steps' worth of time that
-        looks alone have saved in these."""
+        self._steps = _Steps()
         self.gathered = Gathered()
         """Outcomes of steps without a plan."""
         self.glance: Glance | None = None
@@ -120,6 +128,11 @@ class Rest:
         else:
             alone = max(cost - planned, 0.0)
         return min(cost, alone + planned / max(self._num_steps(planned), 1))
+
+    @property
+    def num_since(self) -> int:
+        """Steps since the last plan for several steps."""
+        return self._steps.since_plan
 
     @property
     def look_share(self) -> float:
@@ -217,13 +230,13 @@ class Rest:
     def note_glance(self, share: float) -> None:
         """Take in a look that needed no plan, likewise."""
         self.note_find(share)
-        self._saved += share - self._glances.mean - self.look_time.hidden
+        self._steps.saved += share - self._glances.mean - self.look_time.hidden
 
     def rested(self) -> tuple[int, float]:
         """Steps without a plan since this was asked last, and what looks alone have saved in them,
         in plain steps."""
-        found = self._num_rested, self._saved
-        self._num_rested, self._saved = 0, 0.0
+        found = self._steps.untold, self._steps.saved
+        self._steps.untold, self._steps.saved = 0, 0.0
         return found
 
     def note_matches(self, rows: Floats, batch: int) -> None:
@@ -239,7 +252,7 @@ class Rest:
     def begin(self, arm: Arm, glance: Glance | None) -> None:
         """Go on with an arm until the next plan is due."""
         self.glance = glance
-        self.num_since = 1
+        self._steps.since_plan = 1
         self.arm = arm
         self.left = self._num_steps(self._costs[False].mean) if self._costs[False].mean else 0
 
@@ -247,8 +260,8 @@ class Rest:
         """The arm of a step without a plan."""
         self._stepped(looked=False)
         self.left = max(self.left - 1, 0)
-        self.num_since += 1
-        self._num_rested += 1
+        self._steps.since_plan += 1
+        self._steps.untold += 1
         self.num_unlooked += 1
         return self.arm
 
