@@ -43,9 +43,9 @@ from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
-_SETTLE_STEPS = 10
-"""Steps between a swap and the trial of its weights: the server is busy with the swap for some
-milliseconds, and a trial is too short for its times to bear that."""
+_SETTLE_S = 0.2
+"""Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
+to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
@@ -63,14 +63,13 @@ class _Steps:
         """What the last plan was for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
-        self.untried: dict[str, int] = {}
-        """Neural drafters whose weights changed, and that have not drafted since; with the number
-        of decisions until then."""
-        self.num = 0
-        """Decisions."""
+        self.untried: dict[str, float] = {}
+        """Neural drafters whose weights changed, and that have not drafted since; with the time
+        when they did."""
+        self.clock_s = 0.0
+        """Time of all steps."""
 
     def note(self, decision: Decision) -> Decision:
-        self.num += 1
         self.drafter = decision.drafter
         self.counts[decision.reason] += 1
         return decision
@@ -232,6 +231,7 @@ class GoodputPolicy:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._basis = self._ahead = None
+        self._steps.clock_s += outcome.step_s
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
@@ -262,7 +262,7 @@ class GoodputPolicy:
         self._basis = self._ahead = None
         self._explorer.under_way = None
         if drafter in self._kinds.neural:
-            self._steps.untried[drafter] = self._steps.num
+            self._steps.untried[drafter] = self._steps.clock_s
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
@@ -392,7 +392,7 @@ class GoodputPolicy:
             if choice.base == kind or choice.arm[0] == kind:
                 del untried[kind]
                 continue
-            if self._steps.num - untried[kind] < _SETTLE_STEPS:
+            if self._steps.clock_s < untried[kind] + _SETTLE_S:
                 continue
             if (stretch := self._explorer.trial(choice.best_of(kind), choice)) is not None:
                 del untried[kind]

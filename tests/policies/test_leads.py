@@ -44,7 +44,7 @@ def test_steps_without_a_plan_are_steps_without_an_interruption():
     assert chooser.plain_lead == pytest.approx(2.0)
 
 
-def test_new_weights_are_tried_soon_after_the_swap_and_in_one_piece_without_looks():
+def test_new_weights_are_tried_once_a_swap_is_over_and_in_one_piece_without_looks():
     """While looks at matches pay, and plain decoding with the index is the best there is."""
     world = World(
         batch=8, eagle=(0.4,) * 8, rows={5: Rows(0.5, 0.9)}, look_s=0.0001, plain_s=0.0014,
@@ -55,10 +55,10 @@ def test_new_weights_are_tried_soon_after_the_swap_and_in_one_piece_without_look
     server, seen = Simulation(policy, 0), []
     server.run(world, 1500)
     server.swap(1, calibration(world))
-    server.run(world, 40, lambda decision, rows: seen.append((decision, rows.matches)))
+    server.run(world, 160, lambda decision, rows: seen.append((decision, rows.matches)))
 
     tried = [i for i, (decision, _) in enumerate(seen) if decision.drafter == "eagle3"]
-    assert 10 <= tried[0] <= 14
+    assert 100 <= tried[0] <= 143  # 0.2 s of plain steps, or of longer ones
     assert len(tried) >= 4 and tried == list(range(tried[0], tried[0] + len(tried)))
-    assert sum(matches is not None for _, matches in seen[: tried[0]]) >= 8
+    assert sum(matches is not None for _, matches in seen[: tried[0]]) >= 80
     assert all(seen[i][1] is None for i in tried[1:])
