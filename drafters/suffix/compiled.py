@@ -33,7 +33,7 @@ from drafters.suffix.recent import Ring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("native.py", "native_ring.py", "layout.py")
+_SOURCES = ("native.py", "native_ring.py", "native_memory.py", "layout.py")
 _DONE = "compiled"
 """File that says that all functions were compiled."""
 _MOST_S = 600.0

@@ -18,6 +18,9 @@ The functions keep the interpreter's lock: a call takes microseconds, and a thre
 lock away may wait milliseconds to get it back. ``compiled`` imports this module, because it knows
 where compiled code is kept.
 
+A batch goes through each stage of its searches together, and each stage asks for the memory of the
+next one (``native_memory``): one request alone would wait for its memory a dozen times.
+
 Numba counts the references to each array that a function is given, which takes longer than the
 searching. So inner functions take whole arrays and an index instead of slices, allocate nothing,
 and are compiled without that counting (``native_ring.inner``).
@@ -36,6 +39,7 @@ from numba import njit
 from drafters.suffix.layout import (
     END,
     GENERATION,
+    INTEGERS_IN_LINE,
     IS_OWN,
     KIND,
     LINKED,
@@ -46,6 +50,7 @@ from drafters.suffix.layout import (
     MULTIPLIER,
     NOW,
     NUM,
+    NUM_COLUMNS,
     NUM_MATCHED,
     NUM_SEARCHES,
     RING_SHIFT,
@@ -61,12 +66,13 @@ from drafters.suffix.layout import (
     VERSION,
     VOTES,
 )
+from drafters.suffix.native_memory import ask, ask_row
 from drafters.suffix.native_ring import (
     AT,
     COUNT,
+    DUE,
     FOUND,
     HIGH,
-    IS_DUE,
     LEAST,
     LENGTH,
     LOW,
@@ -84,6 +90,8 @@ from drafters.suffix.native_ring import (
 )
 
 _entry = njit(cache=True)
+_MOST_NEW = 8
+"""Tokens for whose chains a request asks ahead; only prompts have more at a time."""
 
 # ---- called from Python --------------------------------------------------------------------------
 
@@ -147,8 +155,8 @@ def look(arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
     """
     num, longest = len(rows), state[LONGEST]
     own = np.empty((num, NUM_OWN), np.int64)
-    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
-    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    tails, hashes = np.empty((num, longest), np.int32), np.empty((num, longest), np.int32)
+    ends, others = np.empty((num, MAX_VOTES), np.int32), np.empty((num, MAX_VOTES), np.int32)
     _update(
         arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
         own, tails, hashes, ends, others,
@@ -170,8 +178,8 @@ def draft(
     """
     num, longest = len(rows), state[LONGEST]
     own = np.empty((num, NUM_OWN), np.int64)
-    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
-    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    tails, hashes = np.empty((num, longest), np.int32), np.empty((num, longest), np.int32)
+    ends, others = np.empty((num, MAX_VOTES), np.int32), np.empty((num, MAX_VOTES), np.int32)
     _update(
         arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
         own, tails, hashes, ends, others,
@@ -187,6 +195,7 @@ def draft(
             )
             if have < k:  # finished sequences ended here: look up the proposal itself
                 size = _tail(arena, table, row, state, drafts, r, have, tails)
+                _hash(tails, r, size, size, np.int64(0), state[SECRET], hashes)
                 kind, count, least = _own_match(
                     arena, table, row, tails, r, size, state, values, kinds, ends, hashes
                 )
@@ -210,35 +219,34 @@ def _update(
     own, tails, hashes, ends, others,
 ):  # fmt: skip
     """Bring the matches of requests up to date."""
+    num_due = _due(arena, table, rows, state, own)
+    for i in range(num_due):
+        r = own[i, DUE]
+        own[r, SIZE] = _tail(arena, table, rows[r], state, tails, r, 0, tails)
+        _ask_chains(arena, table, rows[r], tails, r, own[r, SIZE], state, hashes)
+    for i in range(num_due):
+        r = own[i, DUE]
+        _link(arena, table, rows[r], state)
+        _ask_occurrence(arena, table, rows[r], r, own[r, SIZE], state, hashes)
     num = 0
-    for r in range(len(rows)):
-        row, high = rows[r], state[LONGEST]
-        own[r, IS_DUE] = 0
-        if table[row, GENERATION] == state[NOW]:
-            # A match grows by at most one token per new token.
-            new = table[row, NUM] - table[row, NUM_MATCHED]
-            if new == 0 and table[row, VALUES] == state[VERSION]:
-                continue
-            high = max(table[row, MOST_RECENT], state[SHORTEST] - 1) + new
-        state[NUM_SEARCHES] += 1
-        _link(arena, table, row, state)
-        size = _tail(arena, table, row, state, tails, r, 0, tails)
+    for i in range(num_due):
+        r = own[i, DUE]
+        row, size, high = rows[r], own[r, SIZE], own[r, HIGH]
         kind, count, least = _own_match(
             arena, table, row, tails, r, size, state, values, kinds, ends, hashes
         )
-        own[r, IS_DUE], own[r, SIZE], own[r, HIGH] = 1, size, high
         own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST] = kind, count, least
         own[r, LENGTH] = own[r, COUNT] = own[r, WALKED] = own[r, FOUND] = 0
         low, top = max(least, state[SHORTEST]), min(high, size)
         if least and low <= top:
             _hash(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
             own[r, LOW], own[r, TOP], own[r, AT] = low, top, top
+            ask_row(heads, top - state[SHORTEST], hashes[r, top - 1] >> state[RING_SHIFT])
             own[num, TODO] = r
             num += 1
     find_all(own, num, table, rows, tails, hashes, tokens, spaces, heads, links, state, others)
-    for r in range(len(rows)):
-        if not own[r, IS_DUE]:
-            continue
+    for i in range(num_due):
+        r = own[i, DUE]
         row, kind, count, least = rows[r], own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST]
         is_own, most_recent = 1, own[r, HIGH]
         if 0 < least <= own[r, HIGH]:
@@ -252,6 +260,70 @@ def _update(
             table[row, SLOTS + i] = ends[r, i]
         table[row, MOST_RECENT], table[row, NUM_MATCHED] = most_recent, table[row, NUM]
         table[row, GENERATION], table[row, VALUES] = state[NOW], state[VERSION]
+
+
+@inner
+def _due(arena, table, rows, state, own):
+    """List the requests that are to be searched. Returns how many there are."""
+    num = 0
+    for r in range(len(rows)):
+        for column in range(0, NUM_COLUMNS, INTEGERS_IN_LINE):
+            ask_row(table, rows[r], column)
+    for r in range(len(rows)):
+        row, high = rows[r], state[LONGEST]
+        if table[row, GENERATION] == state[NOW]:
+            # A match grows by at most one token per new token.
+            new = table[row, NUM] - table[row, NUM_MATCHED]
+            if new == 0 and table[row, VALUES] == state[VERSION]:
+                continue
+            high = max(table[row, MOST_RECENT], state[SHORTEST] - 1) + new
+        end = table[row, TEXT] + table[row, NUM]
+        ask(arena, end - 1)
+        ask(arena, max(end - state[LONGEST], table[row, TEXT]))
+        own[r, HIGH] = high
+        own[num, DUE] = r
+        num += 1
+    state[NUM_SEARCHES] += num
+    return num
+
+
+@inner
+def _ask_chains(arena, table, row, tails, r, size, state, hashes):
+    """Hash the end of a text, and ask for the heads and links that it will be searched in and
+    entered into."""
+    text, room, shift = table[row, TEXT], table[row, ROOM], table[row, SHIFT]
+    stop, secret = table[row, NUM] - 1, state[SECRET]
+    _hash(tails, r, size, size, np.int64(0), secret, hashes)
+    base, rung = text + room, state[SHORTEST]
+    while rung <= size:
+        ask(arena, base + (hashes[r, rung - 1] >> shift))
+        base, rung = base + 2 * room, _rung_after(rung)
+    for end in range(max(table[row, LINKED], stop - _MOST_NEW), stop):
+        value, base, rung, n = np.int64(0), text + room, state[SHORTEST], 0
+        most = min(state[LONGEST], end + 1)
+        while rung <= most:
+            while n < rung:
+                value = (value + arena[text + end - n]) * secret & MASK
+                n += 1
+            ask(arena, base + (value >> shift))
+            if end == stop - 1:
+                ask(arena, base + room + end)
+            base, rung = base + 2 * room, _rung_after(rung)
+
+
+@inner
+def _ask_occurrence(arena, table, row, r, size, state, hashes):
+    """Ask for the first place that a text will be compared with, and for the link from there."""
+    text, room, shift = table[row, TEXT], table[row, ROOM], table[row, SHIFT]
+    base, rung, end, at = text + room, state[SHORTEST], np.int64(-1), text
+    while rung <= size:
+        latest = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
+        if latest >= 0:
+            end, at = latest, base + room + latest
+        base, rung = base + 2 * room, _rung_after(rung)
+    if end >= 0:
+        ask(arena, text + end)
+        ask(arena, at)
 
 
 @inner
@@ -307,6 +379,7 @@ def _own_match(arena, table, row, tails, r, size, state, values, kinds, ends, ha
     """The longest match in a request's own text.
 
     Args:
+        hashes: of the tail, under the secret.
         ends: receives where the match ends.
 
     Returns:
@@ -330,7 +403,6 @@ def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
     base, shift = text + room, table[row, SHIFT]
     while _rung_after(rung) <= size:
         base, rung = base + 2 * room, _rung_after(rung)
-    _hash(tails, r, rung, size, np.int64(0), state[SECRET], hashes)
     length, count = 0, 0
     while length == 0 and rung >= state[SHORTEST]:
         # What the next rung would have found is longer than ``most``.
