@@ -27,9 +27,10 @@ inner = _any_njit(cache=True, _nrt=False)
 """Compiles functions that allocate nothing; see ``native``."""
 
 DUE, SIZE, HIGH, OWN_KIND, OWN_VOTES, LEAST, TODO = range(7)
-"""Columns of ``own``: in the first rows, requests that are searched; tokens of a tail; bound on the length of a
-match in finished traffic; kind and votes of its own match; length from which on one in finished
-traffic may be worth more, 0 for none; and in the first rows, requests that are being looked up."""
+"""Columns of ``own``: in the first rows, the requests that are searched; tokens of a tail; bound on
+the length of a match in finished traffic; kind and votes of its own match; length from which on one
+in finished traffic may be worth more, 0 for none; and in the first rows, the requests that are
+being looked up."""
 LOW, TOP, AT, POSITION, WALKED, FOUND, LENGTH, COUNT = range(7, 15)
 """Of a lookup: lengths that are left and the one that is tried; the position that is looked at,
 links followed and occurrences found for that length; the best length and its occurrences."""

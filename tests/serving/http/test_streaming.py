@@ -195,7 +195,11 @@ def test_every_chunk_on_the_wire_says_how_long_it_is(server: LiveServer):
     parts = []
     while True:
         size, _, rest = body.partition(b"\r\n")
-        part, end, body = rest[: int(size, 16)], rest[int(size, 16) :][:2], rest[int(size, 16) + 2 :]
+        part, end, body = (
+            rest[: int(size, 16)],
+            rest[int(size, 16) :][:2],
+            rest[int(size, 16) + 2 :],
+        )
         assert end == b"\r\n"
         if not part:
             break
