@@ -39,7 +39,6 @@ from numba import njit
 from drafters.suffix.layout import (
     END,
     GENERATION,
-    INTEGERS_IN_LINE,
     IS_OWN,
     KIND,
     LINKED,
@@ -50,9 +49,7 @@ from drafters.suffix.layout import (
     MULTIPLIER,
     NOW,
     NUM,
-    NUM_COLUMNS,
     NUM_MATCHED,
-    NUM_SEARCHES,
     RING_SHIFT,
     ROOM,
     SECRET,
@@ -66,7 +63,14 @@ from drafters.suffix.layout import (
     VERSION,
     VOTES,
 )
-from drafters.suffix.native_memory import ask, ask_row
+from drafters.suffix.native_ahead import (
+    ask_chains,
+    ask_occurrence,
+    hash_tail,
+    list_due,
+    rung_after,
+)
+from drafters.suffix.native_memory import ask_row
 from drafters.suffix.native_ring import (
     AT,
     COUNT,
@@ -90,8 +94,6 @@ from drafters.suffix.native_ring import (
 )
 
 _entry = njit(cache=True)
-_MOST_NEW = 8
-"""Tokens for whose chains a request asks ahead; only prompts have more at a time."""
 
 # ---- called from Python --------------------------------------------------------------------------
 
@@ -195,11 +197,11 @@ def draft(
             )
             if have < k:  # finished sequences ended here: look up the proposal itself
                 size = _tail(arena, table, row, state, drafts, r, have, tails)
-                _hash(tails, r, size, size, np.int64(0), state[SECRET], hashes)
+                hash_tail(tails, r, size, size, np.int64(0), state[SECRET], hashes)
                 kind, count, least = _own_match(
                     arena, table, row, tails, r, size, state, values, kinds, ends, hashes
                 )
-                _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+                hash_tail(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
                 length, votes = find_finished(
                     tails, r, size, hashes, table[row, SPACE], least, longest,
                     tokens, spaces, heads, links, state, others,
@@ -219,15 +221,15 @@ def _update(
     own, tails, hashes, ends, others,
 ):  # fmt: skip
     """Bring the matches of requests up to date."""
-    num_due = _due(arena, table, rows, state, own)
+    num_due = list_due(arena, table, rows, state, own)
     for i in range(num_due):
         r = own[i, DUE]
         own[r, SIZE] = _tail(arena, table, rows[r], state, tails, r, 0, tails)
-        _ask_chains(arena, table, rows[r], tails, r, own[r, SIZE], state, hashes)
+        ask_chains(arena, table, rows[r], tails, r, own[r, SIZE], state, hashes)
     for i in range(num_due):
         r = own[i, DUE]
         _link(arena, table, rows[r], state)
-        _ask_occurrence(arena, table, rows[r], r, own[r, SIZE], state, hashes)
+        ask_occurrence(arena, table, rows[r], r, own[r, SIZE], state, hashes)
     num = 0
     for i in range(num_due):
         r = own[i, DUE]
@@ -239,7 +241,7 @@ def _update(
         own[r, LENGTH] = own[r, COUNT] = own[r, WALKED] = own[r, FOUND] = 0
         low, top = max(least, state[SHORTEST]), min(high, size)
         if least and low <= top:
-            _hash(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+            hash_tail(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
             own[r, LOW], own[r, TOP], own[r, AT] = low, top, top
             ask_row(heads, top - state[SHORTEST], hashes[r, top - 1] >> state[RING_SHIFT])
             own[num, TODO] = r
@@ -263,76 +265,6 @@ def _update(
 
 
 @inner
-def _due(arena, table, rows, state, own):
-    """List the requests that are to be searched. Returns how many there are."""
-    num = 0
-    for r in range(len(rows)):
-        for column in range(0, NUM_COLUMNS, INTEGERS_IN_LINE):
-            ask_row(table, rows[r], column)
-    for r in range(len(rows)):
-        row, high = rows[r], state[LONGEST]
-        if table[row, GENERATION] == state[NOW]:
-            # A match grows by at most one token per new token.
-            new = table[row, NUM] - table[row, NUM_MATCHED]
-            if new == 0 and table[row, VALUES] == state[VERSION]:
-                continue
-            high = max(table[row, MOST_RECENT], state[SHORTEST] - 1) + new
-        end = table[row, TEXT] + table[row, NUM]
-        ask(arena, end - 1)
-        ask(arena, max(end - state[LONGEST], table[row, TEXT]))
-        own[r, HIGH] = high
-        own[num, DUE] = r
-        num += 1
-    state[NUM_SEARCHES] += num
-    return num
-
-
-@inner
-def _ask_chains(arena, table, row, tails, r, size, state, hashes):
-    """Hash the end of a text, and ask for the heads and links that it will be searched in and
-    entered into."""
-    text, room, shift = table[row, TEXT], table[row, ROOM], table[row, SHIFT]
-    stop, secret = table[row, NUM] - 1, state[SECRET]
-    _hash(tails, r, size, size, np.int64(0), secret, hashes)
-    base, rung = text + room, state[SHORTEST]
-    while rung <= size:
-        ask(arena, base + (hashes[r, rung - 1] >> shift))
-        base, rung = base + 2 * room, _rung_after(rung)
-    for end in range(max(table[row, LINKED], stop - _MOST_NEW), stop):
-        value, base, rung, n = np.int64(0), text + room, state[SHORTEST], 0
-        most = min(state[LONGEST], end + 1)
-        while rung <= most:
-            while n < rung:
-                value = (value + arena[text + end - n]) * secret & MASK
-                n += 1
-            ask(arena, base + (value >> shift))
-            if end == stop - 1:
-                ask(arena, base + room + end)
-            base, rung = base + 2 * room, _rung_after(rung)
-
-
-@inner
-def _ask_occurrence(arena, table, row, r, size, state, hashes):
-    """Ask for the first place that a text will be compared with, and for the link from there."""
-    text, room, shift = table[row, TEXT], table[row, ROOM], table[row, SHIFT]
-    base, rung, end, at = text + room, state[SHORTEST], np.int64(-1), text
-    while rung <= size:
-        latest = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
-        if latest >= 0:
-            end, at = latest, base + room + latest
-        base, rung = base + 2 * room, _rung_after(rung)
-    if end >= 0:
-        ask(arena, text + end)
-        ask(arena, at)
-
-
-@inner
-def _rung_after(rung):
-    """The next length that a request has chains for, see ``running.rungs``."""
-    return rung + 1 if rung < 4 else 2 * rung
-
-
-@inner
 def _link(arena, table, row, state):
     """Enter the n-grams of a request's text that have a continuation into its chains."""
     # Locals: after each store the compiler would read the arrays again.
@@ -349,7 +281,7 @@ def _link(arena, table, row, state):
             chain = base + (value >> shift)
             arena[base + room + end] = arena[chain]
             arena[chain] = end
-            base, rung = base + 2 * room, _rung_after(rung)
+            base, rung = base + 2 * room, rung_after(rung)
     table[row, LINKED] = max(stop, 0)
 
 
@@ -364,14 +296,6 @@ def _tail(arena, table, row, state, drafts, r, num, tails):
             arena[table[row, TEXT] + at + j] if at + j < of_text else drafts[r, at + j - of_text]
         )
     return size
-
-
-@inner
-def _hash(tails, r, num, size, value, multiplier, hashes):
-    """Hashes of the last 1, 2, ... ``num`` of ``size`` tokens."""
-    for n in range(num):
-        value = (value + tails[r, size - n - 1]) * multiplier & MASK
-        hashes[r, n] = value
 
 
 @inner
@@ -401,12 +325,12 @@ def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
     if size < rung:
         return 0, 0
     base, shift = text + room, table[row, SHIFT]
-    while _rung_after(rung) <= size:
-        base, rung = base + 2 * room, _rung_after(rung)
+    while rung_after(rung) <= size:
+        base, rung = base + 2 * room, rung_after(rung)
     length, count = 0, 0
     while length == 0 and rung >= state[SHORTEST]:
         # What the next rung would have found is longer than ``most``.
-        most = min(size, _rung_after(rung) - 1)
+        most = min(size, rung_after(rung) - 1)
         end = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
         while end >= 0 and (length < most or count < MAX_VOTES):
             n = num_equal(arena, text + end, tails, r, size, min(most, end + 1))

@@ -41,7 +41,7 @@ def _code(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
     )
     number = ir.IntType(32)
     type_ = ir.FunctionType(ir.VoidType(), [cgutils.voidptr_t, number, number, number])
-    call = cgutils.get_or_insert_function(builder.module, type_, "llvm.prefetch.p0")
+    call = builder.module.declare_intrinsic("llvm.prefetch", [cgutils.voidptr_t], type_)
     place = builder.bitcast(where, cgutils.voidptr_t)
     builder.call(call, [place, number(_READ), number(_KEEP), number(_DATA)])
     return context.get_dummy_value()
