@@ -136,9 +136,13 @@ def link_finished(tokens, heads, links, state, seed, start, num):
     slot = start % len(tokens)
     hashes = np.full(max(num - 1, 0), seed, np.int64)
     for n in range(1, min(state[LONGEST], num - 1) + 1):
-        # A length at a time: its chains fit in a cache, those of all lengths do not.
+        # A length at a time, and its heads asked for while hashes are computed: they are on as many
+        # lines of the cache as there are tokens, which waiting one by one would take five times as
+        # long.
         for i in range(n - 1, num - 1):
             hashes[i] = (hashes[i] + tokens[slot + i - n + 1]) * MULTIPLIER & MASK
+            if n >= state[SHORTEST]:
+                ask_row(heads, n - state[SHORTEST], hashes[i] >> state[RING_SHIFT])
         if n >= state[SHORTEST]:
             length = n - state[SHORTEST]
             for i in range(n - 1, num - 1):
