@@ -30,6 +30,7 @@ from policies.arms import ArmPolicies
 from policies.catalog import build_policy, cuts_of
 from policies.interface import CostSample, DraftPolicy
 from policies.savings import Savings, TimesPlainSteps
+from serving.ahead import Ahead
 from serving.capture.recorder import Recorder
 from serving.capture.redaction import Redaction, load_redact
 from serving.capture.traces import Producer, TraceMaker
@@ -207,12 +208,12 @@ def _make_parts(
         taps = [layer for k in kinds for layer in kind_of(k).layer_ids(_weights_of(k, learning))]
         target = Target(loaded.model, tuple(dict.fromkeys(taps)))
     num_pages = _num_pages(settings, target)
+    # On a GPU the driver pins the ring's memory, half a second in which nothing waits for it.
+    making = Ahead("made the capture ring", partial(_ring, settings, target)) if kinds else None
     with timed("made the drafters"):
         hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
         # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
         flat = flat_weights(neural)
-    with timed("made the capture ring"):
-        ring = _ring(settings, target) if kinds else None
     sizes = Sizes(
         e.max_batch, model_len(settings), e.prefill_chunk, e.page_size, num_pages,
         settings.drafter.max_draft,
@@ -235,9 +236,12 @@ def _make_parts(
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
-    with timed("fused weights and made pages and lanes"):
+    with timed("fused weights"):
         is_own = fuse(target, neural, sizes.pages_each * e.page_size, pinned=pinned)
         choices = replace(choices, is_own=is_own)
+    with timed("waited for the capture ring"):
+        ring = making.result() if making else None
+    with timed("made pages and lanes"):
         parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
     with torch.inference_mode(), timed("made all programs", "making all programs"):
         parts.programs.capture_all(e.draft_at_start, settings.run_dir / KERNELS_FILE)

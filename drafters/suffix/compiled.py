@@ -33,7 +33,9 @@ from drafters.suffix.recent import Ring
 
 log = logging.getLogger(__name__)
 
-_SOURCES = ("native.py", "native_ring.py", "layout.py")
+_SOURCES = (
+    "native.py", "native_ahead.py", "native_ring.py", "native_memory.py", "layout.py",
+)  # fmt: skip
 _DONE = "compiled"
 """File that says that all functions were compiled."""
 _MOST_S = 600.0

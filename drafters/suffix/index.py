@@ -250,20 +250,19 @@ class SuffixIndex:
         if len(keys) != len(most):
             raise ValueError(f"{len(keys)} sequences, but {len(most)} largest numbers")
         rows, num = self._texts.rows(keys), len(keys)
-        if not num or not self._is_ready():
+        k = max(most, default=0)
+        if not k or not self._is_ready():
             return [[] for _ in keys]
-        k = max(most)
         (lens, largest), drafts = self._buffers(num, k)
         largest[:num] = k if most.count(k) == num else most
         self._native.draft(
             self._texts.arena, self._texts.table, rows, *self._recent.ring, self._state,
             self._values, self._kinds, largest, lens, drafts,
         )  # fmt: skip
-        found: list[list[int]] = drafts[:num, :k].tolist()
-        return [
-            tokens if n == k else tokens[:n]
-            for tokens, n in zip(found, lens[:num].tolist(), strict=True)
-        ]
+        # One list, then its parts: half the time of making a list of each row.
+        flat = drafts[:num, :k].ravel().tolist()
+        starts = range(0, num * k, k)
+        return [flat[at : at + n] for at, n in zip(starts, lens[:num].tolist(), strict=True)]
 
     def _is_ready(self) -> bool:
         """Whether the search is there; what waits is indexed then."""

@@ -45,6 +45,8 @@ VOTES = 13
 SLOTS = 14
 """Indices of their last tokens, latest first: in the text, or in the ring."""
 NUM_COLUMNS = SLOTS + MAX_VOTES
+INTEGERS_IN_LINE = 8
+"""Of int64 in a line of the cache."""
 
 # Entries of the state of an index, int64.
 OLDEST = 0
@@ -65,9 +67,7 @@ RING_SHIFT = 7
 """Bits of a hash that do not choose its chain in the ring."""
 NUM_SEARCHES = 8
 """Searches so far."""
-TOUCHED = 9
-"""Sum of what was read ahead, kept so that the compiler does not leave the reads out."""
-NUM_ENTRIES = 10
+NUM_ENTRIES = 9
 
 
 def shift_of(num_chains: int) -> int:

@@ -18,6 +18,9 @@ The functions keep the interpreter's lock: a call takes microseconds, and a thre
 lock away may wait milliseconds to get it back. ``compiled`` imports this module, because it knows
 where compiled code is kept.
 
+A batch goes through each stage of its searches together, and each stage asks for the memory of the
+next one (``native_memory``): one request alone would wait for its memory a dozen times.
+
 Numba counts the references to each array that a function is given, which takes longer than the
 searching. So inner functions take whole arrays and an index instead of slices, allocate nothing,
 and are compiled without that counting (``native_ring.inner``).
@@ -47,7 +50,6 @@ from drafters.suffix.layout import (
     NOW,
     NUM,
     NUM_MATCHED,
-    NUM_SEARCHES,
     RING_SHIFT,
     ROOM,
     SECRET,
@@ -61,12 +63,20 @@ from drafters.suffix.layout import (
     VERSION,
     VOTES,
 )
+from drafters.suffix.native_ahead import (
+    ask_chains,
+    ask_occurrence,
+    hash_tail,
+    list_due,
+    rung_after,
+)
+from drafters.suffix.native_memory import ask_row
 from drafters.suffix.native_ring import (
     AT,
     COUNT,
+    DUE,
     FOUND,
     HIGH,
-    IS_DUE,
     LEAST,
     LENGTH,
     LOW,
@@ -126,9 +136,13 @@ def link_finished(tokens, heads, links, state, seed, start, num):
     slot = start % len(tokens)
     hashes = np.full(max(num - 1, 0), seed, np.int64)
     for n in range(1, min(state[LONGEST], num - 1) + 1):
-        # A length at a time: its chains fit in a cache, those of all lengths do not.
+        # A length at a time, and its heads asked for while hashes are computed: they are on as many
+        # lines of the cache as there are tokens, which waiting one by one would take five times as
+        # long.
         for i in range(n - 1, num - 1):
             hashes[i] = (hashes[i] + tokens[slot + i - n + 1]) * MULTIPLIER & MASK
+            if n >= state[SHORTEST]:
+                ask_row(heads, n - state[SHORTEST], hashes[i] >> state[RING_SHIFT])
         if n >= state[SHORTEST]:
             length = n - state[SHORTEST]
             for i in range(n - 1, num - 1):
@@ -147,8 +161,8 @@ def look(arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
     """
     num, longest = len(rows), state[LONGEST]
     own = np.empty((num, NUM_OWN), np.int64)
-    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
-    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    tails, hashes = np.empty((num, longest), np.int32), np.empty((num, longest), np.int32)
+    ends, others = np.empty((num, MAX_VOTES), np.int32), np.empty((num, MAX_VOTES), np.int32)
     _update(
         arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
         own, tails, hashes, ends, others,
@@ -170,8 +184,8 @@ def draft(
     """
     num, longest = len(rows), state[LONGEST]
     own = np.empty((num, NUM_OWN), np.int64)
-    tails, hashes = np.empty((num, longest), np.int64), np.empty((num, longest), np.int64)
-    ends, others = np.empty((num, MAX_VOTES), np.int64), np.empty((num, MAX_VOTES), np.int64)
+    tails, hashes = np.empty((num, longest), np.int32), np.empty((num, longest), np.int32)
+    ends, others = np.empty((num, MAX_VOTES), np.int32), np.empty((num, MAX_VOTES), np.int32)
     _update(
         arena, table, rows, tokens, spaces, heads, links, state, values, kinds,
         own, tails, hashes, ends, others,
@@ -187,10 +201,11 @@ def draft(
             )
             if have < k:  # finished sequences ended here: look up the proposal itself
                 size = _tail(arena, table, row, state, drafts, r, have, tails)
+                hash_tail(tails, r, size, size, np.int64(0), state[SECRET], hashes)
                 kind, count, least = _own_match(
                     arena, table, row, tails, r, size, state, values, kinds, ends, hashes
                 )
-                _hash(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+                hash_tail(tails, r, size, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
                 length, votes = find_finished(
                     tails, r, size, hashes, table[row, SPACE], least, longest,
                     tokens, spaces, heads, links, state, others,
@@ -210,35 +225,34 @@ def _update(
     own, tails, hashes, ends, others,
 ):  # fmt: skip
     """Bring the matches of requests up to date."""
+    num_due = list_due(arena, table, rows, state, own)
+    for i in range(num_due):
+        r = own[i, DUE]
+        own[r, SIZE] = _tail(arena, table, rows[r], state, tails, r, 0, tails)
+        ask_chains(arena, table, rows[r], tails, r, own[r, SIZE], state, hashes)
+    for i in range(num_due):
+        r = own[i, DUE]
+        _link(arena, table, rows[r], state)
+        ask_occurrence(arena, table, rows[r], r, own[r, SIZE], state, hashes)
     num = 0
-    for r in range(len(rows)):
-        row, high = rows[r], state[LONGEST]
-        own[r, IS_DUE] = 0
-        if table[row, GENERATION] == state[NOW]:
-            # A match grows by at most one token per new token.
-            new = table[row, NUM] - table[row, NUM_MATCHED]
-            if new == 0 and table[row, VALUES] == state[VERSION]:
-                continue
-            high = max(table[row, MOST_RECENT], state[SHORTEST] - 1) + new
-        state[NUM_SEARCHES] += 1
-        _link(arena, table, row, state)
-        size = _tail(arena, table, row, state, tails, r, 0, tails)
+    for i in range(num_due):
+        r = own[i, DUE]
+        row, size, high = rows[r], own[r, SIZE], own[r, HIGH]
         kind, count, least = _own_match(
             arena, table, row, tails, r, size, state, values, kinds, ends, hashes
         )
-        own[r, IS_DUE], own[r, SIZE], own[r, HIGH] = 1, size, high
         own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST] = kind, count, least
         own[r, LENGTH] = own[r, COUNT] = own[r, WALKED] = own[r, FOUND] = 0
         low, top = max(least, state[SHORTEST]), min(high, size)
         if least and low <= top:
-            _hash(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
+            hash_tail(tails, r, top, size, table[row, SEED], np.int64(MULTIPLIER), hashes)
             own[r, LOW], own[r, TOP], own[r, AT] = low, top, top
+            ask_row(heads, top - state[SHORTEST], hashes[r, top - 1] >> state[RING_SHIFT])
             own[num, TODO] = r
             num += 1
     find_all(own, num, table, rows, tails, hashes, tokens, spaces, heads, links, state, others)
-    for r in range(len(rows)):
-        if not own[r, IS_DUE]:
-            continue
+    for i in range(num_due):
+        r = own[i, DUE]
         row, kind, count, least = rows[r], own[r, OWN_KIND], own[r, OWN_VOTES], own[r, LEAST]
         is_own, most_recent = 1, own[r, HIGH]
         if 0 < least <= own[r, HIGH]:
@@ -252,12 +266,6 @@ def _update(
             table[row, SLOTS + i] = ends[r, i]
         table[row, MOST_RECENT], table[row, NUM_MATCHED] = most_recent, table[row, NUM]
         table[row, GENERATION], table[row, VALUES] = state[NOW], state[VERSION]
-
-
-@inner
-def _rung_after(rung):
-    """The next length that a request has chains for, see ``running.rungs``."""
-    return rung + 1 if rung < 4 else 2 * rung
 
 
 @inner
@@ -277,7 +285,7 @@ def _link(arena, table, row, state):
             chain = base + (value >> shift)
             arena[base + room + end] = arena[chain]
             arena[chain] = end
-            base, rung = base + 2 * room, _rung_after(rung)
+            base, rung = base + 2 * room, rung_after(rung)
     table[row, LINKED] = max(stop, 0)
 
 
@@ -295,18 +303,11 @@ def _tail(arena, table, row, state, drafts, r, num, tails):
 
 
 @inner
-def _hash(tails, r, num, size, value, multiplier, hashes):
-    """Hashes of the last 1, 2, ... ``num`` of ``size`` tokens."""
-    for n in range(num):
-        value = (value + tails[r, size - n - 1]) * multiplier & MASK
-        hashes[r, n] = value
-
-
-@inner
 def _own_match(arena, table, row, tails, r, size, state, values, kinds, ends, hashes):
     """The longest match in a request's own text.
 
     Args:
+        hashes: of the tail, under the secret.
         ends: receives where the match ends.
 
     Returns:
@@ -328,13 +329,12 @@ def _find_own(arena, table, row, tails, r, size, state, ends, hashes):
     if size < rung:
         return 0, 0
     base, shift = text + room, table[row, SHIFT]
-    while _rung_after(rung) <= size:
-        base, rung = base + 2 * room, _rung_after(rung)
-    _hash(tails, r, rung, size, np.int64(0), state[SECRET], hashes)
+    while rung_after(rung) <= size:
+        base, rung = base + 2 * room, rung_after(rung)
     length, count = 0, 0
     while length == 0 and rung >= state[SHORTEST]:
         # What the next rung would have found is longer than ``most``.
-        most = min(size, _rung_after(rung) - 1)
+        most = min(size, rung_after(rung) - 1)
         end = np.int64(arena[base + (hashes[r, rung - 1] >> shift)])
         while end >= 0 and (length < most or count < MAX_VOTES):
             n = num_equal(arena, text + end, tails, r, size, min(most, end + 1))

@@ -19,17 +19,18 @@ from drafters.suffix.layout import (
     RING_SHIFT,
     SHORTEST,
     SPACE,
-    TOUCHED,
 )
+from drafters.suffix.native_memory import ask, ask_row
 
 _any_njit: Any = njit  # its type leaves out the option
 inner = _any_njit(cache=True, _nrt=False)
 """Compiles functions that allocate nothing; see ``native``."""
 
-IS_DUE, SIZE, HIGH, OWN_KIND, OWN_VOTES, LEAST, TODO = range(7)
-"""Columns of ``own``: whether the request is searched; tokens of its tail; bound on the length of a
-match in finished traffic; kind and votes of its own match; length from which on one in finished
-traffic may be worth more, 0 for none; and in the first rows, requests that are being looked up."""
+DUE, SIZE, HIGH, OWN_KIND, OWN_VOTES, LEAST, TODO = range(7)
+"""Columns of ``own``: in the first rows, the requests that are searched; tokens of a tail; bound on
+the length of a match in finished traffic; kind and votes of its own match; length from which on one
+in finished traffic may be worth more, 0 for none; and in the first rows, the requests that are
+being looked up."""
 LOW, TOP, AT, POSITION, WALKED, FOUND, LENGTH, COUNT = range(7, 15)
 """Of a lookup: lengths that are left and the one that is tried; the position that is looked at,
 links followed and occurrences found for that length; the best length and its occurrences."""
@@ -42,38 +43,38 @@ def find_all(
 ):  # fmt: skip
     """``find_finished`` for a batch, link by link of all chains.
 
-    A lookup waits for memory at every step. The steps of a batch wait together, because the
-    processor need not finish one read to begin the next: so all heads of chains are read, then all
-    slots, and only then is anything compared. Most matches go on as they did before, and the first
-    length that is tried is the last one.
+    A lookup needs other memory at every step, and asks for it before the others of the batch are
+    looked at. Most matches go on as they did before, and the first length that is tried is the last
+    one.
 
     Args:
         num: requests to look up, whose numbers are in ``own``.
     """
-    total, shortest, oldest = 0, state[SHORTEST], state[OLDEST]
+    shortest, oldest = state[SHORTEST], state[OLDEST]
     while num:
         for i in range(num):
             r = own[i, TODO]
             if own[r, WALKED] == 0:
                 at = own[r, AT]
                 own[r, POSITION] = heads[at - shortest, hashes[r, at - 1] >> state[RING_SHIFT]]
-        for i in range(num):
-            position = own[own[i, TODO], POSITION]
-            if position >= oldest:
-                slot = slot_of(position, tokens, state)
-                total += tokens[slot] + spaces[slot]
+            if own[r, POSITION] >= oldest:
+                slot = slot_of(own[r, POSITION], tokens, state)
+                ask(tokens, slot)
+                ask(spaces, slot)
         left = 0
         for i in range(num):
             r = own[i, TODO]
-            if _step(own, r, table[rows[r], SPACE], tails, tokens, spaces, links, state, others):
+            if _step(
+                own, r, table[rows[r], SPACE], tails, hashes, tokens, spaces, heads, links, state,
+                others,
+            ):  # fmt: skip
                 own[left, TODO] = r
                 left += 1
         num = left
-    state[TOUCHED] = total  # otherwise the compiler leaves the reads out
 
 
 @inner
-def _step(own, r, space, tails, tokens, spaces, links, state, others):
+def _step(own, r, space, tails, hashes, tokens, spaces, heads, links, state, others):
     """Look at one position of a lookup. Returns whether there is another one to look at."""
     at, position, found = own[r, AT], own[r, POSITION], own[r, FOUND]
     if position >= state[OLDEST]:
@@ -94,7 +95,11 @@ def _step(own, r, space, tails, tokens, spaces, links, state, others):
         own[r, TOP] = at - 1
     own[r, AT] = (own[r, LOW] + own[r, TOP] + 1) >> 1
     own[r, WALKED] = own[r, FOUND] = 0
-    return own[r, LOW] <= own[r, TOP]
+    if own[r, LOW] > own[r, TOP]:
+        return False
+    at = own[r, AT]
+    ask_row(heads, at - state[SHORTEST], hashes[r, at - 1] >> state[RING_SHIFT])
+    return True
 
 
 @inner

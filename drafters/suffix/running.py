@@ -146,7 +146,7 @@ class RunningTexts:
                 self._append(self.row(key), tokens)
             return
         rows = self.rows(keys)
-        lens = np.array(list(map(len, news)), np.int64)
+        lens = np.fromiter(map(len, news), np.int64, len(news))
         # Through an array of C integers: half the time of making one of numpy from objects.
         flat = np.asarray(array("i", list(chain.from_iterable(news))))
         r, at = native.extend(self.arena, self.table, rows, lens, flat, 0, 0)

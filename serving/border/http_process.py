@@ -9,6 +9,7 @@ Exit code 0: told to end. 1: the engine's process is gone, or something failed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -44,6 +45,7 @@ class HttpServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        _spare_the_collector()
         if not self._wire.is_gone:
             self._server.ready()
 
@@ -56,6 +58,16 @@ class HttpServer(uvicorn.Server):
             return False
         self.config.timeout_graceful_shutdown = math.ceil(left_s)
         return True
+
+
+def _spare_the_collector() -> None:
+    """Hide from the garbage collector what lives as long as the process: most of it are modules.
+
+    At 6,000 events a second, it took a quarter of the process's time to traverse them again and
+    again.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def main(listener: int, border: int, tallies: int, num_rows: int, row: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 from types import TracebackType
 
 from starlette.requests import ClientDisconnect
@@ -90,20 +90,20 @@ class Generation:
     def is_done(self) -> bool:
         return not self._open
 
-    async def news(self) -> AsyncIterator[News]:
-        """The engine's outputs, until every choice is finished.
+    async def news(self) -> News:
+        """What the engine has put out since the last call; waits for it. Not to be called once
+        every choice is finished.
 
         Raises:
             ApiError: 500 or 503, a choice ended without an answer.
         """
-        while not self.is_done:
-            arrivals = await self._mailbox.take()
-            by_choice: dict[int, list[Output]] = {}
-            for arrival in arrivals:
-                self._note(arrival)
-                index = self._index[arrival.output.request_id]
-                by_choice.setdefault(index, []).append(arrival.output)
-            yield [(index, join_outputs(outputs)) for index, outputs in by_choice.items()]
+        arrivals = await self._mailbox.take()
+        if len(arrivals) == 1:  # as nearly always
+            return [(self._note(arrivals[0]), arrivals[0].output)]
+        by_choice: dict[int, list[Output]] = {}
+        for arrival in arrivals:
+            by_choice.setdefault(self._note(arrival), []).append(arrival.output)
+        return [(index, join_outputs(outputs)) for index, outputs in by_choice.items()]
 
     async def answers(self, receive: Receive) -> list[Output]:
         """The complete output of each choice, ordered by index.
@@ -125,23 +125,25 @@ class Generation:
 
     async def _collect(self) -> list[Output]:
         outputs: dict[int, list[Output]] = {index: [] for index in self._index.values()}
-        async for news in self.news():
-            for index, output in news:
+        while not self.is_done:
+            for index, output in await self.news():
                 outputs[index].append(output)
         return [join_outputs(outputs[index]) for index in sorted(outputs)]
 
-    def _note(self, arrival: Arrival) -> None:
-        output = arrival.output
-        clock = self._open[output.request_id]
-        clock.tick(arrival.at_s, len(output.token_ids))
-        self._last[self._index[output.request_id]] = output
-        self._num_tokens += len(output.token_ids)
-        if output.finish_reason is None:
-            return
-        clock.finish(arrival.at_s, output.finish_reason)
-        del self._open[output.request_id]
-        if output.finish_reason in ("error", "cancelled"):
-            raise self._failure(output)
+    def _note(self, arrival: Arrival) -> int:
+        """Count an output in. Returns the index of its choice."""
+        at_s, output = arrival
+        request_id, num_tokens = output.request_id, len(output.token_ids)
+        clock, index = self._open[request_id], self._index[request_id]
+        clock.tick(at_s, num_tokens)
+        self._last[index] = output
+        self._num_tokens += num_tokens
+        if output.finish_reason is not None:
+            clock.finish(at_s, output.finish_reason)
+            del self._open[request_id]
+            if output.finish_reason in ("error", "cancelled"):
+                raise self._failure(output)
+        return index
 
     def _failure(self, output: Output) -> ApiError:
         if output.finish_reason == "cancelled":

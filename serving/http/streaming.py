@@ -11,9 +11,8 @@ import asyncio
 import contextlib
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, NamedTuple
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -26,8 +25,7 @@ STALL_S = 30.0
 """A client that reads nothing for this long is dropped and its requests are cancelled."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(NamedTuple):
     """One output and when it came."""
 
     at_s: float
@@ -44,7 +42,8 @@ class Mailbox:
         self._own_thread = threading.get_ident()
         self._lock = threading.Lock()
         self._arrivals: list[Arrival] = []
-        self._news = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
+        """Of the reader, while there is nothing to take."""
 
     def put(self, output: Output) -> None:
         """Called on any thread. Wakes the loop only if the mailbox was empty."""
@@ -54,18 +53,24 @@ class Mailbox:
         if not was_empty:
             return
         if threading.get_ident() == self._own_thread:
-            self._news.set()
+            self._wake()
         else:
             with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
-                self._loop.call_soon_threadsafe(self._news.set)
+                self._loop.call_soon_threadsafe(self._wake)
 
     async def take(self) -> list[Arrival]:
-        """All outputs since the last call; waits for at least one."""
-        await self._news.wait()
+        """All outputs since the last call; waits for at least one. For one reader."""
+        while not self._arrivals:
+            # What another thread puts from here on calls ``_wake`` in a later turn of the loop.
+            self._waiting = self._loop.create_future()
+            await self._waiting
         with self._lock:
             taken, self._arrivals = self._arrivals, []
-            self._news.clear()
         return taken
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
 
 async def until_disconnect(receive: Receive) -> None:
@@ -93,11 +98,15 @@ class EventStream(Response):
 
     def __init__(
         self,
-        events: AsyncIterator[bytes],
+        events: AsyncGenerator[bytes],
         request: Request,
         on_close: Callable[[], None],
         stall_s: float = STALL_S,
     ) -> None:
+        """
+        Args:
+            events: none of them empty. A generator, which is at its end once it has failed.
+        """
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
@@ -144,19 +153,14 @@ class EventStream(Response):
         self._since_s = clock()
         await send(start)
         self._since_s = None
-        async for data in self._guarded():
+        is_whole = False
+        while not is_whole:
+            try:
+                data = await anext(self._events, b"")
+            except Exception as error:  # the status is already sent: it becomes the last event
+                log_failure(self._request_id, error)
+                data = event(internal(self._request_id).body.model_dump_json())
+            is_whole = not data
             self._since_s = clock()
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+            await send({"type": "http.response.body", "body": data, "more_body": not is_whole})
             self._since_s = None
-        self._since_s = clock()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-        self._since_s = None
-
-    async def _guarded(self) -> AsyncIterator[bytes]:
-        """The events; an internal failure becomes the last one: the status is already sent."""
-        try:
-            async for data in self._events:
-                yield data
-        except Exception as error:
-            log_failure(self._request_id, error)
-            yield event(internal(self._request_id).body.model_dump_json())

@@ -103,7 +103,7 @@ class ChatWriter:
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
         self._vocabulary = context.prompts.vocabulary
         self._job = job
-        self._with_ids = with_ids
+        self.with_ids = with_ids
         self._begun: set[int] = set()
 
     def response(self, generation: Generation, outputs: Sequence[Output]) -> ChatResponse:
@@ -121,7 +121,7 @@ class ChatWriter:
     def chunks(self, index: int, output: Output) -> list[ChatChunk]:
         opening = [] if index in self._begun else [self._opening(index)]
         is_news = output.text or output.finish_reason is not None or output.logprobs
-        if not is_news and not self._with_ids:
+        if not is_news and not self.with_ids:
             return opening
         chunk = self.bare_chunk()
         chunk.choices = [
@@ -130,7 +130,7 @@ class ChatWriter:
                 delta=ChatDelta(content=output.text),
                 logprobs=self._logprobs(output),
                 finish_reason=reason_name(output),
-                token_ids=list(output.token_ids) if self._with_ids else None,
+                token_ids=list(output.token_ids) if self.with_ids else None,
             )
         ]
         return [*opening, chunk]
@@ -163,7 +163,7 @@ class ChatWriter:
             message=ChatAnswer(role="assistant", content=output.text),
             logprobs=self._logprobs(output),
             finish_reason=reason,
-            token_ids=list(output.token_ids) if self._with_ids else None,
+            token_ids=list(output.token_ids) if self.with_ids else None,
         )
 
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
@@ -173,4 +173,4 @@ class ChatWriter:
         return chat_logprobs(output.logprobs, self._vocabulary, skip_special)
 
     def _prompt_token_ids(self) -> list[int] | None:
-        return list(self._job.requests[0].prompt_ids) if self._with_ids else None
+        return list(self._job.requests[0].prompt_ids) if self.with_ids else None

@@ -93,7 +93,7 @@ class CompletionWriter:
     def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
         self._vocabulary = context.prompts.vocabulary
         self._job = job
-        self._with_ids = with_ids
+        self.with_ids = with_ids
         self._offsets: dict[int, TextOffsets] = {}
         """Of each choice with log probabilities."""
         self._begun: set[int] = set()
@@ -106,7 +106,7 @@ class CompletionWriter:
 
     def chunks(self, index: int, output: Output) -> list[CompletionResponse]:
         is_news = output.text or output.finish_reason is not None or output.logprobs
-        if not is_news and not self._with_ids:
+        if not is_news and not self.with_ids:
             return []
         chunk = self.bare_chunk()
         chunk.choices = [self._choice(index, output)]
@@ -135,6 +135,6 @@ class CompletionWriter:
             text=output.text,
             logprobs=logprobs,
             finish_reason=reason_name(output),
-            token_ids=list(output.token_ids) if self._with_ids else None,
-            prompt_token_ids=list(prompt) if self._with_ids and is_first else None,
+            token_ids=list(output.token_ids) if self.with_ids else None,
+            prompt_token_ids=list(prompt) if self.with_ids and is_first else None,
         )

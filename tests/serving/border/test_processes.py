@@ -19,10 +19,11 @@ import httpx
 import openai
 import pytest
 
+from configs.load import load_settings
 from serving.border import processes as border_processes
 from serving.border import server as border_server
 from serving.border.processes import MOST_DEATHS, Spawner
-from serving.border.server import serve_http
+from serving.border.server import num_processes, serve_http
 from serving.http.port import bind
 from tests.serving.border.conftest import settings_of
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
@@ -286,3 +287,20 @@ def test_the_number_of_processes_follows_the_setting_or_the_device(
     server = settings.server.model_copy(update={"processes": processes})
     settings = settings.model_copy(update={"server": server})
     assert border_server.num_processes(settings, on_gpu) == wanted
+
+
+@pytest.mark.parametrize(
+    ("max_batch", "cores", "wanted"),
+    [(16, 64, 1), (32, 64, 1), (33, 64, 2), (128, 16, 4), (128, 8, 2), (128, 2, 1), (512, 64, 4)],
+)
+def test_a_gpu_has_http_processes_for_its_batch_as_its_cores_allow(max_batch, cores, wanted):
+    settings = load_settings((), (f"engine.max_batch={max_batch}",), {})
+
+    assert num_processes(settings, on_gpu=True, cores=cores) == wanted
+    assert num_processes(settings, on_gpu=False, cores=cores) == 0
+
+
+def test_as_many_http_processes_as_the_settings_say():
+    settings = load_settings((), ("server.processes=7",), {})
+
+    assert num_processes(settings, on_gpu=True, cores=2) == 7

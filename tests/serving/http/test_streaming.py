@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from types import SimpleNamespace
@@ -166,3 +167,44 @@ def test_small_answers_are_not_held_back(server: LiveServer):
             client.get("/health")
             times.append(time.perf_counter() - started)
     assert sorted(times[20:])[10] < 0.035
+
+
+def raw_answer(server: LiveServer, version: str) -> tuple[str, bytes]:
+    """Head and body of a stream of 4 tokens, as they are on the wire until the server closes."""
+    body = b'{"prompt": "ab", "max_tokens": 4, "ignore_eos": true, "stream": true}'
+    lines = (
+        f"POST /v1/completions {version}", "Host: x", "Content-Type: application/json",
+        f"Content-Length: {len(body)}", "Connection: close",
+    )  # fmt: skip
+    with socket.create_connection(("127.0.0.1", server.port), timeout=30) as link:
+        link.sendall("\r\n".join((*lines, "", "")).encode() + body)
+        data = b"".join(iter(lambda: link.recv(1 << 16), b""))
+    head, _, rest = data.partition(b"\r\n\r\n")
+    return head.decode().lower(), rest
+
+
+def test_a_client_that_does_not_know_chunks_gets_none(server: LiveServer):
+    head, body = raw_answer(server, "HTTP/1.0")
+
+    assert "transfer-encoding" not in head
+    assert body.startswith(b"data: {") and body.endswith(b"data: [DONE]\n\n")
+
+
+def test_every_chunk_on_the_wire_says_how_long_it_is(server: LiveServer):
+    head, body = raw_answer(server, "HTTP/1.1")
+    parts = []
+    while True:
+        size, _, rest = body.partition(b"\r\n")
+        part, end, body = (
+            rest[: int(size, 16)],
+            rest[int(size, 16) :][:2],
+            rest[int(size, 16) + 2 :],
+        )
+        assert end == b"\r\n"
+        if not part:
+            break
+        parts.append(part)
+
+    assert "transfer-encoding: chunked" in head and body == b""
+    assert all(part.startswith(b"data: {") or part == b"data: [DONE]\n\n" for part in parts)
+    assert b"".join(parts).endswith(b"}\n\ndata: [DONE]\n\n")
