@@ -15,12 +15,14 @@ completion tokens after the first over rounds, up to the end of each answer. In 
 rounds must be the same one by one; half precision breaks ties differently, after which an answer is
 another text.
 
-Writes ``peers_authors.json`` and ``rows/peers_authors.json`` in ``benchmarks/results``.
+Writes ``peers_authors.json`` and ``rows/peers_authors.json`` in ``benchmarks/results``; figures of
+kinds and dtypes that are not measured again stay.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
 import statistics
 import tempfile
 import time
@@ -281,7 +283,7 @@ def main(
     eagle_draft: Annotated[int, typer.Option(help="draft tokens of a chain")] = 4,
     dflash_draft: Annotated[int, typer.Option(help="draft tokens of a block")] = 15,
     dtypes: Annotated[str, typer.Option(help="comma-separated, of targets and drafters")] = (
-        "float32,bfloat16"
+        "bfloat16,float32"
     ),
     prompts: Annotated[int, typer.Option(help="of each of four domains")] = 8,
     max_tokens: int = 128,
@@ -315,7 +317,7 @@ def main(
     answered = [one for asked in ids for one in asked[:prompts]]
     mixed = [one for group in zip(*(a[prompts:] for a in ids), strict=False) for one in group]
     asks = [Ask(one, TRAINED_AT) for one in mixed]
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = json.loads(out.read_text())["kinds"] if out.exists() else {}
     left = [(kind, dtype) for kind in codes for dtype in known("dtypes", dtypes.split(","), DTYPES)]
     for place, (kind, dtype) in enumerate(left):
         num_draft, theirs = codes[kind]
