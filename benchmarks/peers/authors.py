@@ -148,15 +148,16 @@ def take_turns(
     until: float,
     device: torch.device,
 ) -> None:
-    """Answer all prompts with both in each turn, prompt by prompt; at least one turn."""
+    """Answer all prompts with both in each turn, prompt by prompt. No further prompt begins after
+    ``until``, a time of the monotonic clock, but the first."""
     for side in (ours, theirs):  # whatever is done once is done here
         side.decoder.answer(prompts[0], min(max_tokens, 16))
     for turn in range(turns):
-        if turn and time.monotonic() > until:
-            break
         spent = {id(ours): 0.0, id(theirs): 0.0}
         made = {id(ours): 0, id(theirs): 0}
         for number, prompt in enumerate(prompts):
+            if ours.answers and time.monotonic() > until:
+                break
             both = (ours, theirs) if (turn + number) % 2 == 0 else (theirs, ours)
             for side in both:
                 synchronize(device)
@@ -168,7 +169,8 @@ def take_turns(
                 if turn == 0:
                     side.answers.append(whole.until(ends, max_tokens))
         for side in (ours, theirs):
-            side.speeds.append(made[id(side)] / spent[id(side)])
+            if made[id(side)]:
+                side.speeds.append(made[id(side)] / spent[id(side)])
 
 
 def figures_of(ours: Side, theirs: Side) -> dict[str, Any]:
@@ -287,13 +289,13 @@ def main(
     ),
     prompts: Annotated[int, typer.Option(help="of each of four domains")] = 8,
     max_tokens: int = 128,
-    turns: Annotated[int, typer.Option(help="over all prompts, at most")] = 3,
+    turns: Annotated[int, typer.Option(help="over all prompts, at most")] = 2,
     trained_on: Annotated[int, typer.Option(help="prompts of each domain to train on")] = 500,
     rows: Annotated[int, typer.Option(help="positions that a drafter is trained on")] = 2_000_000,
     collect_batch: Annotated[int, typer.Option(help="requests decoded at a time for traces")] = 128,
     collect_s: float = 8.0,
     train_s: Annotated[float, typer.Option(help="longest time of one drafter's updates")] = 20.0,
-    budget_s: Annotated[float, typer.Option(help="no further turn begins after so many")] = 240.0,
+    budget_s: Annotated[float, typer.Option(help="no further prompt begins after so many")] = 240.0,
     device: str = "cuda",
     chosen: Annotated[
         list[str] | None, typer.Option("--set", help="a setting of all engines, a.b=c")
@@ -314,7 +316,7 @@ def main(
     tokenizer = load_tokenizer(target_folder(settings.target, settings.target_cache))
     found = chat_prompts(dict.fromkeys(ARM_DOMAINS, prompts + trained_on), seed=7, may_lack=True)
     ids = [[prompt_ids(tokenizer, one) for one in asked] for asked in found.values()]
-    answered = [one for asked in ids for one in asked[:prompts]]
+    answered = [one for group in zip(*(a[:prompts] for a in ids), strict=False) for one in group]
     mixed = [one for group in zip(*(a[prompts:] for a in ids), strict=False) for one in group]
     asks = [Ask(one, TRAINED_AT) for one in mixed]
     figures: dict[str, Any] = json.loads(out.read_text())["kinds"] if out.exists() else {}

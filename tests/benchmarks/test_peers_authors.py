@@ -71,6 +71,15 @@ def test_both_sides_answer_the_same_prompts_and_differ_where_their_rounds_do() -
     assert near[0].holds
 
 
+def test_no_prompt_begins_after_the_time_is_up_but_the_first() -> None:
+    ours, theirs = (Side(Scripted([1, 2, 3], [1])) for _ in range(2))
+
+    take_turns(ours, theirs, [(1,), (2,)], END, 10, 3, 0.0, torch.device("cpu"))
+
+    assert len(ours.answers) == len(theirs.answers) == len(ours.speeds) == 1
+    assert figures_of(ours, theirs)["turns"] == 1
+
+
 def test_rotary_positions_of_older_versions_are_those_of_this_one() -> None:
     config = random_model("llama").config
     with _as_before(Path()):
