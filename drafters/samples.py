@@ -82,6 +82,8 @@ class Sample:
     """``None`` unless somebody asks, see ``trainer.dataset.Expected.counted``."""
     outcome_T3: Tensor | None = None
     """int32 [T, 3], see ``TrainingBatch.outcome_R3``; ``None`` likewise."""
+    by_match: bool = False
+    """See ``TrainingBatch.by_match_R``."""
 
     @property
     def tenant(self) -> str:

@@ -148,15 +148,21 @@ class Trainable(Protocol[ModelT]):
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
+        *,
+        block: bool = False,
     ) -> tuple[Tensor, Tensor]:
-        """Acceptance of each position of the chain of ``num_draft`` tokens that begins at each row.
+        """Acceptance of each position of the chain of ``num_draft`` tokens that begins at each row,
+        given the text that came out; see ``drafters.kept``.
 
         Like ``loss`` it never waits for a GPU.
 
+        Args:
+            block: see ``acceptance_of_text``.
+
         Returns:
             alphas_RK: [R, num_draft] float32, acceptance given that all earlier tokens were kept,
-                at the temperature of the row.
-            is_full_R: bool, the chain has all ``num_draft`` rows; the others do not count.
+                at the temperature of the row; 0 where the chain has ended.
+            is_full_R: bool, the chain has all ``num_draft`` rows.
         """
         ...
 

@@ -136,6 +136,7 @@ def sample_of(
         Owner(trace.tenant, trace.finished_unix_ms),
         None if expected.counted is None else _steps(trace.rounds, expected.counted),
         None if expected.rewarded is None else _outcomes(trace, expected.rewarded),
+        trace.sampling.is_decided,
     )
 
 

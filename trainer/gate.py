@@ -1,6 +1,6 @@
 """Compare a candidate with the published version on held-out traces.
 
-Acceptance is simulated from the hidden rows of the traces, which the store holds already; neither a
+Rounds are simulated from the hidden rows of the traces, which the store holds already; neither a
 server nor the target runs, and only the result is read from the device.
 """
 
@@ -178,6 +178,8 @@ class Judge:
     """With which the candidate must not be worse; 0.5: only the estimates count."""
     static: Static | None = None
     """The version that the trainer began from, for comparison; ``None``: it is not measured."""
+    block: bool = False
+    """See ``drafters.trainable.Trainable.acceptance``."""
     between: Callable[[], None] = lambda: None
     """Called between the pieces of a measurement, of ``_TOKENS_AT_ONCE`` positions each: others may
     use the device there."""
@@ -196,7 +198,8 @@ class Judge:
         at = np.arange(_TOKENS_AT_ONCE, dtype=np.int32)
         packed = Packed(np.full_like(at, EMPTY_SLOT), at // longest, at, len(at), longest)
         batch = self.store.batch(packed, batch_dtype(self.store.device))
-        alphas_RK, _ = self.trainable.acceptance(self.incumbent, self.head, batch, GATE_DRAFT_K)
+        given = self.incumbent, self.head, batch, GATE_DRAFT_K
+        alphas_RK, _ = self.trainable.acceptance(*given, block=self.block)
         alphas_RK.cpu()  # waits until it is done
 
     def judge(
@@ -283,22 +286,23 @@ class Judge:
         self._known, self._measured = self._measured if was_judged else {}, {}
 
     def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Chains]:
-        """The complete chains of each sample, by its key."""
+        """The chains of each sample, by its key."""
         owners, found = [], []
         for group in _groups(samples):
             packed = pack([piece for _, piece in group], None)
             batch = self.store.batch(packed, batch_dtype(self.store.device))
-            alphas_RK, is_full_R = self.trainable.acceptance(model, self.head, batch, GATE_DRAFT_K)
+            alphas_RK, is_full_R = self.trainable.acceptance(
+                model, self.head, batch, GATE_DRAFT_K, block=self.block
+            )
             found.append(torch.cat((alphas_RK, is_full_R[:, None].float()), dim=1))
             owners.append(_owners(packed, [place for place, _ in group]))
             self.between()
         if not found:
             return {}
         rows = torch.cat(found).cpu()  # waits for the device, once
-        is_full = rows[:, -1] > 0
-        owner = torch.from_numpy(np.concatenate(owners))[is_full]
-        alphas = rows[is_full, :-1]
-        chains = Chains.of_texts([alphas[owner == place] for place in range(len(samples))])
+        owner = torch.from_numpy(np.concatenate(owners))
+        parts = [rows[owner == place] for place in range(len(samples))]
+        chains = Chains.of_texts([p[:, :-1] for p in parts], [p[:, -1] > 0 for p in parts])
         return {x.key: found for x, found in zip(samples, chains, strict=True)}
 
 

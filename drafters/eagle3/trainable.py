@@ -64,10 +64,12 @@ class LearnsByChains:
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
+        *,
+        block: bool = False,
     ) -> tuple[Tensor, Tensor]:
         """See ``chain_acceptance``."""
         given = model, head.embed_VH, head.lm_head, batch, num_draft
-        return chain_acceptance(*given, outputs=self.outputs)
+        return chain_acceptance(*given, outputs=self.outputs, block=block)
 
 
 @dataclass(frozen=True, slots=True)

@@ -176,6 +176,7 @@ def test_padding_changes_nothing() -> None:
         is_row_R=functional.pad(batch.is_row_R, (0, 4)),
         last_hidden_RH=functional.pad(batch.last_hidden_RH, (0, 0, 0, 4)),
         temperature_R=functional.pad(batch.temperature_R, (0, 4)),
+        by_match_R=functional.pad(batch.by_match_R, (0, 4)),
         weight_R=functional.pad(batch.weight_R, (0, 4)),
         longest=20,
     )
@@ -344,6 +345,7 @@ def test_a_batch_without_rows_has_no_loss(share: float, keep: bool) -> None:
         is_row_R=batch.is_row_R[none],
         last_hidden_RH=batch.last_hidden_RH[none],
         temperature_R=batch.temperature_R[none],
+        by_match_R=batch.by_match_R[none],
         weight_R=batch.weight_R[none],
     )
 
@@ -371,7 +373,9 @@ def brute_alphas(model: Eagle3, batch: TrainingBatch, temperature: float) -> Ten
         q = torch.zeros_like(p)
         vocabulary = model.to_target_ids(torch.arange(logits.shape[-1]))
         q[:, vocabulary] = (logits / temperature).softmax(-1)
-        rows.append(torch.minimum(p, q).sum(-1).float())
+        at_label = ids[places + 1, None]
+        ratio = q.gather(1, at_label)[:, 0] / p.gather(1, at_label)[:, 0]
+        rows.append(ratio.clamp_max(1).float())
     return torch.stack(rows)
 
 
