@@ -116,7 +116,7 @@ def _part(number: int, sample: Sample, piece: Piece) -> TrainingBatch:
         is_row_R=torch.ones_like(row_R, dtype=torch.bool),
         last_hidden_RH=rows[row_R, -1],
         temperature_R=torch.full((len(row_R),), sample.temperature),
-        by_match_R=torch.full((len(row_R),), sample.by_match or sample.temperature == 0),
+        by_match_R=torch.full((len(row_R),), sample.sampling.is_decided),
         weight_R=torch.ones(len(row_R)) if weights is None else weights[row_R + piece.start],
         longest=length,
         outcome_R3=None if sample.outcome_T3 is None else sample.outcome_T3[row_R + piece.start],

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.deletions import Owner
+from buffer.records import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,8 @@ class Sample:
     """[N, m + 1] float32 multiplier of fp8 rows."""
     pieces: tuple[Piece, ...]
     num_loss_rows: int
-    temperature: float
+    sampling: Sampling
+    """Of the request."""
     version: int | None
     """Newest drafter version that proposed in it; ``None`` without rounds."""
     weight_T: Tensor | None = None
@@ -82,13 +84,16 @@ class Sample:
     """``None`` unless somebody asks, see ``trainer.dataset.Expected.counted``."""
     outcome_T3: Tensor | None = None
     """int32 [T, 3], see ``TrainingBatch.outcome_R3``; ``None`` likewise."""
-    by_match: bool = False
-    """See ``TrainingBatch.by_match_R``."""
 
     @property
     def tenant(self) -> str:
         """Whose trace it is; empty if nobody's."""
         return "" if self.owner is None else self.owner.tenant
+
+    @property
+    def temperature(self) -> float:
+        """Of the request; 0 is greedy."""
+        return self.sampling.temperature
 
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:

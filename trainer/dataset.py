@@ -128,7 +128,7 @@ def sample_of(
         scale,
         pieces,
         trained.size,
-        trace.sampling.temperature,
+        trace.sampling,
         _version(trace.rounds, expected),
         _weights(trace, expected.emphasis),
         trace.domain,
@@ -136,7 +136,6 @@ def sample_of(
         Owner(trace.tenant, trace.finished_unix_ms),
         None if expected.counted is None else _steps(trace.rounds, expected.counted),
         None if expected.rewarded is None else _outcomes(trace, expected.rewarded),
-        trace.sampling.is_decided,
     )
 
 

@@ -323,7 +323,7 @@ def _facts_of(sample: Sample, num_facts: int) -> Tensor:
     facts[:, 3:].view(torch.float32)[:, 0] = sample.temperature
     weights = 1.0 if sample.weight_T is None else sample.weight_T[first:stop]
     facts[:, 3:].view(torch.float32)[:, 1] = weights
-    facts[:, 5] = sample.by_match or sample.temperature == 0
+    facts[:, 5] = sample.sampling.is_decided
     if num_facts > _NUM_FACTS:
         assert sample.outcome_T3 is not None, "whoever keeps outcomes asks for them"
         facts[:, _NUM_FACTS:] = sample.outcome_T3[first:stop]

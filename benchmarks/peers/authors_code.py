@@ -131,17 +131,18 @@ class DFlashCode:
         device, self._ends = given.device, sorted(given.ends)
         self._device, self._block_size = device, given.num_draft + 1
         with _as_before(checkout):
-            self._module: Any = importlib.import_module("dflash.model")
+            module: Any = importlib.import_module("dflash.model")
         if device.type != "cuda":  # their clock waits for a GPU
-            self._module._cuda_time = time.perf_counter
-        made: Any = self._module.DFlashDraftModel.from_pretrained(given.drafter, dtype=given.dtype)
+            module._cuda_time = time.perf_counter
+        self._generate = module.dflash_generate
+        made: Any = module.DFlashDraftModel.from_pretrained(given.drafter, dtype=given.dtype)
         self._drafter = made.to(device).eval()
         loaded: Any = AutoModelForCausalLM.from_pretrained(given.target, dtype=given.dtype)
         self._target = loaded.to(device).eval()
 
     def answer(self, prompt: Ids, max_tokens: int) -> Answer:
         """Decode to the end, or ``max_tokens``."""
-        found = self._module.dflash_generate(
+        found = self._generate(
             self._drafter,
             self._target,
             torch.tensor([list(prompt)], device=self._device),
@@ -246,7 +247,7 @@ def _indexed(target: Path, scratch: Path) -> Path:
     scratch.mkdir(parents=True, exist_ok=True)
     for path in target.iterdir():
         (scratch / path.name).symlink_to(path.resolve())
-    files = {}
+    files: dict[str, str] = {}
     for path in _weight_files(target):
         with safe_open(path, framework="pt") as opened:
             files |= dict.fromkeys(opened.keys(), path.name)

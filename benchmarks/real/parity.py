@@ -1,6 +1,6 @@
 """Simulated tokens per step against live ones, on the same whole answers.
 
-    python -m benchmarks.real.parity --kind eagle3 --run-dir runs/real/drafters/eagle3
+    python -m benchmarks.real.parity --kind KIND --run-dir runs/real/drafters/KIND
     ... --drafter examples/drafter/0 --set target=examples/target --device cpu --run-dir runs/parity
 
 The newest weights of a run, or those of ``--drafter``, draft K = 4 tokens in every round of a fixed
@@ -29,6 +29,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import build, release
 from benchmarks.harness.loops import Feed
 from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
@@ -201,7 +202,7 @@ def newest_bundle(run_dir: Path) -> Path:
 
 def main(
     run_dir: Annotated[Path, typer.Option(help="run whose newest weights are measured")],
-    kind: str = "eagle3",
+    kind: str = LEARNED,
     drafter: Annotated[Path | None, typer.Option(help="bundle folder instead")] = None,
     out: Out = RESULTS / "parity.json",
     prompts: Annotated[int, typer.Option(help="of each of four domains, at most")] = 48,
