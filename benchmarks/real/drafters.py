@@ -461,7 +461,8 @@ def main(
         tuple(int(k) for k in fixed.split(",")),
         turns, longest_s, shortest_s,
     )  # fmt: skip
-    settings = collecting_settings(run_dir, device, 128)
+    more = chosen.split(",") if chosen else []
+    settings = collecting_settings(run_dir, device, 128, *more)
     tokenizer = load_tokenizer(target_folder(settings.target, settings.target_cache))
     found = chat_prompts(dict.fromkeys(ARM_DOMAINS, prompts), seed=7, may_lack=True)
     ids = {
@@ -481,8 +482,7 @@ def main(
         name = f"{kind}, {chosen}" if chosen else kind
         folder = run_dir / re.sub("[^A-Za-z0-9_.]+", "-", name)
         done[name] = run_kind(
-            kind, folder, device, plan, asks, answered, spend, rows, until,
-            chosen.split(",") if chosen else (),
+            kind, folder, device, plan, asks, answered, spend, rows, until, more
         )  # fmt: skip
         write_result(out, {"rows": rows, "trained_at_temperature": TRAINED_AT, "kinds": done})
         write_rows("drafters", claims(done), "python -m benchmarks.real.drafters")
