@@ -63,9 +63,10 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
     for sample in samples:
         for piece in sample.pieces:
             batch = collate([(replace(sample, temperature=0.0), piece)])
-            kept, is_full = chain_acceptance(model, head.embed_VH, head.lm_head, batch, DRAFT_K)
+            found = chain_acceptance(model, head.embed_VH, head.lm_head, batch, DRAFT_K)
+            is_full = found.is_full_R
             anchors = batch.positions_T[batch.row_R[is_full]]
-            counts = kept[is_full].cumprod(dim=1).sum(dim=1).int().tolist()
+            counts = found.overlap_RK[is_full].cumprod(dim=1).sum(dim=1).int().tolist()
             accepted |= {(sample.key, p): n for p, n in zip(anchors.tolist(), counts, strict=True)}
     return accepted
 

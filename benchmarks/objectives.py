@@ -219,7 +219,8 @@ def judge(bench: Bench, model: torch.nn.Module) -> dict[str, float | None]:
     figures = {}
     for domain, judged in bench.judged.items():
         pairs = [bench.learns.acceptance(model, bench.head, batch, K) for batch in judged]
-        texts, is_full = [found.cpu() for found, _ in pairs], [full.cpu() for _, full in pairs]
+        texts = [one.overlap_RK.cpu() for one in pairs]
+        is_full = [one.is_full_R.cpu() for one in pairs]
         figures[domain] = Chains.join(Chains.of_texts(texts, is_full), K).tokens_per_step()
     return figures
 

@@ -90,8 +90,8 @@ class Chains:
     """
 
     alphas_NK: Tensor
-    """[N, K] float32 on the CPU, acceptance of each position given that all earlier ones were kept
-    and given the text, see ``drafters.kept``; 0 behind the end of a text."""
+    """[N, K] float32 on the CPU, acceptance of each position given that all earlier ones were kept:
+    either figure of ``drafters.trainable.ChainAcceptance``; 0 behind the end of a text."""
     starts_NK: Tensor
     """[N, K] float64, probability that a round of k + 1 draft tokens at most begins here, where
     all rounds of a text draft so many and one begins at its first chain."""

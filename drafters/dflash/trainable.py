@@ -34,9 +34,9 @@ from drafters.objectives import (
     shares,
 )
 from drafters.stored_module import StoredModule
-from drafters.trainable import BatchLoss
-from specops.device import label_figures
-from specops.distill import LabelFigures, Rows, Teacher
+from drafters.trainable import BatchLoss, ChainAcceptance
+from specops.device import distill, label_figures
+from specops.distill import RowFigures, Rows, Teacher
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -121,7 +121,7 @@ class DFlashTrainable(StoredModule[DFlash]):
         num_draft: int,
         *,
         block: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ChainAcceptance:
         """Of blocks of ``num_draft + 1`` rows, as a server drafts them, at every row."""
         num_rows, device = len(batch.row_R), batch.row_R.device
         own_R = torch.arange(num_rows, device=device)
@@ -129,11 +129,11 @@ class DFlashTrainable(StoredModule[DFlash]):
         alive_KR = lay_out(batch, num_draft, 1.0, None).alive_KR
         row_N = (own_R[:, None] + step_K).clamp_max(num_rows - 1).flatten()
         hidden = block_hidden(model, head, batch, own_R, num_draft, None)
-        heat_N = heat_of(batch).repeat_interleave(num_draft)
-        cooled = (hidden / heat_N[:, None]).to(hidden.dtype)
-        given = _given(head, batch, cooled, row_N)
-        found = label_figures(given.hidden_NH, given.weight_VH, given.rows)
-        drafted = LabelFigures(*(column.view(num_rows, num_draft).T for column in found))
+        heat_R = heat_of(batch)
+        cooled = (hidden / heat_R.repeat_interleave(num_draft)[:, None]).to(hidden.dtype)
+        given = _given(head, batch, cooled, row_N, heat_R)
+        found = distill(*given, torch.zeros(len(cooled), device=device), "lk").figures
+        drafted = RowFigures(*(column.view(num_rows, num_draft).T for column in found))
         return acceptance_of_text(batch, head.lm_head, drafted, alive_KR, block=block)
 
 
@@ -357,11 +357,13 @@ def _given(
     batch: TrainingBatch,
     hidden: Tensor,
     row_N: Tensor,
+    heat_R: Tensor | None = None,
 ) -> _Given:
     """Rows, and the target's at ``row_N`` of R that they are compared with."""
     last = batch.token_ids_T.numel() - 1  # where only padding is
     labels = batch.token_ids_T[(batch.row_R[row_N] + 1).clamp_max(last)]
-    teacher = Teacher(batch.last_hidden_RH[row_N], head.lm_head, None)
+    heat_N = None if heat_R is None else heat_R[row_N]
+    teacher = Teacher(batch.last_hidden_RH[row_N], head.lm_head, None, heat_N)
     weight = head.lm_head.weight_VH.to(hidden.dtype)
     return _Given(hidden, weight, teacher, Rows(labels, batch.is_row_R[row_N]))
 

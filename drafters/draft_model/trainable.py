@@ -25,9 +25,9 @@ from drafters.eagle3.chains import Chains, chain_weights, lay_out
 from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import FLOOR, Positions, objective_loss, objective_of, shares
 from drafters.stored_module import StoredModule, check_tensors
-from drafters.trainable import BatchLoss, TargetShape
-from specops.device import label_figures
-from specops.distill import LabelFigures, RowFigures, Rows, Teacher
+from drafters.trainable import BatchLoss, ChainAcceptance, TargetShape
+from specops.device import distill, label_figures
+from specops.distill import RowFigures, Rows, Teacher
 from targets.causal import (
     PACKED,
     CausalWeights,
@@ -125,13 +125,20 @@ class DraftModelTrainable(StoredModule[DraftModel]):
         num_draft: int,
         *,
         block: bool = False,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> ChainAcceptance:
         """Acceptance of the row k further on, for each position k of a chain."""
-        chains = lay_out(batch, num_draft, 1.0, None)
+        chains, heat_R = lay_out(batch, num_draft, 1.0, None), heat_of(batch)
         hidden = row_hidden(model, batch)
-        cooled = (hidden / heat_of(batch)[:, None]).to(hidden.dtype)
-        found = label_figures(cooled, _head_weight(model), _labels(model, batch))
-        drafted = LabelFigures(*(_ahead(column, num_draft) for column in found))
+        cooled = (hidden / heat_R[:, None]).to(hidden.dtype)
+        found = distill(
+            cooled,
+            _head_weight(model),
+            _teacher(model, head, batch, heat_R),
+            _labels(model, batch),
+            torch.zeros(len(hidden), device=hidden.device),
+            "lk",
+        ).figures
+        drafted = RowFigures(*(_ahead(column, num_draft) for column in found))
         return acceptance_of_text(batch, head.lm_head, drafted, chains.alive_KR, block=block)
 
 
@@ -185,11 +192,13 @@ def _head_weight(model: DraftModel) -> Tensor:
     return weight[: model.config.draft_vocab_size]
 
 
-def _teacher(model: DraftModel, head: TargetHead, batch: TrainingBatch) -> Teacher:
+def _teacher(
+    model: DraftModel, head: TargetHead, batch: TrainingBatch, heat_R: Tensor | None = None
+) -> Teacher:
     c = model.config
     same = c.draft_vocab_size == c.target_vocab_size
     ids = None if same else torch.arange(c.draft_vocab_size, device=batch.row_R.device)
-    return Teacher(batch.last_hidden_RH, head.lm_head, ids)
+    return Teacher(batch.last_hidden_RH, head.lm_head, ids, heat_R)
 
 
 def _labels(model: DraftModel, batch: TrainingBatch) -> Rows:

@@ -51,11 +51,10 @@ from drafters.objectives import (
     objective_loss,
     shares,
 )
-from drafters.trainable import BatchLoss
-from specops.device import label_figures
+from drafters.trainable import BatchLoss, ChainAcceptance
+from specops.device import distill, label_figures
 from specops.distill import (
     FrozenHead,
-    LabelFigures,
     LossKind,
     RowFigures,
     Rows,
@@ -248,7 +247,7 @@ def chain_acceptance(
     outputs: Outputs = ttt_outputs,
     *,
     block: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> ChainAcceptance:
     """Acceptance of each position of every chain; see ``drafters.kept``.
 
     For greedy requests it is 1 where the drafter's argmax is the committed token, else 0. The
@@ -258,19 +257,19 @@ def chain_acceptance(
     Args:
         chunk_rows: see ``ChainPlan``.
         block: see ``acceptance_of_text``.
-
-    Returns:
-        alphas_RK: [R, K] float32; 0 where the chain has ended.
-        is_full_R: bool, the chain has all ``num_steps`` rows.
     """
-    chains = lay_out(batch, num_steps, 1.0, None)
+    chains, heat_R = lay_out(batch, num_steps, 1.0, None), heat_of(batch)
     inputs = list(_head_inputs(model, embed, batch, chains, outputs))
     labels = _labels(model, batch)
     rows = _concatenated([_compared(labels, chains, step) for step in range(num_steps)])
     hidden = torch.cat(inputs)
-    cooled = (hidden / heat_of(batch).repeat(num_steps)[:, None]).to(hidden.dtype)
-    found = label_figures(cooled, model.head_weight(head.weight_VH), rows, chunk_rows)
-    drafted = LabelFigures(*(column.view(num_steps, -1) for column in found))
+    cooled = (hidden / heat_R.repeat(num_steps)[:, None]).to(hidden.dtype)
+    teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model), heat_R)
+    weights = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+    order = _order(chains, [len(x) for x in inputs])
+    weight = model.head_weight(head.weight_VH)
+    found = distill(cooled, weight, teacher, rows, weights, "lk", chunk_rows, order).figures
+    drafted = RowFigures(*(column.view(num_steps, -1) for column in found))
     return acceptance_of_text(batch, head, drafted, chains.alive_KR, block=block)
 
 

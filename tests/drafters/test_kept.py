@@ -4,13 +4,14 @@ draft is enumerated, so there is no sampling noise."""
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 from drafters.batch import TrainingBatch, from_sequences
 from drafters.kept import acceptance_of_text, target_label_probs
-from specops.distill import FrozenHead, LabelFigures
+from specops.distill import FrozenHead, RowFigures
 from specops.verify import block_acceptance
 
 V, K = 3, 3
@@ -54,6 +55,13 @@ def batch_of(text: tuple[int, ...], **changes: torch.Tensor) -> TrainingBatch:
     return from_sequences(*given, **changes)
 
 
+def figures_of(label_prob: torch.Tensor, agrees: torch.Tensor) -> RowFigures:
+    """A drafter's figures, with overlaps of a quarter."""
+    return RowFigures(
+        torch.zeros_like(label_prob), torch.full_like(label_prob, 0.25), label_prob, agrees
+    )
+
+
 HEAD = FrozenHead(TARGET.log().T.float())
 """Its logits are those of the last token's law."""
 
@@ -67,9 +75,9 @@ def test_what_is_kept_given_the_text_is_what_the_rule_keeps(block: bool) -> None
         q = torch.stack([DRAFT[b, x] for b, x in zip(before, text, strict=True)])
         alive_KR = torch.tensor([[True] * K, [True, True, False], [True, False, False]])
         drafted = torch.stack([q.roll(-k) for k in range(K)])
-        figures = LabelFigures(drafted, torch.zeros(K, K, dtype=torch.bool))
+        figures = figures_of(drafted, torch.zeros(K, K, dtype=torch.bool))
 
-        alphas, is_full = acceptance_of_text(batch, HEAD, figures, alive_KR, block=block)
+        _, alphas, is_full = acceptance_of_text(batch, HEAD, figures, alive_KR, block=block)
 
         found = alphas[0].double().cumprod(0) * p.cumprod(0)
         expected = torch.tensor(kept_with_text(text, block=block), dtype=torch.float64)
@@ -78,16 +86,19 @@ def test_what_is_kept_given_the_text_is_what_the_rule_keeps(block: bool) -> None
         assert bool((alphas[1:][~alive_KR.T[1:]] == 0).all())
 
 
-def test_greedy_and_seeded_requests_keep_what_the_drafter_finds_likeliest() -> None:
+@pytest.mark.parametrize(("temperature", "overlap"), [(0.0, [1.0, 0.0, 1.0]), (0.7, [0.25] * 3)])
+def test_greedy_and_seeded_requests_keep_what_the_drafter_finds_likeliest(
+    temperature: float, overlap: list[float]
+) -> None:
     agrees = torch.tensor([[True, False, True]])
-    batch = batch_of((0, 1, 2), temperature_B=torch.zeros(1))
+    batch = batch_of((0, 1, 2), temperature_B=torch.tensor([temperature]))
+    batch = replace(batch, by_match_R=torch.ones(3, dtype=torch.bool))
+    figures = figures_of(torch.full((1, 3), 0.9), agrees)
 
-    alphas, _ = acceptance_of_text(
-        batch, HEAD, LabelFigures(torch.full((1, 3), 0.9), agrees), torch.ones(1, 3).bool()
-    )
+    found = acceptance_of_text(batch, HEAD, figures, torch.ones(1, 3, dtype=torch.bool))
 
-    assert batch.by_match_R.all()
-    assert alphas[:, 0].tolist() == [1.0, 0.0, 1.0]
+    assert found.kept_RK[:, 0].tolist() == [1.0, 0.0, 1.0]
+    assert found.overlap_RK[:, 0].tolist() == overlap
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -140,7 +140,7 @@ def test_what_training_simulates_is_what_was_accepted(monkeypatch, kind):
     for trace in traces.values():
         batch = trained_on(trace)
         module = learns.load_model(weights.config, weights.tensors)
-        alphas, is_full = learns.acceptance(module, head, batch, K)
+        _, alphas, is_full = learns.acceptance(module, head, batch, K)
         row_of = {int(p): r for r, p in enumerate(batch.row_R)}
         for one in trace.rounds:
             row = row_of.get(one.anchor)
@@ -192,7 +192,7 @@ def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
         if len(trace.rounds) == 0:
             continue
         batch = trained_on(trace, 1.0)
-        alphas, full = learns.acceptance(module, head, batch, K, block=rule is Rule.BLOCK)
+        _, alphas, full = learns.acceptance(module, head, batch, K, block=rule is Rule.BLOCK)
         answer = batch.row_R >= trace.prompt_length  # rounds begin behind the first token
         texts.append(alphas[answer])
         is_full.append(full[answer])
