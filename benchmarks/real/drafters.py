@@ -148,7 +148,10 @@ def train(settings: Settings, num_rows: int, seconds: float) -> dict[str, Any]:
     say(f"{len(data.pieces)} pieces, {data.num_rows:,} rows to train on")
     learner = Learner(learns, model, head, settings.trainer, rows)
     margin = settings.trainer.gate_margin
-    judge = Judge(learns, head, rows, incumbent, margin, settings.trainer.gate_confidence)
+    by_block = settings.engine.verification == "block"
+    judge = Judge(
+        learns, head, rows, incumbent, margin, settings.trainer.gate_confidence, block=by_block
+    )
     curve = learn(learner, judge, data, num_rows, seconds)
     judged = judge.judge(learner.average, data.held_out[:JUDGED])
     content = bundle_content(learns, learner.average)
