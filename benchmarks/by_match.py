@@ -24,7 +24,7 @@ import typer
 from benchmarks.harness.results import RESULTS, Out, write_result
 from benchmarks.harness.run_traces import all_traces, by_index, held_out, new_index
 from buffer.bundles import read_manifest
-from buffer.records import Trace
+from buffer.records import Sampling, Trace
 from configs.load import load_settings
 from configs.schema import Settings
 from drafters.batch import collate
@@ -62,10 +62,12 @@ def by_drafter(model: Eagle3, head: TargetHead, samples: Sequence[Sample]) -> Ac
     accepted: Accepted = {}
     for sample in samples:
         for piece in sample.pieces:
-            batch = collate([(replace(sample, temperature=0.0), piece)])
-            kept, is_full = chain_acceptance(model, head.embed_VH, head.lm_head, batch, DRAFT_K)
+            greedy = Sampling({"temperature": 0.0})
+            batch = collate([(replace(sample, sampling=greedy), piece)])
+            found = chain_acceptance(model, head.embed_VH, head.lm_head, batch, DRAFT_K)
+            is_full = found.is_full_R
             anchors = batch.positions_T[batch.row_R[is_full]]
-            counts = kept[is_full].cumprod(dim=1).sum(dim=1).int().tolist()
+            counts = found.overlap_RK[is_full].cumprod(dim=1).sum(dim=1).int().tolist()
             accepted |= {(sample.key, p): n for p, n in zip(anchors.tolist(), counts, strict=True)}
     return accepted
 

@@ -218,11 +218,10 @@ def judge(bench: Bench, model: torch.nn.Module) -> dict[str, float | None]:
     """Simulated tokens_per_step on the held-out traces of each domain."""
     figures = {}
     for domain, judged in bench.judged.items():
-        texts = []
-        for batch in judged:
-            found, is_full = bench.learns.acceptance(model, bench.head, batch, K)
-            texts.append(found[is_full].cpu())
-        figures[domain] = Chains.join(Chains.of_texts(texts), K).tokens_per_step()
+        pairs = [bench.learns.acceptance(model, bench.head, batch, K) for batch in judged]
+        texts = [one.overlap_RK.cpu() for one in pairs]
+        is_full = [one.is_full_R.cpu() for one in pairs]
+        figures[domain] = Chains.join(Chains.of_texts(texts, is_full), K).tokens_per_step()
     return figures
 
 

@@ -362,6 +362,12 @@ class Sampling:
         assert isinstance(value, int | float)
         return value
 
+    @property
+    def is_decided(self) -> bool:
+        """The target's token at each position did not depend on what was drafted: the request was
+        greedy or had a seed. Draft tokens were kept where they equalled it."""
+        return self.temperature == 0 or self.values.get("seed") is not None
+
 
 @dataclass(frozen=True, slots=True)
 class FeatureRows:

@@ -85,28 +85,37 @@ class Chains:
 
     A round that keeps five tokens leaves out four places where another could have begun. So rounds
     begin more often where drafts are rejected, and the mean over all places is too high: by 12 %
-    for EAGLE-3 on chat answers of SmolLM2-135M-Instruct.
+    for EAGLE-3 on chat answers of SmolLM2-135M-Instruct. And an answer ends where the target ends
+    it, whatever the last round drafted. So a text's tokens are divided by its rounds.
     """
 
     alphas_NK: Tensor
-    """[N, K] float32 on the CPU, see ``simulated_tokens_per_step``."""
+    """[N, K] float32 on the CPU, acceptance of each position given that all earlier ones were kept:
+    either figure of ``drafters.trainable.ChainAcceptance``; 0 behind the end of a text."""
     starts_NK: Tensor
     """[N, K] float64, probability that a round of k + 1 draft tokens at most begins here, where
     all rounds of a text draft so many and one begins at its first chain."""
+    is_full_N: Tensor
+    """[N] bool, the text has all K tokens of the chain."""
 
     @classmethod
     def none(cls, num_draft: int) -> Chains:
         """No chain."""
-        return cls(torch.zeros(0, num_draft), torch.zeros(0, num_draft, dtype=torch.float64))
+        nothing = torch.zeros(0, num_draft)
+        return cls(nothing, nothing.double(), torch.zeros(0, dtype=torch.bool))
 
     @classmethod
-    def of_texts(cls, texts: Sequence[Tensor]) -> list[Chains]:
+    def of_texts(cls, texts: Sequence[Tensor], is_full: Sequence[Tensor]) -> list[Chains]:
         """
         Args:
             texts: [N_i, K] of each text, its chains in order, one for each token.
+            is_full: [N_i] bool, see ``is_full_N``.
         """
         starts = _round_starts([text.double().numpy() for text in texts])
-        return [cls(text, torch.from_numpy(s)) for text, s in zip(texts, starts, strict=True)]
+        return [
+            cls(text, torch.from_numpy(begins), full)
+            for text, begins, full in zip(texts, starts, is_full, strict=True)
+        ]
 
     @classmethod
     def join(cls, parts: Sequence[Chains], num_draft: int) -> Chains:
@@ -115,6 +124,7 @@ class Chains:
         return cls(
             torch.cat([part.alphas_NK for part in every]),
             torch.cat([part.starts_NK for part in every]),
+            torch.cat([part.is_full_N for part in every]),
         )
 
     def __len__(self) -> int:
@@ -124,8 +134,7 @@ class Chains:
         """tokens_per_step of rounds of 1, 2, ... K draft tokens; ``None`` without chains."""
         if not len(self):
             return None
-        kept_NK = 1 + self.alphas_NK.double().cumprod(dim=1).cumsum(dim=1)
-        tokens: list[float] = ((self.starts_NK * kept_NK).sum(0) / self.starts_NK.sum(0)).tolist()
+        tokens: list[float] = (len(self) / self.starts_NK.sum(dim=0)).tolist()
         return tokens
 
     def tokens_per_step(self) -> float | None:
@@ -135,8 +144,10 @@ class Chains:
 
     def acceptance(self) -> list[float]:
         """Acceptance at each position where rounds of K draft tokens begin, given that all earlier
-        positions were kept, up to the last one that is reached."""
-        found = conditional_acceptance(self.alphas_NK, self.starts_NK[:, -1])
+        positions were kept, up to the last one that is reached. Texts' last rounds, which the end
+        cuts, do not count."""
+        full = self.is_full_N
+        found = conditional_acceptance(self.alphas_NK[full], self.starts_NK[full, -1])
         return [one for one in found if one is not None]
 
 

@@ -42,6 +42,9 @@ class TrainingBatch:
     """lm_head's input at these rows."""
     temperature_R: Tensor
     """float32 temperature of the request; 0 is greedy."""
+    by_match_R: Tensor
+    """bool: the request drafts the likeliest tokens, and keeps those that the target chooses too,
+    because it is greedy or has a seed."""
     weight_R: Tensor
     """float32 weight of the loss at this row, 1 unless some matter more than others."""
     longest: int
@@ -113,6 +116,7 @@ def _part(number: int, sample: Sample, piece: Piece) -> TrainingBatch:
         is_row_R=torch.ones_like(row_R, dtype=torch.bool),
         last_hidden_RH=rows[row_R, -1],
         temperature_R=torch.full((len(row_R),), sample.temperature),
+        by_match_R=torch.full((len(row_R),), sample.sampling.is_decided),
         weight_R=torch.ones(len(row_R)) if weights is None else weights[row_R + piece.start],
         longest=length,
         outcome_R3=None if sample.outcome_T3 is None else sample.outcome_T3[row_R + piece.start],
@@ -149,6 +153,7 @@ def from_sequences(
         is_row_R=ones_R.bool(),
         last_hidden_RH=last_hidden_BSH.flatten(0, 1)[row_R],
         temperature_R=heat_R,
+        by_match_R=heat_R == 0,
         weight_R=ones_R,
         longest=S,
     )

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.deletions import Owner
+from buffer.records import Sampling
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,7 +68,8 @@ class Sample:
     """[N, m + 1] float32 multiplier of fp8 rows."""
     pieces: tuple[Piece, ...]
     num_loss_rows: int
-    temperature: float
+    sampling: Sampling
+    """Of the request."""
     version: int | None
     """Newest drafter version that proposed in it; ``None`` without rounds."""
     weight_T: Tensor | None = None
@@ -87,6 +89,11 @@ class Sample:
     def tenant(self) -> str:
         """Whose trace it is; empty if nobody's."""
         return "" if self.owner is None else self.owner.tenant
+
+    @property
+    def temperature(self) -> float:
+        """Of the request; 0 is greedy."""
+        return self.sampling.temperature
 
 
 def widen(rows: Tensor, scale: Tensor | None) -> Tensor:

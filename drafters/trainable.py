@@ -46,6 +46,19 @@ class BatchLoss(NamedTuple):
     """Share of chains whose most likely draft token is the committed token."""
 
 
+class ChainAcceptance(NamedTuple):
+    """Acceptance of each position of the chain of K draft tokens that begins at each row, given
+    that all earlier tokens were kept, at the temperature of the row; 0 where the chain has ended.
+    ``drafters.kept`` says what each is good for."""
+
+    overlap_RK: Tensor
+    """float32 ``sum_x min(p, q)``; of greedy requests, 1 where the draft is what came."""
+    kept_RK: Tensor
+    """float32, given the text that came out, by the rule that verifies the request."""
+    is_full_R: Tensor
+    """bool, the chain has all K rows."""
+
+
 ModelT = TypeVar("ModelT", bound="nn.Module")
 
 
@@ -148,15 +161,15 @@ class Trainable(Protocol[ModelT]):
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
-        """Acceptance of each position of the chain of ``num_draft`` tokens that begins at each row.
+        *,
+        block: bool = False,
+    ) -> ChainAcceptance:
+        """Of the chain of ``num_draft`` tokens that begins at each row. Like ``loss`` it never
+        waits for a GPU.
 
-        Like ``loss`` it never waits for a GPU.
-
-        Returns:
-            alphas_RK: [R, num_draft] float32, acceptance given that all earlier tokens were kept,
-                at the temperature of the row.
-            is_full_R: bool, the chain has all ``num_draft`` rows; the others do not count.
+        Args:
+            block: sampled requests without a seed are verified by the block rule, not the standard
+                one.
         """
         ...
 

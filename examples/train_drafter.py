@@ -142,8 +142,8 @@ def held_out_figures(model: Any, tokenizer: Any, drafter: Eagle3) -> dict[str, A
         ids = continued(model, ids, sample=False)
         rows = batch_of(model, ids, drafter.config.layer_ids, 64, temperature=0.0)
         head = FrozenHead(model.get_output_embeddings().weight.detach())
-        found, is_full = chain_acceptance(drafter, embed, head, rows, num_steps=8)
-        alphas = found[is_full]
+        found = chain_acceptance(drafter, embed, head, rows, num_steps=8)
+        alphas = found.overlap_RK[found.is_full_R]
         figures[domain] = {
             "tokens_per_step_k4": simulated_tokens_per_step(alphas, 4),
             "acceptance": [a for a in conditional_acceptance(alphas) if a is not None],

@@ -195,6 +195,7 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
             settings.trainer.gate_margin,
             settings.trainer.gate_confidence,
             _static(settings, learns, store, device),
+            settings.engine.verification == "block",
         ),
         published=manifest,
         random=np.random.default_rng(settings.seed),

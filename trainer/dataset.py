@@ -128,7 +128,7 @@ def sample_of(
         scale,
         pieces,
         trained.size,
-        trace.sampling.temperature,
+        trace.sampling,
         _version(trace.rounds, expected),
         _weights(trace, expected.emphasis),
         trace.domain,

@@ -1,7 +1,9 @@
 """Compare a candidate with the published version on held-out traces.
 
-Acceptance is simulated from the hidden rows of the traces, which the store holds already; neither a
-server nor the target runs, and only the result is read from the device.
+Rounds are simulated from the hidden rows of the traces, which the store holds already; neither a
+server nor the target runs, and only the result is read from the device. Overlaps decide, because
+they scatter least; figures of one drafter are those of what its texts would have kept
+(``drafters.kept``).
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ class Judgement:
 
     verdict: GateVerdict
     candidate: float | None
-    """Simulated tokens_per_step at K = ``GATE_DRAFT_K``; ``None`` without held-out chains."""
+    """Simulated tokens_per_step at K = ``GATE_DRAFT_K``, as requests like these would have it;
+    ``None`` without held-out chains."""
     incumbent: float | None
     acceptance: list[float]
     """The candidate's conditional acceptance at each position, up to the last one measured."""
@@ -121,16 +124,26 @@ class Judgement:
         }
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The chains of some texts with one drafter."""
+
+    overlap: Chains
+    """For comparisons."""
+    kept: Chains
+    """For figures."""
+
+
 @dataclass(slots=True)
 class Static:
     """A version that never changes, whose acceptance on each trace is cached."""
 
     model: nn.Module
-    _known: dict[str, Chains] = field(default_factory=dict)
+    _known: dict[str, Measured] = field(default_factory=dict)
 
     def acceptance_on(
-        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Chains]]
-    ) -> dict[str, Chains]:
+        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Measured]]
+    ) -> dict[str, Measured]:
         """Acceptance on each sample, by its key."""
         new = measure(self.model, [x for x in samples if x.key not in self._known])
         known = self._known | new
@@ -146,19 +159,19 @@ class _Values:
     ks: tuple[tuple[int, ...], tuple[int, ...]]
     """K of each, by size of batch."""
 
-    def of(self, who: int, chains: Chains) -> float | None:
+    def of(self, who: int, measured: Measured) -> float | None:
         """Mean over the rounds; ``None`` without any."""
-        tokens = chains.tokens_by_k()
+        tokens = measured.overlap.tokens_by_k()
         return None if tokens is None else self.speed.speedup(tokens, self.ks[who])
 
-    def at_best(self, chains: Chains) -> float | None:
+    def at_best(self, measured: Measured) -> float | None:
         """The same at the K that is best for these chains."""
-        tokens = chains.tokens_by_k()
+        tokens = measured.overlap.tokens_by_k()
         return None if tokens is None else self.speed.speedup(tokens, self.speed.best(tokens))
 
-    def paired(self, ours: Chains, theirs: Chains) -> PairedTrace:
+    def paired(self, ours: Measured, theirs: Measured) -> PairedTrace:
         """Both drafters on one trace."""
-        count = len(ours)
+        count = len(ours.overlap)
         mine, best = self.of(0, ours) or 0.0, self.of(1, theirs) or 0.0
         return PairedTrace(count, count * mine, count * best)
 
@@ -178,12 +191,14 @@ class Judge:
     """With which the candidate must not be worse; 0.5: only the estimates count."""
     static: Static | None = None
     """The version that the trainer began from, for comparison; ``None``: it is not measured."""
+    block: bool = False
+    """See ``drafters.trainable.Trainable.acceptance``."""
     between: Callable[[], None] = lambda: None
     """Called between the pieces of a measurement, of ``_TOKENS_AT_ONCE`` positions each: others may
     use the device there."""
-    _known: dict[str, Chains] = field(default_factory=dict)
+    _known: dict[str, Measured] = field(default_factory=dict)
     """Sample key -> the incumbent's acceptance."""
-    _measured: dict[str, Chains] = field(default_factory=dict)
+    _measured: dict[str, Measured] = field(default_factory=dict)
     """The same of the last candidate."""
 
     def warm_up(self, longest: int) -> None:
@@ -196,8 +211,8 @@ class Judge:
         at = np.arange(_TOKENS_AT_ONCE, dtype=np.int32)
         packed = Packed(np.full_like(at, EMPTY_SLOT), at // longest, at, len(at), longest)
         batch = self.store.batch(packed, batch_dtype(self.store.device))
-        alphas_RK, _ = self.trainable.acceptance(self.incumbent, self.head, batch, GATE_DRAFT_K)
-        alphas_RK.cpu()  # waits until it is done
+        given = self.incumbent, self.head, batch, GATE_DRAFT_K
+        self.trainable.acceptance(*given, block=self.block).kept_RK.cpu()  # waits until it is done
 
     def judge(
         self,
@@ -223,7 +238,7 @@ class Judge:
             values.of(0, ours) or 0.0,
             values.of(1, theirs) or 0.0,
             margin=self.margin,
-            num_rows=len(ours),
+            num_rows=len(ours.overlap),
             older=None if before[0] is None or before[1] is None else (before[0], before[1]),
             traces=traces,
             confidence=self.confidence,
@@ -235,18 +250,18 @@ class Judge:
         figures = (values.of(0, ours), values.of(1, theirs))
         return Judgement(
             verdict,
-            ours.tokens_per_step(),
-            theirs.tokens_per_step(),
-            ours.acceptance(),
+            ours.kept.tokens_per_step(),
+            theirs.kept.tokens_per_step(),
+            ours.kept.acceptance(),
             gain_error(traces),
-            len(ours),
+            len(ours.overlap),
             len(held_out),
-            theirs.acceptance(),
+            theirs.kept.acceptance(),
             Speeds(*figures) if speed and None not in figures else None,  # type: ignore[arg-type]
             self._domain_speeds(values, domains, measured, known),
         )
 
-    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Chains]:
+    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Measured]:
         """The incumbent's acceptance on each sample."""
         known = self._known
         known |= self._measure(self.incumbent, [x for x in samples if x.key not in known])
@@ -257,11 +272,11 @@ class Judge:
         self,
         values: _Values,
         domains: Mapping[str, Sequence[HeldSample]],
-        measured: dict[str, Chains],
-        known: dict[str, Chains],
+        measured: dict[str, Measured],
+        known: dict[str, Measured],
     ) -> dict[str, DomainSpeeds]:
         if self.static is None:
-            static: dict[str, Chains] = {}
+            static: dict[str, Measured] = {}
         else:
             every = [x for samples in domains.values() for x in samples]
             static = self.static.acceptance_on(every, self._measure)
@@ -282,28 +297,31 @@ class Judge:
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known, self._measured = self._measured if was_judged else {}, {}
 
-    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Chains]:
-        """The complete chains of each sample, by its key."""
+    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Measured]:
+        """The chains of each sample, by its key."""
         owners, found = [], []
         for group in _groups(samples):
             packed = pack([piece for _, piece in group], None)
             batch = self.store.batch(packed, batch_dtype(self.store.device))
-            alphas_RK, is_full_R = self.trainable.acceptance(model, self.head, batch, GATE_DRAFT_K)
-            found.append(torch.cat((alphas_RK, is_full_R[:, None].float()), dim=1))
+            one = self.trainable.acceptance(model, self.head, batch, GATE_DRAFT_K, block=self.block)
+            columns = one.overlap_RK, one.kept_RK, one.is_full_R[:, None].float()
+            found.append(torch.cat(columns, dim=1))
             owners.append(_owners(packed, [place for place, _ in group]))
             self.between()
         if not found:
             return {}
         rows = torch.cat(found).cpu()  # waits for the device, once
-        is_full = rows[:, -1] > 0
-        owner = torch.from_numpy(np.concatenate(owners))[is_full]
-        alphas = rows[is_full, :-1]
-        chains = Chains.of_texts([alphas[owner == place] for place in range(len(samples))])
-        return {x.key: found for x, found in zip(samples, chains, strict=True)}
+        owner = torch.from_numpy(np.concatenate(owners))
+        parts = [rows[owner == place] for place in range(len(samples))]
+        is_full = [part[:, -1] > 0 for part in parts]
+        places = slice(GATE_DRAFT_K), slice(GATE_DRAFT_K, -1)
+        both = [Chains.of_texts([part[:, at] for part in parts], is_full) for at in places]
+        pairs = zip(samples, *both, strict=True)
+        return {sample.key: Measured(overlap, kept) for sample, overlap, kept in pairs}
 
 
-def _values(speed: SpeedTable, ours: Chains, theirs: Chains) -> _Values:
-    tokens = [x.tokens_by_k() for x in (ours, theirs)]
+def _values(speed: SpeedTable, ours: Measured, theirs: Measured) -> _Values:
+    tokens = [x.overlap.tokens_by_k() for x in (ours, theirs)]
     ks = tuple(speed.best(t) if t else (1,) * len(speed.weights) for t in tokens)
     return _Values(speed, (ks[0], ks[1]))
 
@@ -335,5 +353,9 @@ def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
     return found
 
 
-def _join(found: dict[str, Chains], samples: Sequence[HeldSample]) -> Chains:
-    return Chains.join([found[x.key] for x in samples], GATE_DRAFT_K)
+def _join(found: dict[str, Measured], samples: Sequence[HeldSample]) -> Measured:
+    own = [found[x.key] for x in samples]
+    return Measured(
+        Chains.join([one.overlap for one in own], GATE_DRAFT_K),
+        Chains.join([one.kept for one in own], GATE_DRAFT_K),
+    )

@@ -25,8 +25,9 @@ from specops.capture_pack import quantise
 from trainer.packing import HeldPiece, Ints, Packed
 
 PAGE = 16
-_NUM_FACTS = 5
-"""int32 columns of a slot: token id, position, known, and the bits of temperature and weight."""
+_NUM_FACTS = 6
+"""int32 columns of a slot: token id, position, known, the bits of temperature and weight, and
+whether drafts are kept by match."""
 _NUM_OUTCOMES = 3
 """Further columns, if they are asked for: see ``TrainingBatch.outcome_R3``."""
 
@@ -60,7 +61,7 @@ class Columns(NamedTuple):
     scale_Cm: Tensor | None
     """[C, m + 1] float32 multiplier of fp8 rows."""
     facts_C: Tensor
-    """[C, 5] int32."""
+    """[C, 6] int32, or more; see ``_NUM_FACTS``."""
     dtype: torch.dtype
     """Of the rows."""
 
@@ -204,6 +205,7 @@ class RowStore:
             is_row_R=torch.arange(len(row_R), device=row_R.device) < index.num_rows,
             last_hidden_RH=rows[row_R, -1],
             temperature_R=at_row[:, 3].contiguous().view(torch.float32),
+            by_match_R=at_row[:, 5] != 0,
             weight_R=at_row[:, 4].contiguous().view(torch.float32),
             longest=longest,
             outcome_R3=at_row[:, _NUM_FACTS:] if self._num_facts > _NUM_FACTS else None,
@@ -321,6 +323,7 @@ def _facts_of(sample: Sample, num_facts: int) -> Tensor:
     facts[:, 3:].view(torch.float32)[:, 0] = sample.temperature
     weights = 1.0 if sample.weight_T is None else sample.weight_T[first:stop]
     facts[:, 3:].view(torch.float32)[:, 1] = weights
+    facts[:, 5] = sample.sampling.is_decided
     if num_facts > _NUM_FACTS:
         assert sample.outcome_T3 is not None, "whoever keeps outcomes asks for them"
         facts[:, _NUM_FACTS:] = sample.outcome_T3[first:stop]

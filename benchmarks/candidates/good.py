@@ -130,8 +130,8 @@ def gated(
     ours, theirs = judge._measure(candidate, samples), judge._measure(judge.incumbent, samples)
     pairs = []
     for sample in samples:
-        num = len(ours[sample.key])
-        mine, best = (x[sample.key].tokens_per_step() for x in (ours, theirs))
+        num = len(ours[sample.key].overlap)
+        mine, best = (x[sample.key].overlap.tokens_per_step() for x in (ours, theirs))
         if num and mine is not None and best is not None:
             pairs.append(PairedTrace(num, num * mine, num * best))
     chance, refused = random.Random(seed), Counter[str]()

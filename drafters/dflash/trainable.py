@@ -25,6 +25,7 @@ from drafters.batch import TrainingBatch
 from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import rope_theta
+from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import (
     Objective,
     dpace_weights,
@@ -33,9 +34,9 @@ from drafters.objectives import (
     shares,
 )
 from drafters.stored_module import StoredModule
-from drafters.trainable import BatchLoss
+from drafters.trainable import BatchLoss, ChainAcceptance
 from specops.device import distill, label_figures
-from specops.distill import Rows, Teacher
+from specops.distill import RowFigures, Rows, Teacher
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -118,25 +119,22 @@ class DFlashTrainable(StoredModule[DFlash]):
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        block: bool = False,
+    ) -> ChainAcceptance:
         """Of blocks of ``num_draft + 1`` rows, as a server drafts them, at every row."""
         num_rows, device = len(batch.row_R), batch.row_R.device
-        own_R, step_K = (
-            torch.arange(num_rows, device=device),
-            torch.arange(num_draft, device=device),
-        )
-        alive_RK = lay_out(batch, num_draft, 1.0, None).alive_KR.T
-        row_RK = (own_R[:, None] + step_K).clamp_max(num_rows - 1)
-        greedy_R = batch.temperature_R == 0
-        heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
+        own_R = torch.arange(num_rows, device=device)
+        step_K = torch.arange(num_draft, device=device)
+        alive_KR = lay_out(batch, num_draft, 1.0, None).alive_KR
+        row_N = (own_R[:, None] + step_K).clamp_max(num_rows - 1).flatten()
         hidden = block_hidden(model, head, batch, own_R, num_draft, None)
+        heat_R = heat_of(batch)
         cooled = (hidden / heat_R.repeat_interleave(num_draft)[:, None]).to(hidden.dtype)
-        given = _given(head, batch, cooled, row_RK.flatten(), heat_R)
+        given = _given(head, batch, cooled, row_N, heat_R)
         found = distill(*given, torch.zeros(len(cooled), device=device), "lk").figures
-        greedy_N = greedy_R.repeat_interleave(num_draft)
-        accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
-        alphas_RK = torch.where(alive_RK, accepted.view(num_rows, num_draft), 0.0)
-        return alphas_RK, alive_RK.all(dim=1)
+        drafted = RowFigures(*(column.view(num_rows, num_draft).T for column in found))
+        return acceptance_of_text(batch, head.lm_head, drafted, alive_KR, block=block)
 
 
 def config_for_target(

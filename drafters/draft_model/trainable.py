@@ -22,9 +22,10 @@ from configs.schema import TrainerSettings
 from drafters.batch import TrainingBatch
 from drafters.draft_model.paged import DraftModel, DraftModelConfig, make_module
 from drafters.eagle3.chains import Chains, chain_weights, lay_out
+from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import FLOOR, Positions, objective_loss, objective_of, shares
 from drafters.stored_module import StoredModule, check_tensors
-from drafters.trainable import BatchLoss, TargetShape
+from drafters.trainable import BatchLoss, ChainAcceptance, TargetShape
 from specops.device import distill, label_figures
 from specops.distill import RowFigures, Rows, Teacher
 from targets.causal import (
@@ -122,11 +123,11 @@ class DraftModelTrainable(StoredModule[DraftModel]):
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        block: bool = False,
+    ) -> ChainAcceptance:
         """Acceptance of the row k further on, for each position k of a chain."""
-        chains = lay_out(batch, num_draft, 1.0, None)
-        greedy_R = batch.temperature_R == 0
-        heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
+        chains, heat_R = lay_out(batch, num_draft, 1.0, None), heat_of(batch)
         hidden = row_hidden(model, batch)
         cooled = (hidden / heat_R[:, None]).to(hidden.dtype)
         found = distill(
@@ -137,9 +138,8 @@ class DraftModelTrainable(StoredModule[DraftModel]):
             torch.zeros(len(hidden), device=hidden.device),
             "lk",
         ).figures
-        accepted_R = torch.where(greedy_R, found.agrees_N.float(), found.alpha_N.float())
-        alphas_KR = torch.where(chains.alive_KR, _ahead(accepted_R, num_draft), 0.0)
-        return alphas_KR.T, chains.alive_KR.all(dim=0)
+        drafted = RowFigures(*(_ahead(column, num_draft) for column in found))
+        return acceptance_of_text(batch, head.lm_head, drafted, chains.alive_KR, block=block)
 
 
 def row_hidden(model: DraftModel, batch: TrainingBatch) -> Tensor:

@@ -22,7 +22,7 @@ from drafters.eagle3.training import (
 )
 from drafters.objectives import objective_of
 from drafters.stored_module import StoredModule
-from drafters.trainable import BatchLoss
+from drafters.trainable import BatchLoss, ChainAcceptance
 from targets.head import TargetHead
 from targets.last_layer import LastLayer
 
@@ -64,10 +64,12 @@ class LearnsByChains:
         head: TargetHead,
         batch: TrainingBatch,
         num_draft: int,
-    ) -> tuple[Tensor, Tensor]:
+        *,
+        block: bool = False,
+    ) -> ChainAcceptance:
         """See ``chain_acceptance``."""
         given = model, head.embed_VH, head.lm_head, batch, num_draft
-        return chain_acceptance(*given, outputs=self.outputs)
+        return chain_acceptance(*given, outputs=self.outputs, block=block)
 
 
 @dataclass(frozen=True, slots=True)

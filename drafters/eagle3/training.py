@@ -42,6 +42,7 @@ from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
 from drafters.eagle3.losses import head_losses
 from drafters.eagle3.model import Attend, Eagle3
 from drafters.eagle3.reward import reward_loss, verified
+from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import (
     FLOOR,
     LK,
@@ -50,7 +51,7 @@ from drafters.objectives import (
     objective_loss,
     shares,
 )
-from drafters.trainable import BatchLoss
+from drafters.trainable import BatchLoss, ChainAcceptance
 from specops.device import distill, label_figures
 from specops.distill import (
     FrozenHead,
@@ -244,23 +245,20 @@ def chain_acceptance(
     num_steps: int,
     chunk_rows: int | None = None,
     outputs: Outputs = ttt_outputs,
-) -> tuple[Tensor, Tensor]:
-    """Acceptance of each position of every chain, at its request's temperature.
+    *,
+    block: bool = False,
+) -> ChainAcceptance:
+    """Acceptance of each position of every chain; see ``drafters.kept``.
 
-    Above 0, acceptance is ``sum_x min(p, q)`` at this temperature. At 0 it is 1 where the drafter's
-    argmax is the committed token, else 0. The committed token is the argmax that the server took,
-    so rounding of the captured rows has no influence.
+    For greedy requests it is 1 where the drafter's argmax is the committed token, else 0. The
+    committed token is the argmax that the server took, so rounding of the captured rows has no
+    influence.
 
     Args:
         chunk_rows: see ``ChainPlan``.
-
-    Returns:
-        alphas_RK: [R, K] float32.
-        is_full_R: bool, the chain has all ``num_steps`` rows.
+        block: see ``acceptance_of_text``.
     """
-    chains = lay_out(batch, num_steps, 1.0, None)
-    greedy_R = batch.temperature_R == 0
-    heat_R = torch.where(greedy_R, 1.0, batch.temperature_R)
+    chains, heat_R = lay_out(batch, num_steps, 1.0, None), heat_of(batch)
     inputs = list(_head_inputs(model, embed, batch, chains, outputs))
     labels = _labels(model, batch)
     rows = _concatenated([_compared(labels, chains, step) for step in range(num_steps)])
@@ -271,10 +269,8 @@ def chain_acceptance(
     order = _order(chains, [len(x) for x in inputs])
     weight = model.head_weight(head.weight_VH)
     found = distill(cooled, weight, teacher, rows, weights, "lk", chunk_rows, order).figures
-    greedy_N = greedy_R.repeat(num_steps)
-    accepted = torch.where(greedy_N, found.agrees_N.float(), found.alpha_N.float())
-    alphas_KR = accepted.view(num_steps, -1)
-    return alphas_KR.T, chains.alive_KR.all(dim=0)
+    drafted = RowFigures(*(column.view(num_steps, -1) for column in found))
+    return acceptance_of_text(batch, head, drafted, chains.alive_KR, block=block)
 
 
 def _target_ids(model: ChainModel) -> Tensor | None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from drafters.dflash.model import DFlash, DFlashConfig
-from drafters.formats.checkpoint import CONFIG, Checkpoint
+from drafters.formats.checkpoint import CONFIG, Checkpoint, dtype_name
 from drafters.formats.published import Imported, TargetTable
+from targets.fits import num_positions
 
 _ARCHITECTURES = ["DFlashDraftModel"]
 _ROPES = (None, "default")
@@ -19,6 +22,9 @@ _COMPUTED: dict[str, Any] = {
     "hidden_act": "silu",
 }  # fmt: skip
 """Keys of published configs -> the only value that is computed here."""
+_MAX_POSITIONS = 32_768
+"""What an exported config says of a target that does not say."""
+_FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
 def is_published(checkpoint: Checkpoint) -> bool:
@@ -128,23 +134,81 @@ def _masks(inner: Checkpoint, block_size: int) -> tuple[tuple[int | None, ...], 
     own, num_layers = inner.config, inner.size("num_hidden_layers")
     if num_layers > len(inner.files):
         raise inner.error(f"num_hidden_layers is {num_layers}, for {len(inner.files)} tensors")
-    kinds = own.get("layer_types") or ["full_attention"] * num_layers
+    kinds = own.get("layer_types") or [_FULL] * num_layers
     if not isinstance(kinds, list) or len(kinds) != num_layers:
         num = len(kinds) if isinstance(kinds, list) else "no"
         raise inner.error(f"layer_types has {num} entries for {num_layers} layers")
     decides = next((n for n in ("is_causal", "causal") if own.get(n) is not None), None)
     is_causal = None if decides is None else inner.flag(decides)
-    causal = [kind == "sliding_attention" if is_causal is None else is_causal for kind in kinds]
+    causal = [kind == _SLIDING if is_causal is None else is_causal for kind in kinds]
     if inner.flag("use_swa"):
-        kinds = ["sliding_attention"] * num_layers
+        kinds = [_SLIDING] * num_layers
         causal = [bool(is_causal)] * num_layers
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+    unknown = [kind for kind in kinds if kind not in (_FULL, _SLIDING)]
     if unknown:
         raise inner.error(f"layer_types holds {unknown[0]!r}, which is not computed here")
     width = None
-    if "sliding_attention" in kinds:
+    if _SLIDING in kinds:
         name = "swa_window_size" if own.get("swa_window_size") else "sliding_window"
         width = inner.size(name)
         if width < block_size:
             raise inner.error(f"{name} is {width} for blocks of {block_size}")
-    return tuple(None if kind == "full_attention" else width for kind in kinds), tuple(causal)
+    return tuple(None if kind == _FULL else width for kind in kinds), tuple(causal)
+
+
+def to_published(
+    config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: TargetTable
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """``config.json`` and tensors in the layout, whose names are ours.
+
+    Raises:
+        ValueError: the layout cannot describe the drafter's tapped layers or masks.
+    """
+    c = DFlashConfig.from_json(config)
+    if 0 in c.layer_ids:
+        raise ValueError("the drafter reads the target's embeddings, which the layout cannot name")
+    widths = sorted({width for width in c.windows if width is not None})
+    if len(widths) > 1:
+        raise ValueError(f"the drafter has windows of {widths}, and the layout holds one width")
+    return {
+        "architectures": _ARCHITECTURES,
+        "model_type": "qwen3",
+        "vocab_size": c.target_vocab_size,
+        "hidden_size": c.hidden_size,
+        "intermediate_size": c.intermediate_size,
+        "num_hidden_layers": len(c.windows),
+        "num_target_layers": target.num_layers,
+        "num_attention_heads": c.num_heads,
+        "num_key_value_heads": c.num_kv_heads,
+        "head_dim": c.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "rms_norm_eps": c.rms_norm_eps,
+        "rope_theta": c.rope_theta,
+        "max_position_embeddings": num_positions(target.config) or _MAX_POSITIONS,
+        "tie_word_embeddings": False,
+        "dtype": dtype_name(tensors),
+        "block_size": c.block_size,
+        "layer_types": [_FULL if width is None else _SLIDING for width in c.windows],
+        "sliding_window": widths[0] if widths else None,
+        "use_sliding_window": bool(widths),
+        "dflash_config": {
+            "mask_token_id": c.mask_token_id,
+            "target_layer_ids": [k - 1 for k in c.layer_ids],
+            **_causality(c),
+        },
+    }, dict(tensors)
+
+
+def _causality(config: DFlashConfig) -> dict[str, bool]:
+    """What ``dflash_config`` says of it: nothing where exactly the sliding layers are causal."""
+    pairs = zip(config.windows, config.causal, strict=True)
+    if all((width is not None) == causal for width, causal in pairs):
+        return {}
+    if len(set(config.causal)) > 1:
+        raise ValueError(
+            "some layers of the drafter are causal, but not exactly those with a window, which the "
+            "layout cannot say"
+        )
+    return {"causal": config.causal[0]}

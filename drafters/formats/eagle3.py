@@ -236,7 +236,11 @@ def _checked_vocabulary(checkpoint: Checkpoint, config: Eagle3Config) -> Tensor 
 def to_published(
     config: Mapping[str, Any], tensors: Mapping[str, Tensor], target: TargetTable
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """``config.json`` and tensors in Hugging Face's and SGLang's layout."""
+    """``config.json`` and tensors in Hugging Face's and SGLang's layout.
+
+    There is no ``target_hidden_size``: where a config has one, the authors' code takes the drafter
+    to have an embedding table of its own and leaves it random if the checkpoint lacks it.
+    """
     c = Eagle3Config.from_json(config)
     out = _published_tensors(c, tensors, "midlayer.")
     out |= _vocabulary_maps(c, tensors.get("d2t"))
@@ -244,7 +248,6 @@ def to_published(
         **_layer_config(c, target),
         "architectures": [ARCHITECTURE],
         "draft_vocab_size": c.draft_vocab_size,
-        "target_hidden_size": c.hidden_size,
         "tie_word_embeddings": False,
         "dtype": dtype_name(tensors),
         _IDS: list(c.layer_ids),

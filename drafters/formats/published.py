@@ -141,6 +141,7 @@ READERS = (
 WRITERS = {
     ("eagle3", "hf"): _EAGLE3 + "to_published",
     ("eagle3", "speculators"): _EAGLE3 + "to_speculators",
+    ("dflash", "hf"): _DFLASH + "to_published",
     ("p_eagle", "hf"): _P_EAGLE + "to_published",
     ("p_eagle", "speculators"): _P_EAGLE + "to_speculators",
     ("mtp", "hf"): _MTP + "to_carrier",

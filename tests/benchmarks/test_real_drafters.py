@@ -61,13 +61,19 @@ def test_a_drafter_has_passed_the_index_when_its_simulated_tokens_are_above_the_
     assert value_of(never, "from nothing", "rows trained") == (None, False)
 
 
-def test_simulation_is_compared_with_what_was_measured_at_the_same_k() -> None:
-    close = {"new": figures(2.0, 1.6, [1.0, 2.04])}
-    off, holds = value_of(close, "new, K = 4", "tokens per step, simulated over measured, less 1")
-    assert off == pytest.approx(0.02) and holds
+def test_simulation_is_compared_with_whole_answers_and_not_with_a_window_of_time() -> None:
+    measure = "tokens per step, simulated over live, less 1"
+    given = figures(9.0, 1.6, [1.0, 2.04])
+    ways = {"temperature 0": (2.0, 2.2), "temperature 0.7": (2.0, 2.04), "none": (None, None)}
+    given["parity"] = {
+        way: {"requests": 3, "rounds": 9, "live": live, "simulated": simulated}
+        for way, (live, simulated) in ways.items()
+    }
 
-    far = {"new": figures(2.0, 1.6, [1.0, 2.2])}
-    assert not value_of(far, "K = 4", "tokens per step, simulated over measured, less 1")[1]
+    off, holds = value_of({"new": given}, "new, K = 4, temperature 0.7,", measure)
+    assert off == pytest.approx(0.02) and holds
+    assert not value_of({"new": given}, "new, K = 4, temperature 0,", measure)[1]
+    assert not [r for r in claims({"new": given}) if "none" in r.row and r.measure == measure]
 
 
 def test_the_best_drafter_of_one_client_is_held_to_its_goal_and_the_index_does_not_count() -> None:

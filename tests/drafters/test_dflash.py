@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,8 +20,8 @@ from drafters.dflash.trainable import (
     config_for_target,
     default_layer_ids,
 )
-from drafters.formats.checkpoint import FormatError, read_checkpoint
-from drafters.formats.dflash import from_published
+from drafters.formats.checkpoint import FormatError, read_checkpoint, write_checkpoint
+from drafters.formats.dflash import from_published, to_published
 from drafters.formats.published import TargetTable
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
@@ -227,6 +228,45 @@ def test_a_published_checkpoint_is_read(tmp_path):
     assert found.config == module.config.to_json()
     LEARNS.check(found.config, found.tensors)
     assert all(torch.equal(found.tensors[n], t) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("windows", "causal"),
+    [
+        ((None, None), (False, False)),
+        ((None, None), (True, True)),
+        ((20, None), (True, False)),
+        ((20, 20), (False, False)),
+    ],
+)
+def test_what_is_exported_is_read_back(tmp_path, windows, causal):
+    model = random_model("qwen3")
+    module = published_folder(tmp_path / "published", model)
+    config = replace(module.config, windows=windows, causal=causal).to_json()
+    _, target = published(tmp_path, model)
+
+    write_checkpoint(tmp_path / "out", *to_published(config, module.state_dict(), target))
+
+    found = from_published(read_checkpoint(tmp_path / "out"), target)
+    assert found.config == config
+    assert all(torch.equal(found.tensors[n], t) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"layer_ids": (0, 2)}, "embeddings, which the layout cannot name"),
+        ({"windows": (20, 30), "causal": (True, True)}, r"windows of \[20, 30\]"),
+        ({"windows": (20, 20), "causal": (True, False)}, "not exactly those with a window"),
+    ],
+)
+def test_what_the_layout_cannot_say_is_not_exported(tmp_path, changed, message):
+    model = random_model("qwen3")
+    module = published_folder(tmp_path / "published", model)
+    _, target = published(tmp_path, model)
+
+    with pytest.raises(ValueError, match=message):
+        to_published(replace(module.config, **changed).to_json(), module.state_dict(), target)
 
 
 @pytest.mark.parametrize(

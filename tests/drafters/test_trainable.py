@@ -88,7 +88,7 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
     generator = torch.Generator().manual_seed(0)
 
     def tokens_per_step():
-        alphas, is_full = learns.acceptance(drafter, target_head, batch, 3)
+        alphas, _, is_full = learns.acceptance(drafter, target_head, batch, 3)
         assert set(batch.segment_T[batch.row_R[is_full]].tolist()) == set(range(len(parts)))
         return simulated_tokens_per_step(alphas[is_full], 3)
 

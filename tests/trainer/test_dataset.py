@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from buffer.records import FeatureRows, Rounds, Trace
+from buffer.records import FeatureRows, Rounds, Sampling, Trace
 from drafters.batch import collate
 from drafters.samples import Sample
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, LENGTH, PROMPT, VOCAB, with_rows
 from trainer.dataset import Emphasis, Expected, Refusal, cut, sample_of
+from trainer.packing import pack
+from trainer.rows import RowStore
 
 
 def expected(world: World) -> Expected:
@@ -52,6 +54,31 @@ def test_a_trace_that_does_not_fit_is_refused_with_a_reason(world, reason, text,
     assert refusal.reason == reason
     with pytest.raises(AssertionError, match=text):
         raise AssertionError(refusal.text)
+
+
+@pytest.mark.parametrize(
+    ("values", "by_match"),
+    [
+        ({"temperature": 0.0}, True),
+        ({"temperature": 0.7}, False),
+        ({"temperature": 0.7, "seed": None}, False),
+        ({"temperature": 0.7, "seed": 0}, True),
+    ],
+)
+def test_greedy_and_seeded_requests_kept_their_drafts_by_match(
+    world: World, values: dict[str, Any], by_match: bool
+) -> None:
+    sample = sample_from(world, replace(world.traces[0], sampling=Sampling(values)))
+    stored = RowStore(torch.device("cpu"), 1 << 22)
+    pieces = [piece for held in stored.put([sample]) for piece in held.pieces]
+
+    for batch in (
+        collate([(sample, piece) for piece in sample.pieces]),
+        stored.batch(pack(pieces, None), torch.float32),
+    ):
+        assert len(batch.by_match_R) == sample.num_loss_rows
+        assert batch.by_match_R.tolist() == [by_match] * sample.num_loss_rows
+        assert float(batch.temperature_R[0]) == pytest.approx(values["temperature"])
 
 
 def with_draft(trace: Trace, drafted: int, next_id: int) -> Trace:

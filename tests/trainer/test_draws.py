@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from buffer.deletions import Owner
+from buffer.records import Sampling
 from configs.schema import TrainerSettings
 from drafters.samples import Sample
 from policies.draws.catalog import CATALOG
@@ -36,7 +37,7 @@ def sample(number: int) -> Sample:
         None,
         cut(length, 5, 32),
         length - 6,
-        0.0,
+        Sampling({"temperature": 0.0}),
         number // 10,
         owner=Owner(TENANTS[number % 8], number),
         domain="code" if number % 3 else "",

@@ -123,7 +123,7 @@ def test_a_store_of_another_dtype_converts(world: World) -> None:
 
 def test_a_full_store_is_an_error(world: World) -> None:
     samples = samples_of(world)
-    slot_bytes = samples[0].rows[0].numel() * 2 + 20
+    slot_bytes = samples[0].rows[0].numel() * 2 + 24
     store = RowStore(CPU, slot_bytes * PAGE * (1 + 2 * pages_of(samples[0])))
     store.put(samples[:2])
 

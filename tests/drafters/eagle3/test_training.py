@@ -176,6 +176,7 @@ def test_padding_changes_nothing() -> None:
         is_row_R=functional.pad(batch.is_row_R, (0, 4)),
         last_hidden_RH=functional.pad(batch.last_hidden_RH, (0, 0, 0, 4)),
         temperature_R=functional.pad(batch.temperature_R, (0, 4)),
+        by_match_R=functional.pad(batch.by_match_R, (0, 4)),
         weight_R=functional.pad(batch.weight_R, (0, 4)),
         longest=20,
     )
@@ -191,9 +192,10 @@ def test_padding_changes_nothing() -> None:
 
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
-    alphas, is_full = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
-    again, is_full_too = chain_acceptance(model, EMBED, head(longer), longer, STEPS)
-    torch.testing.assert_close(again[is_full_too], alphas[is_full])
+    short = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
+    long = chain_acceptance(model, EMBED, head(longer), longer, STEPS)
+    for one, other in zip(short[:2], long[:2], strict=True):
+        torch.testing.assert_close(other[long.is_full_R], one[short.is_full_R])
 
 
 def test_a_row_weighs_as_much_as_it_is_said_to() -> None:
@@ -344,6 +346,7 @@ def test_a_batch_without_rows_has_no_loss(share: float, keep: bool) -> None:
         is_row_R=batch.is_row_R[none],
         last_hidden_RH=batch.last_hidden_RH[none],
         temperature_R=batch.temperature_R[none],
+        by_match_R=batch.by_match_R[none],
         weight_R=batch.weight_R[none],
     )
 
@@ -354,9 +357,9 @@ def test_a_batch_without_rows_has_no_loss(share: float, keep: bool) -> None:
     assert float(result.loss.detach()) == 0
 
 
-def brute_alphas(model: Eagle3, batch: TrainingBatch, temperature: float) -> Tensor:
-    """Acceptance of every full chain of piece 0, anchor by anchor."""
-    rows = []
+def brute_alphas(model: Eagle3, batch: TrainingBatch, temperature: float) -> tuple[Tensor, Tensor]:
+    """Overlap and acceptance given the text of every full chain of piece 0, anchor by anchor."""
+    rows: list[tuple[Tensor, Tensor]] = []
     own = piece_of(batch, 0)
     ids, size = batch.token_ids_T[own], own.stop
     for anchor in range(1, size - STEPS):
@@ -364,15 +367,18 @@ def brute_alphas(model: Eagle3, batch: TrainingBatch, temperature: float) -> Ten
         places = torch.arange(anchor, anchor + STEPS)
         if temperature == 0:
             drafted = model.to_target_ids(logits.argmax(-1))
-            rows.append((drafted == ids[places + 1]).float())
+            rows.append(((drafted == ids[places + 1]).float(),) * 2)
             continue
         seen = batch.last_hidden_RH[places - 1]  # row 1 is the first with a loss
         p = (head(batch).logits(seen) / temperature).softmax(-1)
         q = torch.zeros_like(p)
         vocabulary = model.to_target_ids(torch.arange(logits.shape[-1]))
         q[:, vocabulary] = (logits / temperature).softmax(-1)
-        rows.append(torch.minimum(p, q).sum(-1).float())
-    return torch.stack(rows)
+        at_label = ids[places + 1, None]
+        ratio = q.gather(1, at_label)[:, 0] / p.gather(1, at_label)[:, 0]
+        rows.append((torch.minimum(p, q).sum(-1).float(), ratio.clamp_max(1).float()))
+    overlaps, kept = zip(*rows, strict=True)
+    return torch.stack(overlaps), torch.stack(kept)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 1.0])
@@ -381,11 +387,12 @@ def test_chain_acceptance_is_that_of_drafting_one_by_one(temperature, draft_voca
     model = make_model(draft_vocab)
     batch = make_batch((12, 9), temperatures=(temperature, 1.0))
 
-    alphas, is_full = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
+    found = chain_acceptance(model, EMBED, head(batch), batch, STEPS)
 
-    number_R = batch.segment_T[batch.row_R]
+    number_R, is_full = batch.segment_T[batch.row_R], found.is_full_R
     expected = brute_alphas(model, batch, temperature)
-    torch.testing.assert_close(alphas[is_full & (number_R == 0)], expected)
+    for alphas, wanted in zip(found[:2], expected, strict=True):
+        torch.testing.assert_close(alphas[is_full & (number_R == 0)], wanted)
     # anchors 1.. with 4 rows before the last token
     assert int((is_full & (number_R == 1)).sum()) == 8 - STEPS
 

@@ -92,6 +92,7 @@ def test_the_published_keys_are_those_of_the_field(target, tmp_path):
 
     tensors = load_file(tmp_path / "hf/model.safetensors")
     config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert "target_hidden_size" not in config  # EAGLE's code would expect an embedding table
 
     layer = (
         "hidden_norm input_layernorm post_attention_layernorm self_attn.q_proj self_attn.k_proj "
