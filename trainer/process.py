@@ -163,7 +163,7 @@ def _work(settings: Settings) -> None:
 @contextlib.contextmanager
 def _told(who: str) -> Iterator[None]:
     """Another process that is gone ends this one, in words."""
-    from trainer.group import GroupError
+    from trainer.links import GroupError
 
     try:
         yield
