@@ -35,7 +35,6 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.harness.results import RESULTS, Out, say, write_result
 from buffer.backends import open_backend
@@ -91,6 +90,8 @@ SHAPES = {
 
 def save_target(shape: Shape, folder: Path) -> None:
     """A random target of this shape with four layers: the trainer reads its head alone."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=shape.vocab,

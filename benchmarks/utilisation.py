@@ -251,14 +251,12 @@ def be_process(
     case: Case, rank: int, port: int, folder: Path, voice: Voice
 ) -> dict[str, Any] | None:
     """One process of the trainer; the first one answers with what it measured."""
-    voice.at("has imported what it needs")
     torch.set_num_threads(1)
     with ExitStack() as stack:
         group = single()
         if case.processes > 1:
             os.environ |= LOOPBACK | environment_of(rank, case.processes, port)
             group = stack.enter_context(joined(case.device))
-            voice.at("has met the others")
         if rank == 0:
             return updates_of(case, group, folder, voice)
         device = device_of(case.device, group)

@@ -157,6 +157,9 @@ def _engine(loss: _Loss, settings: TrainerSettings, device: torch.device) -> Any
     began_s = time.monotonic()
     # Left to itself it takes a GPU that is there for the one to use, even if the trainer does not.
     os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # It takes the number of a process on its host for that of its GPU, now and in updates. But a
+    # process sees its own GPU alone, as number 0 (``targets.device``): there is no other.
+    os.environ["LOCAL_RANK"] = "0"
     import deepspeed
 
     # None of its own operators: to find out which of them this host can compile, it compiles
@@ -178,7 +181,7 @@ def _engine(loss: _Loss, settings: TrainerSettings, device: torch.device) -> Any
         "steps_per_print": 1 << 30,
     }
     log.info("imported DeepSpeed in %.1f s", time.monotonic() - began_s)
-    with _as_first_of_host():
+    with _without_compiler():
         engine, *_ = deepspeed.initialize(
             model=loss, optimizer=optimizer, config=config, dist_init_required=False
         )
@@ -191,17 +194,18 @@ def _engine(loss: _Loss, settings: TrainerSettings, device: torch.device) -> Any
 
 
 @contextlib.contextmanager
-def _as_first_of_host() -> Iterator[None]:
-    """DeepSpeed takes the number of a process on its host for that of its GPU. A process here sees
-    its own GPU alone, as number 0 (``targets.device``); by another number there is none."""
-    before = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed looks at the class of an optimizer of its own, whose functions it has torch compile
+    later: that imports the compiler, which takes 4 s of a core and is not used."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
         yield
     finally:
-        del os.environ["LOCAL_RANK"]
+        del os.environ[name]
         if before is not None:
-            os.environ["LOCAL_RANK"] = before
+            os.environ[name] = before
 
 
 def _begin(optimizer: Any, stage: int) -> None:

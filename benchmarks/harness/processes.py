@@ -96,19 +96,22 @@ class _Hearing:
         self, processes: Sequence[Any], pipes: Sequence[Connection], end_s: float,
         dump_after_s: float | None,
     ) -> None:  # fmt: skip
-        self._processes, self._pipes = processes, list(pipes)
+        self._processes, self._pipes = processes, {pipe: n for n, pipe in enumerate(pipes)}
+        self._heard = set[int]()
+        """Ranks of those that have said anything: before that, a signal would kill them."""
         self._end_s, self._dump_after_s = end_s, dump_after_s
         self._heard_s, self._has_dumped = time.monotonic(), False
 
     def answer(self) -> Any:
         while True:
-            for pipe in wait(self._pipes, _POLL_S):
+            for pipe in wait(list(self._pipes), _POLL_S):
                 assert isinstance(pipe, Connection)
                 try:
                     kind, value = pipe.recv()
                 except EOFError:
-                    self._pipes.remove(pipe)
+                    del self._pipes[pipe]
                     continue
+                self._heard.add(self._pipes[pipe])
                 if kind == "answer":
                     return value
                 self._heard_s, self._has_dumped = time.monotonic(), False
@@ -143,7 +146,9 @@ class _Hearing:
         if self._dump_after_s is None:
             return
         for rank, process in enumerate(self._processes):
-            if process.is_alive():
+            if process.is_alive() and rank not in self._heard:
+                say(f"process {rank} (pid {process.pid}) is still importing")
+            elif process.is_alive():
                 say(f"stacks of process {rank} (pid {process.pid}):")
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(process.pid, signal.SIGUSR1)
@@ -167,6 +172,7 @@ def _be_process(work: Work, rank: int, began_s: float, connection: Connection) -
     # Written by C code, so they come also where the interpreter waits for a library.
     faulthandler.register(signal.SIGUSR1, file=sys.stderr, all_threads=True)
     voice = Voice(rank, began_s, connection)
+    voice.at("has imported what it needs")
     logging.basicConfig(level=logging.INFO, handlers=[_Aloud(voice)], force=True)
     try:
         found = work(voice)
