@@ -86,6 +86,8 @@ def be_worker(world: World, log: Path, settings: Settings) -> None:
         with joined("cpu") as group:
             head = load_target_head(world.target, CPU, torch.float32)
             work(group, settings.trainer, head, CPU)
+            if settings.trainer.deepspeed.stage:  # it would ask for a GPU that is not seen
+                assert os.environ["LOCAL_RANK"] == "0"
             code = 0
     except GroupError as error:
         log.write_text(str(error))
