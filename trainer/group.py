@@ -269,15 +269,17 @@ def _met(backend: str, rank: int, size: int) -> Links:
         store, _, _ = next(rendezvous("env://", rank, size, timeout=_PATIENCE))
         dist.init_process_group(
             backend,
-            store=dist.PrefixStore("group", store),
+            store=store,
             rank=rank,
             world_size=size,
             timeout=_PATIENCE,
         )
+        return open_links(rank, size, os.environ["MASTER_ADDR"], store)
+    except GroupError:
+        raise
     except RuntimeError as error:
         first = str(error).splitlines()[0]
         raise GroupError(f"the other processes of this trainer did not come ({first})") from error
-    return open_links(rank, size, os.environ["MASTER_ADDR"], dist.PrefixStore("links", store))
 
 
 def _break_off(device: torch.device) -> None:

@@ -34,7 +34,7 @@ _HELLO_S = 10.0
 _MOST_BYTES = 4096
 """Of what a process says when it connects or ends."""
 _MOST_REASON = 500
-_KEY = "links"
+_KEY = "slipstream/links"
 _KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
 """Seconds of silence before the first probe, seconds between probes, and unanswered ones after
 which a connection is broken."""
