@@ -24,8 +24,8 @@ from typing import Any
 from benchmarks.harness.results import say
 
 _POLL_S = 0.2
-_DUMP_S = 3.0
-"""For which stacks are awaited before processes are killed."""
+_DUMP_S = 1.0
+"""For which stacks of all are awaited, so that they do not mix."""
 Work = Callable[["Voice"], Any]
 
 
