@@ -3,6 +3,7 @@
     python -m benchmarks.utilisation                        # the 8B shape; about a minute
     python -m benchmarks.utilisation --processes 1,2 --stages 2,0     # two cards, DeepSpeed
     python -m benchmarks.utilisation --device cpu --shape tiny --processes 1,2 --seconds 2
+    python -m benchmarks.utilisation --processes 2 --dump-after-s 30  # where all are, if stuck
 
 A trainer's own updates: rows in the device's memory, gathered, forward, backward, clipped, stepped
 and averaged, captured in a graph where there is one process. Several processes divide each batch,
@@ -23,20 +24,20 @@ Writes ``benchmarks/results/utilisation.json`` and, with ``--publish``, ``rows/j
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
+from benchmarks.harness.processes import StuckError, Voice, run_all
 from benchmarks.harness.results import (
     RESULTS,
     Out,
@@ -55,7 +56,7 @@ from targets.head import TargetHead
 from trainer.dataset import Expected, sample_of
 from trainer.group import Group, device_of, joined, single
 from trainer.packing import HeldPiece
-from trainer.processes import environment_of
+from trainer.processes import LOOPBACK, environment_of
 from trainer.rows import RowStore
 from trainer.team import work
 from trainer.update import batch_dtype
@@ -65,7 +66,6 @@ PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 or H200 SXM, by NVIDIA's datasheet."""
 MAX_SEQUENCE = 512
 _FINGERPRINT = "ab" * 32
-_WAIT_S = 400.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +196,25 @@ def draft_ids_of(config: Any) -> torch.Tensor:
     return torch.arange(size) * (config.vocab_size // size)
 
 
-def updates_of(case: Case, group: Group, folder: Path) -> dict[str, Any]:
+def updates_of(case: Case, group: Group, folder: Path, voice: Voice) -> dict[str, Any]:
     """Updates of the first process, for some seconds after those that warm up all shapes."""
     device = device_of(case.device, group)
     place = place_of(case, device, folder)
+    voice.at(f"has {len(place.held)} traces and the target's head")
     learner = place.learner(None, group if group.size > 1 else None)
+    wait_for(device)
+    voice.at("has a learner, and so has every other process")
     config, steps = place.head.config, place.settings.trainer.ttt_steps
     sizes = sizes_of(config, draft_vocab_size(config.vocab_size), steps)
     batches = place.batches()
-    for batch, _ in zip(batches, range(6), strict=False):
+    for number, batch in zip(range(1, 7), batches, strict=False):
+        began_s = time.monotonic()
         learner.update(batch)
+        launched_s = time.monotonic() - began_s
+        wait_for(device)
+        voice.at(f"update {number} launched in {launched_s:.2f} s, made in "
+                 f"{time.monotonic() - began_s:.2f} s")  # fmt: skip
     learner.settle()
-    wait_for(device)
     flops = rows = updates = 0
     began_s = time.monotonic()
     while time.monotonic() - began_s < case.seconds:
@@ -219,6 +226,7 @@ def updates_of(case: Case, group: Group, folder: Path) -> dict[str, Any]:
     reports = learner.settle()
     wait_for(device)
     took_s = time.monotonic() - began_s
+    voice.at(f"has made {updates} updates in {took_s:.1f} s")
     learner.end()
     on_gpu = device.type == "cuda"
     return {
@@ -239,17 +247,18 @@ def updates_of(case: Case, group: Group, folder: Path) -> dict[str, Any]:
 # ---- processes -----------------------------------------------------------------------------------
 
 
-def be_process(case: Case, rank: int, port: int, folder: Path, answer: Connection) -> None:
+def be_process(
+    case: Case, rank: int, port: int, folder: Path, voice: Voice
+) -> dict[str, Any] | None:
     """One process of the trainer; the first one answers with what it measured."""
     torch.set_num_threads(1)
     with ExitStack() as stack:
         group = single()
         if case.processes > 1:
-            os.environ |= {"GLOO_SOCKET_IFNAME": "lo", **environment_of(rank, case.processes, port)}
+            os.environ |= LOOPBACK | environment_of(rank, case.processes, port)
             group = stack.enter_context(joined(case.device))
         if rank == 0:
-            answer.send(updates_of(case, group, folder))
-            return
+            return updates_of(case, group, folder, voice)
         device = device_of(case.device, group)
         trainer = TrainerSettings(
             device=case.device,
@@ -258,38 +267,18 @@ def be_process(case: Case, rank: int, port: int, folder: Path, answer: Connectio
             deepspeed=DeepSpeedSettings(stage=case.stage),
         )
         work(group, trainer, head_of(SHAPES[case.shape](), device), device)
+        return None
 
 
-def measure(case: Case, folder: Path) -> dict[str, Any]:
+def measure(case: Case, folder: Path, wait_s: float, dump_after_s: float | None) -> dict[str, Any]:
     """A case in processes of its own.
 
     Raises:
-        RuntimeError: a process ended without an answer.
+        StuckError: a process died, or there was no answer in time.
     """
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe(duplex=False)
     port = _free_port()
-    processes = [
-        context.Process(target=be_process, args=(case, rank, port, folder, theirs), daemon=True)
-        for rank in range(case.processes)
-    ]
-    for process in processes:
-        process.start()
-    theirs.close()
-    end_s = time.monotonic() + _WAIT_S
-    try:
-        while not ours.poll(0.2):
-            if time.monotonic() > end_s or any(p.exitcode for p in processes):
-                raise RuntimeError(f"{case}: a process ended without an answer, or hangs")
-        found: dict[str, Any] = ours.recv()
-        for process in processes:
-            process.join(30)
-    except EOFError:
-        raise RuntimeError(f"{case}: a process ended without an answer") from None
-    finally:
-        for process in processes:
-            if process.is_alive():
-                process.kill()
+    works = [partial(be_process, case, rank, port, folder) for rank in range(case.processes)]
+    found: dict[str, Any] = run_all(works, wait_s, dump_after_s)
     return found
 
 
@@ -344,6 +333,10 @@ def main(
     batch_tokens: Annotated[int, typer.Option(help="positions of a batch, a process")] = 8192,
     seconds: Annotated[float, typer.Option(help="of updates, for each case")] = 10.0,
     peak_tflops: Annotated[float, typer.Option(help="dense bfloat16 of a card")] = PEAK_TFLOPS,
+    wait_s: Annotated[float, typer.Option(help="for each case, at most")] = 400.0,
+    dump_after_s: Annotated[
+        float | None, typer.Option(help="of silence, after which all processes print their stacks")
+    ] = None,
     publish: Annotated[bool, typer.Option(help="write rows/jobs.json, too")] = False,
     out: Out = RESULTS / "utilisation.json",
 ) -> None:
@@ -364,9 +357,9 @@ def main(
             "batch_tokens": batch_tokens,
         }
         try:
-            found.append({**about, **measure(one, out.parent)})
-        except RuntimeError as error:
-            say(str(error))
+            found.append({**about, **measure(one, out.parent, wait_s, dump_after_s)})
+        except StuckError as error:
+            say(f"{one}: {error}")
             continue
         shown = with_ratios(found, peak_tflops)
         write_result(out, {"peak_tflops": peak_tflops, "rows": shown})

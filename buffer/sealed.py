@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from queue import SimpleQueue
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from buffer.records import FileDigest
-from buffer.tensors import non_finite_tensors, tensor_parts
+from buffer.tensors import FiniteScan, TensorParts, tensor_parts
 
 CHUNK_BYTES = 4 << 20
 """Bytes read, digested and looked at at a time. Each costs the interpreter lock four times, for
@@ -37,6 +37,8 @@ _MOST_THREADS = 4
 
 Content = bytes | memoryview
 """Bytes of one file."""
+Make = Callable[[str, int, int], None]
+"""Fills the bytes of a tensor from one offset to another."""
 
 
 class Sealed:
@@ -46,20 +48,34 @@ class Sealed:
     A reader finds both by itself.
     """
 
-    def __init__(self, parts: Sequence[memoryview], non_finite: Sequence[str]) -> None:
+    def __init__(self, laid_out: TensorParts, make: Make | None = None) -> None:
         """
         Args:
-            parts: its bytes, in order. Tensors lie where their owner has them, who must not change
-                them until they are published: a copy would cost memory for them.
-            non_finite: tensors that hold a NaN or an infinity.
+            laid_out: tensors lie where their owner has them, who must not change them until they
+                are published: a copy would cost memory for them.
+            make: see ``seal``.
         """
-        self.parts = tuple(parts)
-        self.non_finite = tuple(non_finite)
-        self._num_bytes = sum(map(len, self.parts))
+        self.parts = tuple(laid_out.parts)
+        """Its bytes, in order."""
+        self._num_bytes = laid_out.num_bytes
         self._digesting = Digesting(self._num_bytes, piece_bytes_of(self._num_bytes))
-        for part in self.parts:
-            self._digesting.update(part)
-        self._digesting.end()
+        broken = list[str]()
+        try:
+            self._digesting.update(self.parts[0])
+            for name, part in zip(laid_out.tensors, self.parts[1:], strict=True):
+                info = replace(laid_out.tensors[name], start=0, end=len(part))
+                scan = FiniteScan(part, {name: info})
+                for start in range(0, len(part), CHUNK_BYTES):
+                    end = min(start + CHUNK_BYTES, len(part))
+                    if make is not None:
+                        make(name, start, end)
+                    self._digesting.update(part[start:end])
+                    scan.advance(end)
+                broken += scan.broken
+        finally:
+            self._digesting.end()
+        self.non_finite = tuple(broken)
+        """Tensors that hold a NaN or an infinity."""
 
     def __len__(self) -> int:
         return self._num_bytes
@@ -75,18 +91,15 @@ class Sealed:
         return b"".join(self.parts)
 
 
-def seal(tensors: Mapping[str, tuple[str, NDArray[Any]]]) -> Sealed:
+def seal(tensors: Mapping[str, tuple[str, NDArray[Any]]], make: Make | None = None) -> Sealed:
     """Lay tensors out as ``safetensors.torch.save`` does, but for the order of dtypes of one size.
 
     Args:
         tensors: name -> (dtype tag, array that holds its bits). Contiguous arrays are not copied.
+        make: fills the bytes of a tensor between two offsets, before anything else looks at them;
+            arrays are contiguous then. ``None``: all are filled.
     """
-    laid_out = tensor_parts(tensors)
-    arrays = zip(laid_out.tensors.items(), laid_out.parts[1:], strict=True)
-    broken = list[str]()
-    for (name, info), array in arrays:
-        broken += non_finite_tensors(array, {name: replace(info, start=0, end=len(array))})
-    return Sealed(laid_out.parts, broken)
+    return Sealed(tensor_parts(tensors), make)
 
 
 def piece_bytes_of(num_bytes: int) -> int | None:

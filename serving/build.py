@@ -21,6 +21,7 @@ from buffer.interface import Backend, TraceWriter
 from buffer.late_writer import LateWriter
 from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
+from configs.phases import timed
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
 from drafters.initial import TargetFacts
@@ -44,7 +45,6 @@ from serving.engine.programs import Sizes, fuse
 from serving.kept_profile import facts_of, kept_or_measured
 from serving.learning import Learning, all_of, first_versions, flat_weights, shapes_of, swappers
 from serving.model_len import model_len, with_model_len
-from serving.phases import timed
 from serving.profile import profile_steps
 from serving.served_model import ServedModel
 from serving.service import Service

@@ -21,6 +21,7 @@ import typer
 from buffer.backends import open_backend
 from buffer.files import forbid_core_dumps
 from buffer.signed_weights import check_keys
+from configs.ahead import Ahead
 from configs.cli import (
     Commands,
     ConfigOption,
@@ -32,14 +33,13 @@ from configs.cli import (
 )
 from configs.logs import set_up_logging
 from configs.options import ANYTHING
+from configs.phases import seconds_of_life, timed, took, uncollected
 from configs.schema import Settings
 from drafters.catalog import chosen
 from policies.catalog import policy_class
 from reporting.catalog import check_writers
-from serving.ahead import Ahead
 from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
-from serving.phases import seconds_of_life, timed, took, uncollected
 
 if TYPE_CHECKING:
     from serving.border.processes import Spawner

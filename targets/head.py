@@ -1,7 +1,8 @@
 """The two tensors of the target that training needs: embedding table and lm_head.
 
 They are read directly from the safetensors files, so the trainer of an 8B target holds 2.5 GB of it
-instead of 16. Their names come from the target's modelling code, built on the meta device.
+instead of 16. Where our own config does not say their names, they come from the target's modelling
+code, built on the meta device.
 
 Shapes: V vocabulary, H hidden.
 """
@@ -17,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specops.distill import FrozenHead
+from targets.own_config import EMBED, LM_HEAD, read_own_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,7 @@ class TargetHead:
     """Frozen tensors of the target."""
 
     config: Any
-    """Hugging Face text config of the target."""
+    """Hugging Face text config of the target, or an ``OwnConfig``."""
     embed_VH: Tensor
     """Embedding table, scaled as the target scales it."""
     lm_head: FrozenHead
@@ -39,9 +41,22 @@ def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> 
         ValueError: there are no safetensors files, the tensors are not in them, or the lm_head has
             a bias.
     """
+    files = tensor_files(folder)
+    config = read_own_config(folder)
+    if config is None:
+        return _by_its_code(files, folder, device, dtype)
+    embed = read_tensor(files, EMBED, folder).to(device, dtype)
+    tied = config.tie_word_embeddings
+    lm_head = embed if tied else read_tensor(files, LM_HEAD, folder).to(device, dtype)
+    return TargetHead(config, embed, FrozenHead(lm_head))
+
+
+def _by_its_code(
+    files: dict[str, Path], folder: Path, device: torch.device, dtype: torch.dtype
+) -> TargetHead:
+    """The head of a target that only ``transformers`` can describe."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    files = tensor_files(folder)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]

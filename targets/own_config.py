@@ -17,6 +17,8 @@ from typing import Any
 
 from buffer.files import read_regular
 
+EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
+"""Names of two weights in the files of all families here."""
 _MOST_BYTES = 1 << 20
 _GENERATION = "generation_config.json"
 
@@ -167,11 +169,11 @@ def shapes_of(config: OwnConfig) -> dict[str, tuple[int, ...]]:
     layer |= {f"{name}.weight": (num,) for name, num in norms.items()}
     if family.has_qkv_bias:
         layer |= {f"self_attn.{x}_proj.bias": linear[f"self_attn.{x}_proj"][:1] for x in "qkv"}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, size)}
+    shapes: dict[str, tuple[int, ...]] = {EMBED: (vocab, size)}
     for n in range(config.num_hidden_layers):
         shapes |= {f"model.layers.{n}.{name}": shape for name, shape in layer.items()}
     shapes["model.norm.weight"] = (size,)
-    return shapes if config.tie_word_embeddings else shapes | {"lm_head.weight": (vocab, size)}
+    return shapes if config.tie_word_embeddings else shapes | {LM_HEAD: (vocab, size)}
 
 
 def _read(path: Path) -> dict[str, Any] | None:

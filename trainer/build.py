@@ -51,9 +51,10 @@ from trainer.publish import Publisher
 from trainer.replay import Memory, keys_in
 from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
+from trainer.run_target import Place, target_of_run
 from trainer.saver import Saver
 from trainer.start import newest_drafter
-from trainer.target import TargetWatch, target_of_run
+from trainer.target import TargetWatch
 from trainer.update import batch_dtype, is_divided
 from trainer.worth import Worth
 
@@ -80,6 +81,7 @@ def build_trainers(
     stop: threading.Event,
     reports: Reports | None = None,
     group: Group | None = None,
+    place: Place | None = None,
 ) -> list[Trainer]:
     """A trainer for each drafter of the run that learns, the main one first, ready to run and
     resumed from its last checkpoint if there is one.
@@ -87,6 +89,7 @@ def build_trainers(
     Args:
         reports: where they report; ``None``: nowhere.
         group: its processes, if there are several; this is the first of them.
+        place: of the target's weights; ``None``: they are looked for.
 
     Raises:
         ValueError: the target, a bundle or a checkpoint cannot be used, or the drafter does not
@@ -106,7 +109,7 @@ def build_trainers(
     objective_of(settings.trainer)  # unknown names are refused before anything is loaded
     entry(settings.trainer.draw)
     device = device_of(settings.trainer.device, group)
-    place = target_of_run(settings)
+    place = place or target_of_run(settings)
     head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
     duty = duty_of(settings.trainer, settings.run_dir, stop, device)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from configs.schema import TrainerSettings
 
 BETAS = (0.9, 0.95)
+_EPSILON = 1e-8
 _MOMENTUM = 0.95
 _POLYNOMIAL = (3.4445, -4.7750, 2.0315)
 """Coefficients of a quintic whose slope at 0 is as large as possible while its fifth iterate keeps
@@ -45,34 +46,50 @@ class Optimizer(Protocol):
 
 
 class AdamW:
-    """torch's fused AdamW."""
+    """torch's fused AdamW, called as ``torch.optim`` does. That itself would import the compiler
+    for its first step: a second of a core at every start of a trainer."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: Tensor, weight_decay: float) -> None:
         """
         Args:
+            parameters: all on one device, and float32.
             lr: float32 scalar on the device, read at each step.
         """
-        owned = list(parameters)
-        self._optimizer = torch.optim.AdamW(
-            owned,
-            lr=lr,
-            betas=BETAS,
-            weight_decay=weight_decay,
-            fused=True,
-            capturable=lr.device.type == "cuda",
-        )
-        self.state: dict[Tensor, dict[str, Tensor]] = {}
-        for parameter in owned:
-            self.state[parameter] = self._optimizer.state[parameter] = {
+        self._owned, self._lr, self._weight_decay = list(parameters), lr, weight_decay
+        self.state: dict[Tensor, dict[str, Tensor]] = {
+            parameter: {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+            for parameter in self._owned
+        }
 
+    @torch.no_grad()
     def step(self, skipped: Tensor) -> None:
         """See ``Optimizer.step``."""
-        self._optimizer.found_inf = skipped.float()  # type: ignore[attr-defined]
-        self._optimizer.step()
+        moved = [parameter for parameter in self._owned if parameter.grad is not None]
+        found_inf, states = skipped.float(), [self.state[parameter] for parameter in moved]
+        steps = [state["step"] for state in states]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(
+            moved,
+            [parameter.grad for parameter in moved if parameter.grad is not None],
+            [state["exp_avg"] for state in states],
+            [state["exp_avg_sq"] for state in states],
+            [],
+            steps,
+            amsgrad=False,
+            lr=self._lr,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=self._weight_decay,
+            eps=_EPSILON,
+            maximize=False,
+            grad_scale=None,
+            found_inf=found_inf,
+        )
+        torch._foreach_sub_(steps, [found_inf] * len(steps))
 
 
 class Muon:

@@ -8,13 +8,17 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from buffer.files import why_unwritable
+from configs.ahead import Ahead
+from configs.phases import seconds_of_life, timed, took, uncollected
 from configs.schema import Settings
 from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
 from trainer.lock import only_trainer
+from trainer.run_target import Place, target_of_run
 
 if TYPE_CHECKING:
     from trainer.duty import Duty
@@ -116,15 +120,17 @@ def _train(
     settings: Settings, stop: threading.Event, reports: Reports, is_alone: bool = True
 ) -> None:
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
-    checked_folder(settings.target, settings.target_cache)
-    # --help and whoever was refused skip these imports: torch and transformers take seconds.
+    if (begun_s := seconds_of_life()) is not None:
+        took("started Python, read the settings and locked the run", begun_s)
+    place = _imported_and_found(settings)
     from trainer.build import build_trainers
     from trainer.group import joined, single
     from trainer.loop import run
 
     among = contextlib.nullcontext(single()) if is_alone else joined(settings.trainer.device)
     with _told("the trainer"), among as group:
-        trainers = build_trainers(settings, stop, reports, group)
+        with timed("made the trainer"):
+            trainers = build_trainers(settings, stop, reports, group, place)
         if stop.is_set():
             log.info("stopped before training began")
             for trainer in trainers:
@@ -141,12 +147,31 @@ def _train(
             raise TrainerDiedError from error
 
 
-def _work(settings: Settings) -> None:
+def _imported_and_found(settings: Settings) -> Place:
+    """Import what trains, which takes a second of a core or more, and hash the target meanwhile.
+    --help and whoever was refused do neither.
+
+    Returns:
+        The target's weights in this run.
+
+    Raises:
+        ValueError: they cannot be used; the message says why.
+    """
     checked_folder(settings.target, settings.target_cache)
+    with uncollected():
+        finding = Ahead("found the target", partial(target_of_run, settings))
+        with timed("imported torch and the trainer"):
+            import trainer.build
+            import trainer.group
+            import trainer.loop  # noqa: F401
+        return finding.result()
+
+
+def _work(settings: Settings) -> None:
+    place = _imported_and_found(settings)
     from targets.head import load_target_head
     from trainer.build import set_up_process
     from trainer.group import device_of, joined
-    from trainer.target import target_of_run
     from trainer.team import work
     from trainer.update import batch_dtype
 
@@ -156,14 +181,14 @@ def _work(settings: Settings) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_IGN)
         device = device_of(settings.trainer.device, group)
-        head = load_target_head(target_of_run(settings).folder, device, batch_dtype(device))
+        head = load_target_head(place.folder, device, batch_dtype(device))
         work(group, settings.trainer, head, device)
 
 
 @contextlib.contextmanager
 def _told(who: str) -> Iterator[None]:
     """Another process that is gone ends this one, in words."""
-    from trainer.group import GroupError
+    from trainer.links import GroupError
 
     try:
         yield

@@ -21,6 +21,10 @@ _GRACE_S = 30.0
 """Seconds that the others have to end by themselves once a process died: the first saves a
 checkpoint, if it still can."""
 _POLL_S = 0.1
+LOOPBACK = (
+    {} if sys.platform == "darwin" else {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
+)
+"""Environment of processes of one host: they meet there, whatever networks it has."""
 
 
 def environment_of(rank: int, size: int, port: int) -> dict[str, str]:
@@ -46,12 +50,11 @@ def supervise(command: Sequence[str], size: int, environment: Mapping[str, str])
         Exit code: 0 if all ended well, else that of the first process, or 1.
     """
     readable, writable = os.pipe()
-    loopback = {} if sys.platform == "darwin" else {"GLOO_SOCKET_IFNAME": "lo"}
     port = _free_port()
     children = [
         subprocess.Popen(
             [*command, "--lifeline", str(readable)],
-            env={**loopback, **environment, **environment_of(rank, size, port)},
+            env={**LOOPBACK, **environment, **environment_of(rank, size, port)},
             pass_fds=(readable,),
             # Ctrl-C in a terminal reaches this process alone, which passes it on.
             start_new_session=True,

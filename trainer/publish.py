@@ -43,24 +43,22 @@ class HostCopies:
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
 
-    def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> Tensors:
+    def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> OnHost:
         """Contiguous tensors on the host in these dtypes. Those that are so already are not
         copied; the others are overwritten by the next call.
 
         Args:
             tensors: on any device. What has another dtype is converted where it is.
         """
-        found: Tensors = {}
+        places, sources = Tensors(), Tensors()
         for name, tensor in tensors.items():
             source = tensor.detach()
             if source.device.type == "cpu" and source.dtype == dtypes[name]:
-                found[name] = source.contiguous()
+                places[name] = source.contiguous()
                 continue
-            if source.device.type != "cpu":
-                source = source.to(dtypes[name])
-            found[name] = self._place(name, source, dtypes[name])
-            found[name].copy_(source)  # waits for the device
-        return found
+            places[name] = self._place(name, source, dtypes[name])
+            sources[name] = source.contiguous()
+        return OnHost(places, sources)
 
     def _place(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         place = self._held.get(name)
@@ -69,6 +67,28 @@ class HostCopies:
             place = torch.empty(like.shape, dtype=dtype, pin_memory=is_on_gpu)
             self._held[name] = place
         return place
+
+
+@dataclass(frozen=True, slots=True)
+class OnHost:
+    """Tensors on the host, some of them still to be filled."""
+
+    places: Tensors
+    """All of them."""
+    sources: Tensors
+    """What is to be copied and converted."""
+
+    def make(self, name: str, start: int, end: int) -> None:
+        """Fill the bytes of a tensor between two offsets; waits for the device."""
+        source = self.sources.get(name)
+        if source is None:
+            return
+        place = self.places[name].view(-1)
+        at = slice(start // place.itemsize, end // place.itemsize)
+        values = source.reshape(-1)[at]
+        if values.device.type != "cpu":
+            values = values.to(place.dtype)  # half as many bytes to copy
+        place[at].copy_(values)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,8 +138,9 @@ def sealed_tensors(tensors: Tensors, memory: HostCopies | None = None) -> Sealed
     Args:
         memory: for those that must be copied; its next use overwrites them. ``None``: new memory.
     """
-    stored = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
-    return seal({name: (_TAGS[t.dtype], _bits_of(t)) for name, t in stored.items()})
+    on_host = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
+    laid_out = {name: (_TAGS[t.dtype], _bits_of(t)) for name, t in on_host.places.items()}
+    return seal(laid_out, on_host.make)
 
 
 def publish_version(

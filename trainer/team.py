@@ -11,7 +11,6 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,9 +28,6 @@ from trainer.rows import RowStore
 from trainer.update import Weights, batch_dtype, is_divided, new_weights
 
 log = logging.getLogger(__name__)
-
-REST_EVERY_S = 60.0
-"""Seconds after which an idle trainer tells its workers that it is there."""
 
 NewReplica = Callable[[Trainable[Any], TargetHead, TrainerSettings, Weights, Group], Replica]
 
@@ -54,7 +50,6 @@ class Team:
         config = learns.config_to_json(weights.model)
         self._tell("begin", {"config": config}, learns.bundle_tensors(weights.model))
         self._replica = replica_for(settings, group)(learns, head, settings, weights, group)
-        self._spoke_s = time.monotonic()
 
     def update(self, pieces: Sequence[HeldPiece], lr: float, seed: int) -> Tensor:
         """See ``Replica.update``.
@@ -69,7 +64,6 @@ class Team:
             own = parts[rank * each : (rank + 1) * each]
             values = {"kind": self._kind, "lr": lr, "parts": facts(own)}
             self._group.send(rank, Message("update", values, to_tensors(own)))
-        self._spoke_s = time.monotonic()
         return self._replica.update(parts[:each], lr)
 
     def moments(self) -> Moments:
@@ -87,9 +81,12 @@ class Team:
         self._replica.load(weights, moments)
 
     def rest(self) -> None:
-        """Nothing to do at present."""
-        if time.monotonic() - self._spoke_s >= REST_EVERY_S:
-            self._tell("rest")
+        """Nothing to do at present.
+
+        Raises:
+            GroupError: another process is gone.
+        """
+        self._group.check()
 
     def end(self) -> None:
         """Let the workers go, if no other drafter is trained by them."""
@@ -103,7 +100,6 @@ class Team:
     ) -> None:
         values = {"kind": self._kind, **(values or {})}
         self._group.tell_all(Message(do, values, tensors or {}))
-        self._spoke_s = time.monotonic()
 
 
 def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torch.device) -> None:

@@ -12,8 +12,12 @@ Source: Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054, Section 5.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +31,8 @@ from trainer.optimizers import BETAS
 from trainer.parts import Part
 from trainer.replica import Moments, figures_of, load_model, loss_of
 from trainer.update import Weights, update_average
+
+log = logging.getLogger(__name__)
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -49,10 +55,16 @@ class ZeroReplica:
         # Stage 3 leaves nothing whole in the module that it trains.
         model = copy.deepcopy(weights.model) if self._stage == 3 else weights.model
         self._model = model
-        self._engine = _engine(_Loss(trainable, model, head, settings), settings)
+        with group.shared_work():
+            loss = _Loss(trainable, model, head, settings)
+            self._engine = _engine(loss, settings, weights.lr.device)
 
     def update(self, parts: Sequence[Part], lr: float) -> Tensor:
         """See ``Replica.update``."""
+        with self._group.shared_work():
+            return self._update(parts, lr)
+
+    def _update(self, parts: Sequence[Part], lr: float) -> Tensor:
         engine, size = self._engine, self._group.size
         for group in engine.optimizer.param_groups:
             group["lr"] = lr
@@ -88,13 +100,18 @@ class ZeroReplica:
 
         step = self._steps()[0].to(self._weights.lr.device)
         found: Moments = {}
-        for name, parameter in self._model.named_parameters():
-            own = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in _MOMENTS}
-            found[name] = {"step": step, **own}
+        with self._group.shared_work():
+            for name, parameter in self._model.named_parameters():
+                own = {kind: safe_get_full_optimizer_state(parameter, kind) for kind in _MOMENTS}
+                found[name] = {"step": step, **own}
         return found
 
     def load(self, weights: Mapping[str, Tensor], moments: Moments | None) -> None:
         """See ``Replica.load``."""
+        with self._group.shared_work():
+            self._load(weights, moments)
+
+    def _load(self, weights: Mapping[str, Tensor], moments: Moments | None) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if self._stage == 3 and self._group.rank == 0:
@@ -136,12 +153,19 @@ class _Loss(nn.Module):
         return loss_of(trainable, self.model, head, settings, part)
 
 
-def _engine(loss: _Loss, settings: TrainerSettings) -> Any:
+def _engine(loss: _Loss, settings: TrainerSettings, device: torch.device) -> Any:
+    began_s = time.monotonic()
+    # Left to itself it takes a GPU that is there for the one to use, even if the trainer does not.
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    # It takes the number of a process on its host for that of its GPU, now and in updates. But a
+    # process sees its own GPU alone, as number 0 (``targets.device``): there is no other.
+    os.environ["LOCAL_RANK"] = "0"
     import deepspeed
 
-    # Else it compiles an all-reduce of its own for CPUs at its first start, which takes a C++
-    # compiler and a minute; a process killed meanwhile leaves a lock for which all later ones wait.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its own operators: to find out which of them this host can compile, it compiles
+    # pieces of most. On a CPU it would also compile an all-reduce, which takes a C++ compiler and a
+    # minute; a process killed meanwhile leaves a lock for which all later ones wait.
+    deepspeed.ops.__compatible_ops__ = {}
     optimizer = torch.optim.AdamW(
         loss.parameters(), lr=0.0, betas=BETAS, weight_decay=settings.weight_decay
     )
@@ -156,13 +180,32 @@ def _engine(loss: _Loss, settings: TrainerSettings) -> Any:
         },
         "steps_per_print": 1 << 30,
     }
-    engine, *_ = deepspeed.initialize(
-        model=loss, optimizer=optimizer, config=config, dist_init_required=False
-    )
+    log.info("imported DeepSpeed in %.1f s", time.monotonic() - began_s)
+    with _without_compiler():
+        engine, *_ = deepspeed.initialize(
+            model=loss, optimizer=optimizer, config=config, dist_init_required=False
+        )
     # Steps with a gradient that is not finite are left out in float32, too.
     engine.optimizer.check_grad_overflow = True
     _begin(engine.optimizer, settings.deepspeed.stage)
+    stage, seconds = settings.deepspeed.stage, time.monotonic() - began_s
+    log.info("DeepSpeed divides the drafter by ZeRO-%d: ready in %.1f s", stage, seconds)
     return engine
+
+
+@contextlib.contextmanager
+def _without_compiler() -> Iterator[None]:
+    """DeepSpeed looks at the class of an optimizer of its own, whose functions it has torch compile
+    later: that imports the compiler, which takes 4 s of a core and is not used."""
+    name = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def _begin(optimizer: Any, stage: int) -> None:

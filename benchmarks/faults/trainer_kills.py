@@ -2,6 +2,7 @@
 
     python -m benchmarks.faults.trainer_kills --kills 30          # a minute or two
     python -m benchmarks.faults.trainer_kills --publish           # 1,000 kills; some 40 minutes
+    python -m benchmarks.faults.trainer_kills --kills 0 --cold 5  # starts of the command alone
     python -m benchmarks.faults.trainer_kills --url shm: --kills 30
 
 A real trainer learns from traces of a tiny random target, which a process that stands for a server
@@ -25,7 +26,8 @@ Checked for each life:
   it. Then each trace that was written has been used, waits in the log, or was evicted before a
   trainer could use it, and ``buffer stats`` counts as many of each.
 
-Writes ``benchmarks/results/trainer_kills.json`` and, with ``--publish``, ``rows/faults.json``.
+Writes ``benchmarks/results/trainer_kills.json``, without kills ``trainer_starts.json``, and, with
+``--publish``, ``rows/faults.json``.
 """
 
 from __future__ import annotations
@@ -79,6 +81,8 @@ from tests.trainer.traffic import fingerprint_of, make_traces, save_target, sett
 from trainer.checkpoint import read_checkpoint
 
 SOURCE = "python -m benchmarks.faults.trainer_kills"
+STARTS = f"{SOURCE} --kills 0"
+"""The part of it that measures starts of the command."""
 NUM_KILLS = 1000
 RESUME_S = 10.0
 _STUCK_S = 120.0
@@ -287,7 +291,7 @@ def measure(url: str, num_kills: int, num_cold: int, seed: int) -> dict[str, Any
         },
         "traces": {name: value for name, value in last.items() if name != "last"},
         "seconds": time.monotonic() - begun,
-        "load": statistics.fmean(found.loads),
+        "load": statistics.fmean(found.loads or [os.getloadavg()[0]]),
         "seed": seed,
     }
 
@@ -299,11 +303,6 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
     yield at_least(what, "kills", sum(kills.values()), NUM_KILLS)
     longest = found["resumed_s"]["longest"]["total"]
     yield at_most(what, "longest resume, s, Python's imports apart", longest, RESUME_S)
-    if found["cold_s"]:
-        cold = f"longest of {len(found['cold_s'])} starts of the command until it resumed, s"
-        yield at_most(what, cold, max(one["total"] for one in found["cold_s"]), RESUME_S)
-        had = max(one["processor"] for one in found["cold_s"])
-        yield Row(what, "most of that for which it had a core, s", had, None, None)
     seen = f"wrong or partial versions seen, of {versions['watched']['versions']} read"
     yield at_most(what, seen, len(wrong), 0)
     differing = f"differences from the checkpoint after {found['resumed']} resumes"
@@ -317,21 +316,35 @@ def rows_of(found: Mapping[str, Any]) -> Iterator[Row]:
               traces["evicted"], None, None)  # fmt: skip
 
 
+def starts_of(found: Mapping[str, Any]) -> Iterator[Row]:
+    starts = found["cold_s"]
+    what = f"trainer, {found['url']} started after kill -9, load {found['load']:.0f}"
+    cold = f"longest of {len(starts)} starts of the command until it resumed, s"
+    yield at_most(what, cold, max(one["total"] for one in starts), RESUME_S)
+    had = max(one["processor"] for one in starts)
+    yield Row(what, "most of that for which it had a core, s", had, None, None)
+
+
 def main(
-    kills: Annotated[int, typer.Option(min=1)] = NUM_KILLS,
+    kills: Annotated[int, typer.Option(min=0)] = NUM_KILLS,
     cold: Annotated[int, typer.Option(min=0, help="starts of the real command")] = 3,
     url: Annotated[str, typer.Option(help="buffer.url")] = "log:",
     seed: int = 0,
     publish: Annotated[bool, typer.Option(help="write rows/faults.json, too")] = False,
-    out: Annotated[Path, typer.Option(help="result file")] = RESULTS / "trainer_kills.json",
+    out: Annotated[
+        Path | None, typer.Option(help="result file, another one than the usual")
+    ] = None,
     rows_dir: Annotated[Path, typer.Option(help="folder of rows/faults.json")] = RESULTS,
 ) -> None:
     """Kill the trainer, and see what becomes of it."""
     found = measure(url, kills, cold, seed)
-    write_result(out, found)
-    rows = list(rows_of(found))
-    if publish:
-        write_rows("faults", rows, SOURCE, rows_dir)
+    write_result(out or RESULTS / f"trainer_{'kills' if kills else 'starts'}.json", found)
+    by_source = {SOURCE: list(rows_of(found)) if kills else []}
+    by_source[STARTS] = list(starts_of(found)) if cold else []
+    for source, rows in by_source.items():
+        if publish and rows:
+            write_rows("faults", rows, source, rows_dir)
+    rows = [row for some in by_source.values() for row in some]
     for row in rows:
         say(f"{row.row}: {row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
     if not all(row.holds for row in rows if row.measure != "kills"):

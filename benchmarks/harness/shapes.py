@@ -11,13 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
 DRAFT_VOCAB = 32_000
 """Size of a drafter's reduced vocabulary for a published shape; at most a quarter of the target's.
@@ -88,6 +82,8 @@ LARGE = ("Qwen3-0.6B", "Qwen3-1.7B", "Qwen3-8B", "Llama-3.1-8B")
 
 def random_weights(config: Any, device: torch.device, dtype: torch.dtype) -> Any:
     """A causal LM with weights drawn on ``device``: normal with std 0.02, norms 1."""
+    from transformers import LlamaForCausalLM, Qwen3ForCausalLM
+
     make = Qwen3ForCausalLM if isinstance(config, Qwen3Config) else LlamaForCausalLM
     with torch.device("meta"):
         model = make(config).to(dtype)

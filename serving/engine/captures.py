@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from buffer.files import read_regular, write_atomically
+from configs.phases import took
 from serving.engine.graph_recorder import GraphRecorder, Program
-from serving.phases import took
 
 if TYPE_CHECKING:
     from specops.compiling import Kernels, Wanted

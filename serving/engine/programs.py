@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from configs.phases import uncollected
 from drafters.protocol import HostDrafter, NeuralDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
@@ -26,7 +27,6 @@ from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
-from serving.phases import uncollected
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 

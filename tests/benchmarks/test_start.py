@@ -9,16 +9,16 @@ import pytest
 
 from benchmarks.start import _phases
 from configs.logs import FORMAT, OneRecord
-from serving.phases import seconds_of_life, timed, took
+from configs.phases import seconds_of_life, timed, took
 
 
 def test_parts_of_a_start_are_found_in_the_log(monkeypatch):
-    text, logger = StringIO(), logging.getLogger("serving")
+    text, logger = StringIO(), logging.getLogger("configs.phases")
     handler = logging.StreamHandler(text)
     handler.setFormatter(OneRecord(FORMAT))
     monkeypatch.setattr(logger, "handlers", [handler])
     monkeypatch.setattr(logger, "level", logging.INFO)
-    monkeypatch.setattr(logging.getLogger("serving.phases"), "_cache", {})
+    monkeypatch.setattr(logger, "_cache", {})
 
     with timed("loaded the target", "loading the target"):
         pass

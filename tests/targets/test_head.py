@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,10 @@ import pytest
 import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM
 
-from targets.head import load_target_head
+from targets.head import _by_its_code, load_target_head, tensor_files
 from tests.trainer.traffic import SHAPE, save_target
+
+CPU = torch.device("cpu")
 
 
 def save_gemma(folder: Path) -> Any:
@@ -33,7 +36,7 @@ def test_logits_and_embeddings_are_the_targets(save, tmp_path):  # type: ignore[
     model = save(tmp_path)
     ids = torch.arange(0, 96, 5)[None]
 
-    head = load_target_head(tmp_path, torch.device("cpu"), torch.float32)
+    head = load_target_head(tmp_path, CPU, torch.float32)
 
     with torch.no_grad():
         seen = model(ids, output_hidden_states=True)
@@ -41,9 +44,27 @@ def test_logits_and_embeddings_are_the_targets(save, tmp_path):  # type: ignore[
         torch.testing.assert_close(head.lm_head.logits(seen.hidden_states[-1][0]), seen.logits[0])
 
 
+@pytest.mark.parametrize("tie", [True, False])
+def test_the_head_of_a_usual_target_is_read_without_its_modelling_code(
+    tie: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_target(tmp_path, tie=tie)
+    by_code = _by_its_code(tensor_files(tmp_path), tmp_path, CPU, torch.float32)
+    monkeypatch.setitem(sys.modules, "transformers", None)  # whoever imports it gets an error
+
+    head = load_target_head(tmp_path, CPU, torch.float32)
+
+    assert head.embed_VH.equal(by_code.embed_VH)
+    assert head.lm_head.weight_VH.equal(by_code.lm_head.weight_VH)
+    assert (head.lm_head.weight_VH is head.embed_VH) == tie
+    assert head.embed_scale == by_code.embed_scale
+    for name in ("hidden_size", "num_hidden_layers", "rms_norm_eps", "rope_parameters"):
+        assert getattr(head.config, name) == getattr(by_code.config, name), name
+
+
 def test_a_pickled_target_is_refused(tmp_path: Path) -> None:
     save_target(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
 
     with pytest.raises(ValueError, match=r"no \*\.safetensors weights; pickle files are not"):
-        load_target_head(tmp_path, torch.device("cpu"), torch.float32)
+        load_target_head(tmp_path, CPU, torch.float32)

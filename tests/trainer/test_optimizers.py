@@ -93,6 +93,28 @@ def test_the_other_parameters_are_stepped_by_adamw() -> None:
     assert not torch.allclose(models[0].wide, models[1].wide)
 
 
+def test_adamw_steps_as_torch_does_to_the_bit() -> None:
+    models = [Small(), Small()]
+    lr = torch.tensor(0.01)
+    ours = AdamW(models[0].parameters(), lr, 0.1)
+    given = {"lr": lr, "betas": (0.9, 0.95), "weight_decay": 0.1, "fused": True}
+    theirs = torch.optim.AdamW(models[1].parameters(), **given)  # type: ignore[arg-type]
+    for seed in range(6):
+        for model in models:
+            model.set_gradients(seed)
+        if seed == 3:
+            ours.step(SKIP)
+            continue
+        lr.fill_(0.01 * (seed + 1))
+        ours.step(GO)
+        theirs.step()
+
+    for own, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert own.equal(other)
+        for kind, tensor in theirs.state[other].items():
+            assert ours.state[own][kind].equal(tensor), kind
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_skipped_step_changes_nothing_even_if_gradients_are_not_finite(name: str) -> None:
     model = Small()

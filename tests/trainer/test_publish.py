@@ -37,7 +37,8 @@ def addresses(content):
 def test_small_drafters_are_published_in_float32_where_they_lie():
     own = tensors(1.1)
     copied = HostCopies().of(own, {name: one.dtype for name, one in own.items()})
-    assert copied["w"].data_ptr() == own["w"].data_ptr()
+    assert not copied.sources
+    assert copied.places["w"].data_ptr() == own["w"].data_ptr()
     check_published(sealed_tensors(own), 1.1, torch.float32)
 
 
@@ -62,5 +63,5 @@ def test_tensors_of_a_gpu_are_rounded_there_and_copied_to_pinned_memory(monkeypa
     own = tensors(1.1, "cuda")
     check_published(sealed_tensors(own, memory), 1.1, torch.bfloat16)
     dtypes = {"w": torch.bfloat16, "columns": torch.bfloat16, "ids": torch.int64}
-    assert all(one.is_pinned() for one in memory.of(own, dtypes).values())
+    assert all(one.is_pinned() for one in memory.of(own, dtypes).places.values())
     check_published(sealed_tensors(tensors(2.3, "cuda"), memory), 2.3, torch.bfloat16)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from serving.phases import took
+from configs.phases import took
 
 ResultT = TypeVar("ResultT")
 
