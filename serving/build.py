@@ -21,6 +21,7 @@ from buffer.interface import Backend, TraceWriter
 from buffer.late_writer import LateWriter
 from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
+from configs.ahead import Ahead
 from configs.phases import timed
 from configs.schema import CaptureSettings, Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request
@@ -31,7 +32,6 @@ from policies.arms import ArmPolicies
 from policies.catalog import build_policy, cuts_of
 from policies.interface import CostSample, DraftPolicy
 from policies.savings import Savings, TimesPlainSteps
-from serving.ahead import Ahead
 from serving.capture.recorder import Recorder
 from serving.capture.redaction import Redaction, load_redact
 from serving.capture.traces import Producer, TraceMaker
