@@ -56,8 +56,8 @@ class _Steps:
         """That of the last decision."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
-        self.obs: StepObs | None = None
-        """What the last plan was for."""
+        self.obs: dict[bool, StepObs] = {}
+        """What the last plans with and without a look were for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
         self.untried: set[str] = set()
@@ -213,9 +213,7 @@ class GoodputPolicy:
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
             rows = by_kind(kinds_of(obs.matches or ()), self._acceptance.num_buckets)
-            # What looks find decides how fast plain decoding is with an index.
-            self._basis = self._ahead = None
-            self._rest.note_matches(rows, obs.batch)
+            self._rest.note_matches(rows, obs.batch, is_planned=False)
             self._rest.note_find(gain)
             return self._resting(arm)
         self._lessons.learn_gathered()
@@ -224,25 +222,37 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
-        self._basis = self._ahead = None
+        if (batch := self._rest.learn_looks()) is not None:
+            tokens, seconds = self._forecaster.needing_match(batch)
+            self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
-        if self._kinds.neural and self._rest.is_over:
-            self._lessons.learn_gathered()
-            looks = bool(self._kinds.matching) and self._rest.wants_look()
-            self._forecaster.prepare(outcome.batch, looks=looks)
-            if self._explorer.wants_doubt:
-                doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
-                self._explorer.note_doubt(doubt)
-            obs = self._steps.obs
-            # The next plan mostly is for a batch like that of the last one. Drafters that cannot
-            # propose in it are not asked for: what is known of idle ones fades when it is.
-            if obs is None or obs.batch != outcome.batch:
-                return
-            if looks or obs.matches is None:
-                self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
-                if obs.matches is None and not looks:
-                    self._ahead = self._weigh(obs, self._basis)
+        self.prepare(outcome.batch)
+
+    def prepare(self, batch: int) -> None:
+        """Compute what the next plan will weigh, while the device works.
+
+        The next plan mostly is for a batch like that of the last one with a look, or without.
+        Drafters that cannot propose in it are not asked for: what is known of idle ones fades when
+        it is.
+
+        Args:
+            batch: requests of the last step.
+        """
+        self._basis = self._ahead = None
+        if not self._kinds.neural or not self._rest.is_over:
+            return
+        self._lessons.learn_gathered()
+        looks = bool(self._kinds.matching) and self._rest.wants_look()
+        obs = self._steps.obs.get(looks)
+        if obs is not None:
+            self._forecaster.prepare(obs.drafters, batch)
+        if self._explorer.wants_doubt:
+            self._explorer.note_doubt(self._forecaster.doubt(self._steps.best, batch))
+        if obs is not None and obs.batch == batch:
+            self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
+            if not looks:
+                self._ahead = self._weigh(obs, self._basis)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
@@ -275,7 +285,7 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        basis, ahead, self._steps.obs = self._basis, self._ahead, obs
+        basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
         self._basis = self._ahead = None
         if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
             may_match = obs.matches is None or any(obs.matches)
@@ -338,9 +348,7 @@ class GoodputPolicy:
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
         if looked and self._kinds.matching:
-            self._rest.note_matches(seen.rows, seen.batch)
-            tokens, seconds = self._forecaster.needing_match(seen.batch)
-            self._rest.index_alone.learn(tokens, seconds / seen.plain_s)
+            self._rest.note_matches(seen.rows, seen.batch, is_planned=True)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0
