@@ -212,7 +212,7 @@ class GoodputPolicy:
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
-            rows = by_kind(kinds_of(obs.matches or ()), self._acceptance.num_buckets)
+            rows = by_kind(kinds_of(obs.matches or b""), self._acceptance.num_buckets)
             self._rest.note_matches(rows, obs.batch, is_planned=False)
             self._rest.note_find(gain)
             return self._resting(arm)

@@ -312,7 +312,7 @@ class Glance:
         longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
         return gains, longer_s * self._choice.speed
 
-    def best(self, matches: Sequence[int]) -> tuple[Arm | None, float]:
+    def best(self, matches: bytes) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
         if self._gains is None:

@@ -17,7 +17,7 @@ _MOST_UNTIMED = 8
 more to do for them than for others. If there are no others, their times have to do."""
 
 
-Matches = tuple[int, ...] | None
+Matches = bytes | None
 """Kind of the match that was observed for each request when a round was planned; ``None``: nobody
 looked."""
 
@@ -77,7 +77,7 @@ class Arrival:
         accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
         if matches is not None and len(matches) > len(accepted):
-            matches = tuple(compress(matches, lives))
+            matches = bytes(compress(matches, lives))
         return Outcome(
             decision=planned.decision,
             batch=len(planned.launched.batch),

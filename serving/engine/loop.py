@@ -281,7 +281,7 @@ class Engine:
             self._commit_round()
             lives = [s.finish_reason is None for s in batch]
             batch = list(compress(batch, lives))
-            matches = None if matches is None else tuple(compress(matches, lives))
+            matches = None if matches is None else bytes(compress(matches, lives))
             picks = None if picks is None else tuple(compress(picks, lives))
             if not batch:
                 return

@@ -342,8 +342,8 @@ class Simulation:
         return StepObs(
             step=self._step,
             batch=world.batch,
-            caps=(world.max_draft,) * world.batch,
-            matches=matches,
+            caps=bytes((world.max_draft,)) * world.batch,
+            matches=None if matches is None else bytes(matches),
             drafters=tuple(d for d in world.drafters if "suffix" not in d or matches is not None),
             max_draft=world.max_draft,
             version=self.version,
