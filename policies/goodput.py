@@ -43,6 +43,8 @@ from policies.weighed import Basis, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
+_FEW_ROWS = 8
+"""Missing rows of a request that cost a drafter no more than any other first step."""
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
@@ -276,6 +278,7 @@ class GoodputPolicy:
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
+            "catch_up_forced": round(self._switches.forced, 5),
             "looks": self._rest.figures(),
             "picks": self._picker.figures(),
             "ledger": self._ledger.figures(),
@@ -287,7 +290,8 @@ class GoodputPolicy:
             return _PLAIN
         basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
         self._basis = self._ahead = None
-        if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
+        fresh = self._fresh(obs)
+        if basis is None or not basis.is_for(obs, max_k, fresh):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
@@ -299,7 +303,7 @@ class GoodputPolicy:
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._lessons.catches_up(drafter, self._steps.drafter)
+        catches_up = self._lessons.catches_up(drafter, fresh)
         if catches_up:
             seconds += basis.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
@@ -313,7 +317,7 @@ class GoodputPolicy:
     def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""
         outline = self._forecaster.outline(obs, max_k, may_match=may_match)
-        fresh = self._steps.drafter
+        fresh = self._fresh(obs)
         catch_up_s = {
             kind: self._switches.seconds(
                 kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
@@ -321,11 +325,23 @@ class GoodputPolicy:
             for kind in obs.drafters
             if kind in self._kinds.neural
         }
+        return_s = {
+            kind: self._switches.seconds(kind, 0, obs.batch, outline.plain_s) for kind in catch_up_s
+        }
         footing = self._chooser.footing(
-            outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
+            outline, fresh, catch_up_s,
+            (self._rest.overhead + self._switches.forced) * outline.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch), plain_lead=self._plain_lead,
+            return_s=return_s,
         )  # fmt: skip
         return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+
+    def _fresh(self, obs: StepObs) -> str:
+        """The drafter or mix of the last decision; ``none`` if it lacks rows, although it drafted:
+        former weights came back."""
+        drafter = self._steps.drafter
+        is_behind = obs.pending_rows.get(drafter, 0) > _FEW_ROWS * obs.batch
+        return "none" if is_behind else drafter
 
     def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
         """Compare the arms of a step; nothing but what is remembered of the batch changes."""

@@ -88,7 +88,7 @@ class Explorer:
         """What a stretch may leave to be earned: beyond what is believed of its arm, its loss was a
         passing disturbance, after which nothing is to be silent for long."""
         self._num_changes = -1
-        self._was_slow = False
+        self._was_slow = self._was_late = False
         self._haste, self._num_draws = 1.0, 0
         self._gained = "none"
         self._gain_steps = 0.0
@@ -126,6 +126,8 @@ class Explorer:
         *,
         on_trial: bool,
         catches_up: bool,
+        on_time: float | None = None,
+        is_late: bool = False,
     ) -> None:
         """A step of a stretch has saved so many plain steps' worth of time beside plain decoding
         and what interrupts it, or lost them.
@@ -133,7 +135,13 @@ class Explorer:
         Args:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose
                 is.
+            on_time: what it has saved if lateness is left out. The stretch is judged and charged by
+                that, but for a step that catches up and the second late step in a row: by then it
+                is what the arm costs. ``None``: as ``num_steps``.
         """
+        was_late, self._was_late = self._was_late, is_late
+        if not (on_time is None or catches_up or (is_late and was_late)):
+            num_steps = on_time
         if not catches_up:  # what that took is spent, whether the stretch goes on or not
             self._gain_steps += max(num_steps, -_MOST_LOST)
             self._num_steps += 1

@@ -117,6 +117,8 @@ class Engine:
         self._round: PlannedRound | None = None
         self._arrival: Arrival | None = None
         self._prompts: Prefilled | None = None
+        self._versions = self.drafting.versions()
+        """In force when the last round was launched."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- called from other threads -------------------------------------------------------------
@@ -296,6 +298,9 @@ class Engine:
         launched = self.programs.rounds.launch(
             batch, drafter, num_draft, given, decision.allocation, picks
         )
+        # Now: committing the round before may exchange weights, and these are another's then.
+        versions, in_force = self.drafting.versions_of(drafter), self.drafting.versions()
+        follows_swap, self._versions = in_force != self._versions, in_force
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
         if self._commit_round():
@@ -304,9 +309,8 @@ class Engine:
             before_s = self._clock.plan_s  # 0 if a round ran meanwhile
         for sequence in batch:
             sequence.is_flying = True
-        versions = self.drafting.versions_of(drafter)
         self._round = PlannedRound(
-            launched, matches, policy, decision, versions, started_s, before_s
+            launched, matches, policy, decision, versions, started_s, before_s, follows_swap
         )
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
@@ -381,7 +385,7 @@ class Engine:
         self._outputs.after_commit(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
         if planned.versions == self.drafting.versions_of(decision.drafter):
-            outcome = arrival.outcome(planned, step, lives)
+            outcome = arrival.outcome(planned, step, lives, self._clock.is_timed)
             self._report(planned, outcome, decoded.proposed)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read
