@@ -131,7 +131,8 @@ def plan_times(
     plans, learns = [], []
     rng = np.random.default_rng(0)
     caps = _caps(rng, case)
-    matches = [bytes(row) for row in rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()]
+    found_kinds = rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()
+    matches = [bytes(row) for row in found_kinds]
     accepted = np.minimum(rng.geometric(0.4, (64, PLAN_BATCH)) - 1, 8).tolist()
     for step in range(PLAN_STEPS):
         decision = policy.rest()

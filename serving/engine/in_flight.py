@@ -119,6 +119,13 @@ class RoundClock:
         self.plan_s = 0.0
         """Seconds of planning since the last outcome."""
         self._num_untimed = 0
+        self._versions: Mapping[str, int] | None = None
+
+    def was_launched_with(self, versions: Mapping[str, int]) -> bool:
+        """A round was launched with these versions of the drafters that learn; whether they are
+        others than those of the round before."""
+        before, self._versions = self._versions, versions
+        return before is not None and before != versions
 
     def read(self, rounds: Rounds, planned: PlannedRound) -> Arrival:
         """Wait for a round."""

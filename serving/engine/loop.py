@@ -117,8 +117,6 @@ class Engine:
         self._round: PlannedRound | None = None
         self._arrival: Arrival | None = None
         self._prompts: Prefilled | None = None
-        self._versions = self.drafting.versions()
-        """In force when the last round was launched."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     # ---- called from other threads -------------------------------------------------------------
@@ -299,8 +297,8 @@ class Engine:
             batch, drafter, num_draft, given, decision.allocation, picks
         )
         # Now: committing the round before may exchange weights, and these are another's then.
-        versions, in_force = self.drafting.versions_of(drafter), self.drafting.versions()
-        follows_swap, self._versions = in_force != self._versions, in_force
+        versions = self.drafting.versions_of(drafter)
+        follows_swap = self._clock.was_launched_with(self.drafting.versions())
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
         if self._commit_round():

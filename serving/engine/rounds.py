@@ -189,9 +189,7 @@ class Rounds:
             numbers = [neural.number_of(pick.drafter) for pick in picks]
         else:
             picks = None
-        num_caught_up = 0
-        if neural is not None:
-            num_caught_up = neural.catch_up([s for s in batch if not s.is_flying])
+        num_new = neural.catch_up([s for s in batch if not s.is_flying]) if neural else 0
         size, is_scored = fitting(self._sizes, len(batch)), any(map(_IS_SCORED, batch))
         if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
             size = self._later.size_for(size, num_draft, is_scored=is_scored)
@@ -214,9 +212,7 @@ class Rounds:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
         outputs, landed = self._io.download(size)
         share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
-        return Launched(
-            batch, key, drafter, picks, outputs, scores, landed, share, seen, num_caught_up
-        )
+        return Launched(batch, key, drafter, picks, outputs, scores, landed, share, seen, num_new)
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
         """Whether a round computes the rows of all that it commits that this neural drafter, or

@@ -91,7 +91,10 @@ def test_a_published_acceptance_is_believed_until_rounds_tell():
         decisions = Counter(policy.plan(seen).draft_k for _ in range(50))
         assert decisions.most_common(1)[0][0] == k
     policy.on_swap("eagle3", 20, {"acceptance": "high"})
-    assert policy.plan(StepObs(0, 1, bytes((8,)), None, ("eagle3",), 8, 0)).drafter in ("eagle3", "none")
+    assert policy.plan(StepObs(0, 1, bytes((8,)), None, ("eagle3",), 8, 0)).drafter in (
+        "eagle3",
+        "none",
+    )
 
 
 def test_propensities_are_how_often_a_stretch_begins():

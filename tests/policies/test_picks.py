@@ -119,8 +119,8 @@ def picks_with_matches(matches, explore=0.0, records=None):
     picker = Picker(WITH_INDEX, made, explore, 0, ["i"])
     picker.account = 1e9
     own = records or ({},) * len(matches)
-    seen = StepObs(0, len(matches), bytes((K,)) * len(matches), bytes(matches), ("a", "i", "a+i"), K, 0,
-                   records=own)  # fmt: skip
+    caps, kinds = bytes((K,)) * len(matches), ("a", "i", "a+i")
+    seen = StepObs(0, len(matches), caps, bytes(matches), kinds, K, 0, records=own)
     return picker.pick(seen, "a+i", K)
 
 

@@ -51,7 +51,9 @@ def seen(rng: random.Random) -> StepObs:
         matches = (0,) * batch
     kinds = tuple(ALL) if looked else ("eagle3", "other")
     pending = {"eagle3": rng.randrange(40), "other": rng.randrange(40)}
-    return StepObs(0, batch, bytes(caps), None if matches is None else bytes(matches), kinds, MOST, 0, pending)
+    return StepObs(
+        0, batch, bytes(caps), None if matches is None else bytes(matches), kinds, MOST, 0, pending
+    )
 
 
 def tokens_of(made: GoodputPolicy, obs: StepObs, kind: str, k: int) -> float:
