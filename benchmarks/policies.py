@@ -131,14 +131,15 @@ def plan_times(
     plans, learns = [], []
     rng = np.random.default_rng(0)
     caps = _caps(rng, case)
-    matches = rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()
+    found_kinds = rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()
+    matches = [bytes(row) for row in found_kinds]
     accepted = np.minimum(rng.geometric(0.4, (64, PLAN_BATCH)) - 1, 8).tolist()
     for step in range(PLAN_STEPS):
         decision = policy.rest()
         found = None
         if decision is None:
             looks = case == MATCHED and policy.wants_matches()
-            found = tuple(matches[step % 64]) if looks else None
+            found = matches[step % 64] if looks else None
             kinds = tuple(drafters) if looks else (LEARNED,)
             obs = StepObs(step, PLAN_BATCH, caps[step % 64], found, kinds, 8, 0)
             started = time.thread_time()
@@ -161,13 +162,13 @@ def plan_times(
     }
 
 
-def _caps(rng: np.random.Generator, case: str) -> list[tuple[int, ...]]:
+def _caps(rng: np.random.Generator, case: str) -> list[bytes]:
     """[64] steps, after which they come again."""
     caps = np.full((64, PLAN_BATCH), 8)
     if case == CAPPED:
         short = rng.random(caps.shape) < SHORT_SHARE
         caps = np.where(short, rng.integers(0, 9, caps.shape), caps)
-    return [tuple(row) for row in caps.tolist()]
+    return [bytes(row) for row in caps.tolist()]
 
 
 def calibration_error(log: ReplayedLog) -> float:

@@ -95,7 +95,8 @@ class RoundNotes:
     """``None`` where the device was not asked to cut drafts."""
     is_timed: bool = True
     """The step's time is that of rounds alone. ``False`` where prompts, or log probabilities that a
-    request asked for, were computed beside them; ``True`` likewise."""
+    request asked for, were computed beside them, where weights were copied before, and where the
+    drafter first had to compute many rows that it lacked; ``True`` likewise."""
     notes: tuple[tuple[str, float], ...] = ()
     """Figures that the policy noted of its decision, in the order of their names: what is one
     policy's own is here and needs no field (``policies.interface.Note``). Rounded to float32."""

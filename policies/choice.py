@@ -145,20 +145,27 @@ class Chooser:
         spread: Callable[[Arm], float] = lambda _arm: 0.0,
         *,
         plain_lead: float = 1.0,
+        return_s: Mapping[str, float] | None = None,
     ) -> Footing:
         """What the choice of a step rests on; nothing changes before ``take``.
 
         Args:
             fresh: the drafter or mix of the last step.
-            catch_up_s: seconds to come back to each neural drafter that may propose.
+            catch_up_s: seconds to come back to each neural drafter that may propose, with the rows
+                that it lacks now.
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
             spread: standard deviation of the logarithm of an arm's speed relative to plain
                 decoding; asked where drafting may have to end.
             plain_lead: speed of plain decoding with an index, relative to plain decoding alone.
+            return_s: seconds to come back to each of them after an interruption, which leaves few
+                rows missing; ``None``: as ``catch_up_s``. A base that lacks all rows, because they
+                were forgotten, must compute them sooner or later, and once: that neither makes
+                its interruptions dearer nor this step.
         """
-        base, alone = self._best_base(outline, catch_up_s, overhead_s, spread, plain_lead)
+        return_s = catch_up_s if return_s is None else return_s
+        base, alone = self._best_base(outline, catch_up_s, return_s, overhead_s, spread, plain_lead)
         speed = alone * self._lead(base)
-        charges = self._charges(base, outline, fresh, catch_up_s)
+        charges = self._charges(base, outline, fresh, catch_up_s, return_s)
         least = speed if base != "none" else speed * self._margin
         worth = {
             drafter: [(s + charges[drafter]) * least for s in seconds]
@@ -235,6 +242,7 @@ class Chooser:
         self,
         seen: Outline,
         catch_up_s: Mapping[str, float],
+        return_s: Mapping[str, float],
         overhead_s: float,
         spread: Callable[[Arm], float],
         plain_lead: float,
@@ -246,11 +254,11 @@ class Chooser:
         mistake is over as soon as more rounds are known."""
         plain = seen.batch / seen.plain_s
         speeds, arms = {"none": plain}, {}
-        for drafter, catch_s in catch_up_s.items():
+        for drafter, own_s in return_s.items():
             if drafter in self._needing:
                 continue
             usual, seconds = seen.usual_tokens[drafter], seen.seconds[drafter]
-            late_s = catch_s * self._broken.get(drafter, 0.0) + overhead_s
+            late_s = own_s * self._broken.get(drafter, 0.0) + overhead_s
             by_k = [t / (s + late_s) for t, s in zip(usual[1:], seconds[1:], strict=True)]
             speeds[drafter] = max(by_k)
             arms[drafter] = drafter, 1 + by_k.index(speeds[drafter])
@@ -292,7 +300,12 @@ class Chooser:
         return own < least and own * (1 + _DOUBT * spread()) < least
 
     def _charges(
-        self, base: str, seen: Outline, fresh: str, catch_up_s: Mapping[str, float]
+        self,
+        base: str,
+        seen: Outline,
+        fresh: str,
+        catch_up_s: Mapping[str, float],
+        return_s: Mapping[str, float],
     ) -> dict[str, float]:
         """Seconds of switching that each drafter's arm causes.
 
@@ -301,7 +314,7 @@ class Chooser:
         is then certain, and to coming back where it seldom does.
         """
         charges = dict.fromkeys(("none", *seen.seconds), 0.0)
-        own_s, broken = catch_up_s.get(base, 0.0), self._broken.get(base, 0.0)
+        own_s, broken = return_s.get(base, 0.0), self._broken.get(base, 0.0)
         is_whole = self.goes_on(base, fresh)
         for drafter in charges:
             if drafter == base:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -129,10 +129,9 @@ class Forecaster:
         """Rows by kind of match as they usually are, by batch."""
         self._noted: list[Forecast] = []
         """Steps of which the mix is still to be counted."""
-        self._drafters_last: tuple[str, ...] = ()
-        """Those that could propose in the last step that was forecast,"""
         self._was_capped = 0
-        """and its longest draft if some requests could have less; 0: all could have it."""
+        """Longest draft of the last step that was forecast if some requests could have less; 0: all
+        could have it."""
         self._tables: dict[tuple[str, int], tuple[Floats, Floats]] = {}
         """By drafter and K: what is expected by kind of match, and what ``_capped`` made of it."""
 
@@ -162,7 +161,7 @@ class Forecaster:
                 with nothing learned since.
         """
         max_k, batch, num_kinds = outline.max_k, obs.batch, self._acceptance.num_buckets
-        caps, has_match = bytes(obs.caps), False  # counted by C, at a tenth of the time of integers
+        caps, has_match = obs.caps, False
         is_whole = caps.count(max_k) == batch
         if obs.matches is None:
             kinds, rows = None, self._usual_rows(batch)
@@ -171,7 +170,7 @@ class Forecaster:
             rows = by_kind(kinds, num_kinds)
             has_match = rows[0] < batch
         by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
-        self._drafters_last, self._was_capped = obs.drafters, 0 if is_whole else max_k
+        self._was_capped = 0 if is_whole else max_k
         seconds, tokens = {}, {}
         for drafter in obs.drafters:
             if drafter in self._needing and not has_match:
@@ -186,20 +185,18 @@ class Forecaster:
                 tokens[drafter] = outline.usual_tokens[drafter]
         return Forecast(batch, is_whole, max_k, outline.plain_s, seconds, tokens, rows)
 
-    def prepare(self, batch: int, *, looks: bool) -> None:
-        """Compute what the next forecast will most likely ask for, while the device works: the same
-        batch and drafters as in the last one.
+    def prepare(self, drafters: Iterable[str], batch: int) -> None:
+        """Compute what the next forecast will most likely ask for, while the device works.
 
         Args:
-            looks: matches will be known, so that drafters that need one can propose.
+            drafters: those that can propose.
         """
-        for drafter in self._drafters_last:
-            if looks or drafter not in self._needing:
-                self._times.arm_times(drafter, batch)
-                self._usual_tokens(drafter, batch)
-                if self._was_capped:
-                    expected = self._acceptance.expected_tokens(drafter)
-                    self._capped(drafter, expected, self._was_capped)
+        for drafter in drafters:
+            self._times.arm_times(drafter, batch)
+            self._usual_tokens(drafter, batch)
+            if self._was_capped:
+                expected = self._acceptance.expected_tokens(drafter)
+                self._capped(drafter, expected, self._was_capped)
         self._times.plain_s(batch)
 
     def needing_match(self, batch: int) -> tuple[Floats, Floats]:
@@ -279,9 +276,9 @@ class Forecaster:
         self._rows.clear()
 
 
-def kinds_of(matches: Sequence[int]) -> Bytes:
+def kinds_of(matches: bytes) -> Bytes:
     """[batch] kinds of match as numpy counts them fastest."""
-    return np.frombuffer(bytes(matches), np.uint8)
+    return np.frombuffer(matches, np.uint8)
 
 
 def by_kind(matches: Bytes, num_kinds: int) -> Floats:

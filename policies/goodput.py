@@ -46,6 +46,8 @@ _MORE_STEPS = 6
 _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
+_FEW_ROWS = 8
+"""Missing rows of a request that cost a drafter no more than any other first step."""
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
@@ -59,8 +61,8 @@ class _Steps:
         """That of the last decision."""
         self.best = PLAIN_ARM
         """The best arm that drafts, when one was chosen last."""
-        self.obs: StepObs | None = None
-        """What the last plan was for."""
+        self.obs: dict[bool, StepObs] = {}
+        """What the last plans with and without a look were for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
         self.untried: dict[str, float] = {}
@@ -218,10 +220,8 @@ class GoodputPolicy:
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
-            rows = by_kind(kinds_of(obs.matches or ()), self._acceptance.num_buckets)
-            # What looks find decides how fast plain decoding is with an index.
-            self._basis = self._ahead = None
-            self._rest.note_matches(rows, obs.batch)
+            rows = by_kind(kinds_of(obs.matches or b""), self._acceptance.num_buckets)
+            self._rest.note_matches(rows, obs.batch, is_planned=False)
             self._rest.note_glance(gain)
             return self._resting(arm)
         self._lessons.learn_gathered()
@@ -230,26 +230,38 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
-        self._basis = self._ahead = None
         self._steps.clock_s += outcome.step_s
+        if (batch := self._rest.learn_looks()) is not None:
+            tokens, seconds = self._forecaster.needing_match(batch)
+            self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
-        if self._kinds.neural and self._rest.is_over:
-            self._lessons.learn_gathered()
-            looks = bool(self._kinds.matching) and self._rest.wants_look()
-            self._forecaster.prepare(outcome.batch, looks=looks)
-            if self._explorer.wants_doubt:
-                doubt = self._forecaster.doubt(self._steps.best, outcome.batch)
-                self._explorer.note_doubt(doubt)
-            obs = self._steps.obs
-            # The next plan mostly is for a batch like that of the last one. Drafters that cannot
-            # propose in it are not asked for: what is known of idle ones fades when it is.
-            if obs is None or obs.batch != outcome.batch:
-                return
-            if looks or obs.matches is None:
-                self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
-                if obs.matches is None and not looks:
-                    self._ahead = self._weigh(obs, self._basis)
+        self.prepare(outcome.batch)
+
+    def prepare(self, batch: int) -> None:
+        """Compute what the next plan will weigh, while the device works.
+
+        The next plan mostly is for a batch like that of the last one with a look, or without.
+        Drafters that cannot propose in it are not asked for: what is known of idle ones fades when
+        it is.
+
+        Args:
+            batch: requests of the last step.
+        """
+        self._basis = self._ahead = None
+        if not self._kinds.neural or not self._rest.is_over:
+            return
+        self._lessons.learn_gathered()
+        looks = bool(self._kinds.matching) and self._rest.wants_look()
+        obs = self._steps.obs.get(looks)
+        if obs is not None:
+            self._forecaster.prepare(obs.drafters, batch)
+        if self._explorer.wants_doubt:
+            self._explorer.note_doubt(self._forecaster.doubt(self._steps.best, batch))
+        if obs is not None and obs.batch == batch:
+            self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
+            if not looks:
+                self._ahead = self._weigh(obs, self._basis)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
@@ -274,6 +286,7 @@ class GoodputPolicy:
             "versions": self._versions.figures(),
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
+            "catch_up_forced": round(self._switches.forced, 5),
             "looks": self._rest.figures(),
             "picks": self._picker.figures(),
             "ledger": self._ledger.figures(),
@@ -283,9 +296,10 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        basis, ahead, self._steps.obs = self._basis, self._ahead, obs
+        basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
         self._basis = self._ahead = None
-        if basis is None or not basis.is_for(obs, max_k, self._steps.drafter):
+        fresh = self._fresh(obs)
+        if basis is None or not basis.is_for(obs, max_k, fresh):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
@@ -298,7 +312,7 @@ class GoodputPolicy:
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._lessons.catches_up(drafter, self._steps.drafter)
+        catches_up = self._lessons.catches_up(drafter, fresh)
         if catches_up:
             seconds += basis.catch_up_s[drafter]
         self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
@@ -313,7 +327,7 @@ class GoodputPolicy:
         """Compute what arms take and which one is the base, for a batch of this size."""
         self._chooser.rested(*self._rest.rested())
         outline = self._forecaster.outline(obs, max_k, may_match=may_match)
-        fresh = self._steps.drafter
+        fresh = self._fresh(obs)
         catch_up_s = {
             kind: self._switches.seconds(
                 kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
@@ -321,11 +335,23 @@ class GoodputPolicy:
             for kind in obs.drafters
             if kind in self._kinds.neural
         }
+        return_s = {
+            kind: self._switches.seconds(kind, 0, obs.batch, outline.plain_s) for kind in catch_up_s
+        }
         footing = self._chooser.footing(
-            outline, fresh, catch_up_s, self._rest.overhead * outline.plain_s,
+            outline, fresh, catch_up_s,
+            (self._rest.overhead + self._switches.forced) * outline.plain_s,
             lambda arm: self._forecaster.spread(arm, obs.batch), plain_lead=self._plain_lead,
+            return_s=return_s,
         )  # fmt: skip
         return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+
+    def _fresh(self, obs: StepObs) -> str:
+        """The drafter or mix of the last decision; ``none`` if it lacks rows, although it drafted:
+        former weights came back."""
+        drafter = self._steps.drafter
+        is_behind = obs.pending_rows.get(drafter, 0) > _FEW_ROWS * obs.batch
+        return "none" if is_behind else drafter
 
     def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
         """Compare the arms of a step; nothing but what is remembered of the batch changes."""
@@ -348,9 +374,7 @@ class GoodputPolicy:
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
         if looked and self._kinds.matching:
-            self._rest.note_matches(seen.rows, seen.batch)
-            tokens, seconds = self._forecaster.needing_match(seen.batch)
-            self._rest.index_alone.learn(tokens, seconds / seen.plain_s)
+            self._rest.note_matches(seen.rows, seen.batch, is_planned=True)
         if looked:
             self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
         stretch, propensity = None, 1.0

@@ -10,6 +10,7 @@ done with it, by what is known of the index.
 from __future__ import annotations
 
 from collections import deque
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,6 +24,20 @@ _LEAST_ROWS = 24
 """Requests that must have been looked at before the rival is believed: a match is luck."""
 
 
+class Look(NamedTuple):
+    """What one look found, and when it was made."""
+
+    rows: Floats
+    """[B] by kind of match."""
+    batch: int
+    is_dense: bool
+    """The step before looked, too."""
+    is_plain: bool
+    """Plain decoding was the base."""
+    is_planned: bool
+    """A plan was made of it; otherwise a glance was enough."""
+
+
 class IndexAlone:
     """Tokens and time of plain decoding with an index, per request and in plain steps.
 
@@ -31,6 +46,8 @@ class IndexAlone:
     """
 
     def __init__(self) -> None:
+        self.pending: list[Look] = []
+        """Looks that nothing was learned from yet."""
         self._seen: deque[Floats] = deque(maxlen=_MOST_LOOKS)
         """[B] share of rows by kind of match, of the latest looks,"""
         self._gains: deque[float] = deque(maxlen=_MOST_LOOKS)

@@ -124,9 +124,10 @@ class StepObs:
     """Running number of the engine's steps."""
     batch: int
     """Requests to decode, >= 1."""
-    caps: tuple[int, ...]
-    """[batch] largest K of each request now, by its own limit and the tokens it has left."""
-    matches: tuple[int, ...] | None
+    caps: bytes
+    """[batch] largest K of each request now, by its own limit and the tokens it has left. Bytes are
+    compared and counted at a tenth of the time of a tuple of numbers."""
+    matches: bytes | None
     """[batch] kind of the match that a drafter with ``needs_match`` would continue for each
     request, 0 for none; ``None`` without such a drafter, and where nobody looked. The drafter
     numbers the kinds, as in its ``prior_acceptance``."""
@@ -243,13 +244,17 @@ class Outcome:
     draft_s: float
     """Part of ``step_s`` spent drafting, and planning where no round ran meanwhile."""
     has_prefill: bool
-    """The step also computed prompt chunks, or log probabilities that a request asked for, so its
-    time says nothing about the arms."""
+    """The step also computed prompt chunks, or log probabilities that a request asked for, or
+    weights were copied before it, so its time says nothing about the arms."""
     version: int
     """Version of the drafter that drafted."""
     plan_s: float = 0.0
     """Part of ``step_s`` spent inspecting the batch and planning: this step, or the next one while
     this one ran. It belongs to the last ``rest`` or ``plan`` that was called."""
+    num_caught_up: int = 0
+    """Rows, over the batch, that were computed before the drafter could draft: after steps without
+    it, after its rows were forgotten because former weights came back, or of cached prompts that it
+    had not seen."""
 
 
 class DraftPolicy(Protocol):

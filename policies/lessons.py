@@ -70,6 +70,7 @@ class Lessons:
     def learn(self, outcome: Outcome) -> None:
         """Take in a step."""
         self._acceptance.tick(outcome.batch)
+        self._switches.stepped()
         plain_s = self._times.plain_s(outcome.batch)
         if not outcome.has_prefill:
             self._rest.note_cost(outcome.plan_s, plain_s)
@@ -80,7 +81,8 @@ class Lessons:
             )
         if self._kinds.matching and not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._compare_look(outcome, plain_s)
-        if outcome.decision.reason == "rest" and outcome.decision.drafter == self.drafter:
+        is_alike = outcome.decision.drafter == self.drafter and not outcome.num_caught_up
+        if outcome.decision.reason == "rest" and is_alike:
             self._gather(outcome)
             return
         self.learn_gathered()
@@ -102,6 +104,8 @@ class Lessons:
         drafter, k = outcome.decision.drafter, outcome.decision.draft_k
         if drafter in self._kinds.needing or self.catches_up(drafter, self.drafter):
             return
+        if outcome.num_caught_up:
+            return
         arm_s = self._times.arm_times(drafter, outcome.batch)[k - 1] if k else plain_s
         # Not relative to what was expected: that follows the speed of the machine too fast.
         as_plain_s = outcome.step_s - outcome.plan_s - (arm_s - plain_s)
@@ -112,12 +116,17 @@ class Lessons:
         """Charge a step of a stretch what it took."""
         drafter = outcome.decision.drafter
         if drafter in self._kinds.neural:
+            k, batch = outcome.decision.draft_k, outcome.batch
+            took, is_late = self._times.in_plain_steps(drafter, k, batch, outcome.step_s)
+            worth = outcome.rows.tokens_each / self._chooser.plain_lead
             self._explorer.note_gain(
                 drafter,
-                outcome.rows.tokens_each / self._chooser.plain_lead - outcome.step_s / plain_s,
+                worth - outcome.step_s / plain_s,
                 plain_s,
                 on_trial=predicted.on_trial,
                 catches_up=predicted.catches_up,
+                on_time=worth - took,
+                is_late=is_late,
             )
         if not predicted.on_trial:
             self._explorer.settle(
@@ -178,6 +187,10 @@ class Lessons:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             pending = pending_rows.get(drafter, 0)
             self._switches.observe(drafter, step_s - usual_s, pending, batch, plain_s)
+            return
+        if outcome.num_caught_up:
+            usual_s = self._times.arm_times(drafter, batch)[k - 1]
+            self._switches.observe_forced(step_s - usual_s, plain_s)
             return
         if k and drafter not in self._kinds.neural:
             k = max(outcome.rows.num_verified, default=k)

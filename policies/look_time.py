@@ -10,6 +10,7 @@ of plain steps: what an arm takes longer is taken off.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from statistics import fmean
 
 _WINDOW = 16
@@ -61,12 +62,12 @@ class LookTime:
         """A stretch without looks is under way."""
         return self._left > 0
 
-    def stepped(self, *, looks: bool, gain: float) -> None:
+    def stepped(self, *, looks: bool, gain: Callable[[], float]) -> None:
         """A step was decided.
 
         Args:
             looks: it looked, because that pays at every step.
-            gain: time that looking saves in such a step, in plain steps.
+            gain: returns the time that looking saves in such a step, in plain steps.
         """
         if self._left:
             self._left -= 1
@@ -74,7 +75,7 @@ class LookTime:
             self._num_looked += 1
             if self._num_looked >= self._wanted:
                 self._num_looked, self._left = 0, _WINDOW
-                wanted = round(_WINDOW * max(gain, 0.0) / _SHARE)
+                wanted = round(_WINDOW * max(gain(), 0.0) / _SHARE)
                 self._wanted = min(max(wanted, _LEAST_LOOKED), _MOST_LOOKED)
 
     def note(self, seconds: float, plain_s: float, *, looked: bool, always: bool) -> None:

@@ -88,7 +88,7 @@ class Explorer:
         """What a stretch may leave to be earned: beyond what is believed of its arm, its loss was a
         passing disturbance, after which nothing is to be silent for long."""
         self._num_changes = -1
-        self._was_slow = False
+        self._was_slow = self._was_late = False
         self._haste, self._num_draws = 1.0, 0
         self._gained = "none"
         self._gain_steps = 0.0
@@ -126,6 +126,8 @@ class Explorer:
         *,
         on_trial: bool,
         catches_up: bool,
+        on_time: float | None = None,
+        is_late: bool = False,
     ) -> None:
         """A step of a stretch has saved so many plain steps' worth of time beside plain decoding
         and what interrupts it, or lost them.
@@ -133,7 +135,13 @@ class Explorer:
         Args:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose
                 is.
+            on_time: what it has saved if lateness is left out. The stretch is judged and charged by
+                that, but for a step that catches up and the second late step in a row: by then it
+                is what the arm costs. ``None``: as ``num_steps``.
         """
+        was_late, self._was_late = self._was_late, is_late
+        if not (on_time is None or catches_up or (is_late and was_late)):
+            num_steps = on_time
         if not catches_up:  # what that took is spent, whether the stretch goes on or not
             self._gain_steps += max(num_steps, -_MOST_LOST)
             self._num_steps += 1
@@ -201,26 +209,36 @@ class Explorer:
         self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
 
     def draw(
-        self, options: Sequence[Option], choice: Choice, num_steps: int
+        self, options: Sequence[Option], choice: Choice, num_since: int
     ) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
         Args:
             options: those of this choice.
-            num_steps: steps since this was asked last.
+            num_since: steps since this was asked last.
         """
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        options = self._affordable(options)
-        if not options:
+        own_s, other_s = self._ledger.balance(Purpose.LENGTH), self._ledger.balance(Purpose.ARM)
+        affordable: list[Option] = []
+        total = weighted_steps = wanted_s = 0.0
+        for one in options:
+            _, weight, num_steps, loss_s, purpose = one
+            if loss_s > wanted_s:
+                wanted_s = loss_s
+            if loss_s <= (own_s if purpose is Purpose.LENGTH else other_s):
+                affordable.append(one)
+                total += weight
+                weighted_steps += weight * num_steps
+        self._ledger.wanted_s = wanted_s
+        if not affordable:
             return None, 1.0
-        total = sum([one.weight for one in options])
-        mean_steps = sum([one.weight * one.num_steps for one in options]) / total
-        chance = min(self._explore * self._haste * num_steps / mean_steps, 0.5)
+        mean_steps = weighted_steps / total
+        chance = min(self._explore * self._haste * num_since / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
-        one = self._rng.choices(options, weights=[one.weight for one in options])[0]
+        one = self._rng.choices(affordable, weights=[one.weight for one in affordable])[0]
         return self._begin(one, choice, chance * one.weight / total), 1 - chance
 
     def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
@@ -255,26 +273,16 @@ class Explorer:
                 weights[choice.best_of(idle)] = 2.0
         weights.pop(choice.arm, None)
         most, found = values[drafter][k], []
+        of_length, of_arm, neural = Purpose.LENGTH, Purpose.ARM, self._neural
         for arm in sorted(weights):
             kind, length = arm
             loss_s = (most - values[kind][length]) / speed
-            if length and (kind == base or kind not in self._neural):
-                purpose = Purpose.LENGTH if kind == drafter else Purpose.ARM
+            if length and (kind == base or kind not in neural):
+                purpose = of_length if kind == drafter else of_arm
                 found.append(Option(arm, weights[arm], 1, loss_s, purpose))
             else:
                 found.append(self._option(arm, weights[arm], choice, loss_s))
         return found
-
-    def _affordable(self, found: Sequence[Option]) -> list[Option]:
-        """The stretches that can be paid for now."""
-        self._ledger.wanted_s = max([one.loss_s for one in found], default=0.0)
-        balance = self._ledger.balance
-        own_s, other_s = balance(Purpose.LENGTH), balance(Purpose.ARM)
-        return [
-            one
-            for one in found
-            if one.loss_s <= (own_s if one.purpose is Purpose.LENGTH else other_s)
-        ]
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
         """Whether a step of a stretch of this drafter is charged by what it loses."""

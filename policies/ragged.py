@@ -160,6 +160,8 @@ class RaggedPolicy:
             # The engine may have held it to what the requests allow.
             inner = replace(drawn.inner, drafter=decision.drafter, draft_k=decision.draft_k)
             self.inner.observe(replace(outcome, decision=inner))
+        else:
+            self.inner.prepare(outcome.batch)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Compare anew."""

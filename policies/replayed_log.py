@@ -278,7 +278,7 @@ def _decided(policy: DraftPolicy, at: int, step: LoggedStep, log: ReplayedLog) -
         StepObs(
             step=at,
             batch=step.batch,
-            caps=(log.max_draft,) * step.batch,
+            caps=bytes((log.max_draft,)) * step.batch,
             matches=None,
             drafters=(log.drafter,),
             max_draft=log.max_draft,

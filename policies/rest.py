@@ -24,7 +24,7 @@ from policies.acceptance import Floats
 from policies.average import Average
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind, kinds_of
-from policies.index_alone import IndexAlone
+from policies.index_alone import IndexAlone, Look
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.ledger import Ledger, Purpose
 from policies.look_time import LookTime
@@ -239,15 +239,32 @@ class Rest:
         self._steps.untold, self._steps.saved = 0, 0.0
         return found
 
-    def note_matches(self, rows: Floats, batch: int) -> None:
-        """Take in the matches that a look found; before ``note_find``.
+    def note_matches(self, rows: Floats, batch: int, *, is_planned: bool) -> None:
+        """Keep the matches that a look found, for ``learn_looks``; before ``note_find``.
 
         Args:
             rows: [B] by kind of match.
+            is_planned: the look was not a glance alone.
         """
-        saved = self.index_alone.note(rows, batch, is_dense=self.num_unlooked <= 1)
-        if not self.is_plain:
-            self._finds[True].add(saved)
+        look = Look(rows, batch, self.num_unlooked <= 1, self.is_plain, is_planned)
+        self.index_alone.pending.append(look)
+
+    def learn_looks(self) -> int | None:
+        """Learn from the looks since this was called last. That takes as long as much of a plan, so
+        it is for when the device works.
+
+        Returns:
+            Requests of the last look that was planned for; ``None`` without one.
+        """
+        batch = None
+        for look in self.index_alone.pending:
+            saved = self.index_alone.note(look.rows, look.batch, is_dense=look.is_dense)
+            if not look.is_plain:
+                self._finds[True].add(saved)
+            if look.is_planned:
+                batch = look.batch
+        self.index_alone.pending.clear()
+        return batch
 
     def begin(self, arm: Arm, glance: Glance | None) -> None:
         """Go on with an arm until the next plan is due."""
@@ -266,9 +283,11 @@ class Rest:
         return self.arm
 
     def _stepped(self, *, looked: bool) -> None:
-        looks = looked and self.pays
-        gain = self._finds[self.is_plain].mean - self._look_cost(is_plain=self.is_plain)
-        self.look_time.stepped(looks=looks, gain=gain)
+        self.look_time.stepped(looks=looked and self.pays, gain=self._gain_of_looks)
+
+    def _gain_of_looks(self) -> float:
+        """Time that looking at every step saves, in plain steps of one step."""
+        return self._finds[self.is_plain].mean - self._look_cost(is_plain=self.is_plain)
 
     def glanced(self, obs: StepObs) -> tuple[Arm, float] | None:
         """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
@@ -327,7 +346,7 @@ class Glance:
         longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
         return gains, longer_s * self._choice.speed
 
-    def best(self, matches: Sequence[int]) -> tuple[Arm | None, float]:
+    def best(self, matches: bytes) -> tuple[Arm | None, float]:
         """The arm that gains the most with these matches, and the time that it saves in plain
         steps; ``None`` and 0 if none does."""
         if self._gains is None:

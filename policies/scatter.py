@@ -86,6 +86,10 @@ class Scatter:
         share = proof / (proof + common.variance) if proof else 0.0
         return common.mean + share * (own.mean - common.mean)
 
+    def is_late(self, step_s: float, typical_s: float) -> bool:
+        """Whether a step took so long that the rest is lateness."""
+        return step_s > math.exp(CLIP * self.noise) * typical_s
+
     def figures(self) -> dict[str, Any]:
         """JSON-ready, milliseconds."""
         return {

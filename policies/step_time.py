@@ -164,6 +164,26 @@ class StepTimes:
         typical_s = self._typical_plain_s(batch)
         return self._scatter.ratio("none") * typical_s + self._scatter.late_s("none", typical_s)
 
+    def in_plain_steps(
+        self, drafter: str, draft_k: int, batch: int, step_s: float
+    ) -> tuple[float, bool]:
+        """A step's time in plain steps, with lateness left out on both sides, and whether it was
+        late. What is known of how late steps of this drafter are is added instead.
+
+        A few steps tell whether they are faster than plain ones only so: of these, the mean has
+        the lateness of many steps in it, and most stretches come without any.
+
+        Args:
+            step_s: of a step with drafts.
+        """
+        plain_s, scatter = self._typical_plain_s(batch), self._scatter
+        _, _, typical_s = self._linearised(drafter, draft_k, batch)
+        is_late = scatter.is_late(step_s, typical_s)
+        usual_s = scatter.ratio(drafter) * typical_s
+        late_s = scatter.late_s(drafter, plain_s) - scatter.late_s("none", plain_s)
+        on_time_s = (usual_s if is_late else step_s) + late_s
+        return on_time_s / (scatter.ratio("none") * plain_s), is_late
+
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
         found = self._arms.get((drafter, batch))

@@ -3,6 +3,11 @@
 It must first compute the rows that were committed meanwhile, and on a GPU the host cannot launch
 the round before it has read the last one. Neither is part of an ordinary step, so the first step
 after others is timed apart.
+
+It may also have to catch up although it drafted in the step before: where a watch goes back to
+former weights, all rows are computed again. That belongs to the exchange of weights and not to a
+step of drafting. Booked as the time of its draft, it would make drafts seem as dear as the few
+steps between two exchanges; so it is spread over all steps of the server, drafted or not.
 """
 
 from __future__ import annotations
@@ -18,6 +23,10 @@ for any other reason, and few are seen."""
 _MANY_ROWS = 64.0
 """Missing rows of a request that double the cost of catching up."""
 
+_FORCED_GAIN = 0.001
+"""Gain, in steps, of the average of what catching up takes that no decision has caused."""
+_MOST_FORCED = 64.0
+"""Most of it that one step counts, in plain steps."""
 _TAKEN_OVER = 2
 """First steps that an average taken over from others counts for at most."""
 
@@ -28,11 +37,14 @@ class SwitchCosts:
     def __init__(self, drafters: Iterable[str]) -> None:
         self._shares = dict.fromkeys(drafters, _START)
         self._num = dict.fromkeys(self._shares, 0)
+        self._forced, self._steps_since = 0.0, 0
+        """That average as it was so many steps ago."""
 
     def start_from(self, other: SwitchCosts) -> None:
         """Take over what others of the same drafters have learned; few steps outvote it."""
         self._shares = dict(other._shares)
         self._num = {kind: min(num, _TAKEN_OVER) for kind, num in other._num.items()}
+        self._forced, self._steps_since = other.forced, 0
 
     def observe(
         self, drafter: str, excess_s: float, pending_rows: int, batch: int, plain_s: float
@@ -50,6 +62,26 @@ class SwitchCosts:
         most = _MOST_SURPRISE * max(1.0, share)
         surprise = excess_s / (plain_s * _load(pending_rows, batch)) - share
         self._shares[drafter] = max(0.0, share + gain * min(surprise, most))
+
+    def stepped(self) -> None:
+        """A step has ended."""
+        self._steps_since += 1
+
+    def observe_forced(self, excess_s: float, plain_s: float) -> None:
+        """Take in a step that had to catch up although its drafter drafted in the one before.
+
+        Args:
+            excess_s: its seconds beyond those predicted for an ordinary step.
+            plain_s: seconds of a plain step at this batch.
+        """
+        excess = min(max(excess_s / plain_s, 0.0), _MOST_FORCED)
+        self._forced, self._steps_since = self.forced + _FORCED_GAIN * excess, 0
+
+    @property
+    def forced(self) -> float:
+        """Mean time in each step that catching up took and no decision has caused, in plain
+        steps."""
+        return self._forced * (1 - _FORCED_GAIN) ** self._steps_since
 
     def seconds(self, drafter: str, pending_rows: int, batch: int, plain_s: float) -> float:
         """Predicted seconds, by the rows that the batch lacks."""

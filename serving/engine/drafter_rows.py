@@ -238,13 +238,16 @@ class DrafterRows:
 
     # ---- catching up ---------------------------------------------------------------------------
 
-    def catch_up(self, batch: list[Sequence]) -> None:
+    def catch_up(self, batch: list[Sequence]) -> int:
         """Launch programs that compute all missing rows, including the anchors'.
 
         Args:
             batch: requests whose whole text the host knows.
+
+        Returns:
+            How many there were before the anchors'.
         """
-        blocks = []
+        blocks, num_missing = [], self.num_missing(batch)
         for sequence in batch:
             lane, start, end = sequence.lane, sequence.next_row[self.kind], len(sequence.tokens)
             assert lane is not None, "a running request has a lane"
@@ -256,6 +259,7 @@ class DrafterRows:
             self.has_rows_to(sequence, end)
         for at in range(0, len(blocks), self._most_blocks):
             self._launch(blocks[at : at + self._most_blocks])
+        return num_missing
 
     def _launch(self, blocks: list[list[int]]) -> None:
         size = fitting(self._sizes, len(blocks))

@@ -243,8 +243,8 @@ class Drafting:
 
     # ---- a step --------------------------------------------------------------------------------
 
-    def caps(self, batch: list[Sequence], most: int) -> tuple[int, ...]:
-        """Largest K of each request now: the last token is always the target's own.
+    def caps(self, batch: list[Sequence], most: int) -> bytes:
+        """[R] largest K of each request now: the last token is always the target's own.
 
         Args:
             most: largest K of this step.
@@ -253,9 +253,9 @@ class Drafting:
         lefts = [s.limit - max(len(s.tokens), s.num_told) - 1 for s in batch]
         asked = [s.request.max_draft for s in batch]
         if min(lefts) >= most and asked.count(None) == len(batch):  # nearly always
-            return (most,) * len(batch)
+            return bytes((most,)) * len(batch)
         limits = [most if cap is None else min(most, cap) for cap in asked]
-        return tuple(max(0, min(both)) for both in zip(limits, lefts, strict=True))
+        return bytes([max(0, min(both)) for both in zip(limits, lefts, strict=True)])
 
     def rank_matches(self, policy: DraftPolicy) -> None:
         """Tell the host drafters which matches a policy values most, before they look."""
@@ -323,14 +323,18 @@ class Drafting:
                 )
 
     def _matches(
-        self, batch: list[Sequence], caps: tuple[int, ...], drafters: tuple[HostDrafter, ...]
-    ) -> tuple[int, ...]:
+        self, batch: list[Sequence], caps: bytes, drafters: tuple[HostDrafter, ...]
+    ) -> bytes:
         """[R] kind of the best match of any of some drafters; 0 where nothing may be drafted."""
         keys = self._asking(batch, caps)
-        best = map(max, zip(*(drafter.observe(keys) for drafter in drafters), strict=True))
-        return tuple(next(best) if cap else 0 for cap in caps)
+        found = [drafter.observe(keys) for drafter in drafters]
+        best = found[0] if len(found) == 1 else map(max, zip(*found, strict=True))
+        if len(keys) == len(batch):
+            return bytes(best)
+        asked = iter(best)
+        return bytes([next(asked) if cap else 0 for cap in caps])
 
-    def _asking(self, batch: list[Sequence], caps: tuple[int, ...]) -> list[str]:
+    def _asking(self, batch: list[Sequence], caps: bytes) -> list[str]:
         """Keys of the requests that may draft now, after the host drafters were told of them."""
         asking = list(compress(batch, caps))
         self._catch_up(asking)
@@ -372,7 +376,7 @@ class Drafting:
             ]  # fmt: skip
             own = [batch[r] for r in rows]
             for r, tokens in zip(
-                rows, self._propose(kind, own, tuple([caps[r] for r in rows])), strict=True
+                rows, self._propose(kind, own, bytes([caps[r] for r in rows])), strict=True
             ):
                 given[r] = tokens
         lacking = [
@@ -386,7 +390,7 @@ class Drafting:
             changed[r] = changed[r]._replace(drafter=first, reason="unmatched")
         return given, tuple(changed)
 
-    def _propose(self, kind: str, batch: list[Sequence], caps: tuple[int, ...]) -> list[list[int]]:
+    def _propose(self, kind: str, batch: list[Sequence], caps: bytes) -> list[list[int]]:
         """What a host drafter proposes for each request, as many tokens as it may have."""
         asking = self._asking(batch, caps)
         drafts = iter(self.hosts[kind].propose(asking, list(filter(None, caps))))

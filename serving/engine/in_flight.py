@@ -15,9 +15,10 @@ from serving.engine.rounds import Launched, Rounds
 _MOST_UNTIMED = 8
 """Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
 more to do for them than for others. If there are no others, their times have to do."""
+_FEW_ROWS = 8
+"""Missing rows of a request that cost no more than any other first step of a drafter."""
 
-
-Matches = tuple[int, ...] | None
+Matches = bytes | None
 """Kind of the match that was observed for each request when a round was planned; ``None``: nobody
 looked."""
 
@@ -38,6 +39,19 @@ class PlannedRound:
     before_s: float
     """Seconds before the device began. With a host drafter these are all seconds since the last
     outcome, because it proposes nothing without that, so they are a cost of drafting."""
+    follows_swap: bool
+    """Weights were copied since the round before it was launched, which is part of its time."""
+
+    @property
+    def is_alone(self) -> bool:
+        """Nothing was computed in its time that says nothing about other rounds: log probabilities,
+        or a copy of weights."""
+        return self.launched.scores is None and not self.follows_swap
+
+    @property
+    def catches_up(self) -> bool:
+        """Much of its time went into rows that its drafter lacked."""
+        return self.launched.num_caught_up > _FEW_ROWS * len(self.launched.batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,22 +76,24 @@ class Arrival:
         """
         beside_s = max(0.0, self.step_s - planned.before_s)
         draft_s = planned.before_s + planned.launched.draft_share * beside_s
-        # The time of a round that computes log probabilities says nothing about other rounds.
-        is_timed = is_timed and planned.launched.scores is None
+        is_timed = is_timed and planned.is_alone and not planned.catches_up
         return Step(
             decoded.proposed, decoded.verified, draft_s, planned.versions, self.step_s, is_timed
         )
 
-    def outcome(self, planned: PlannedRound, step: Step, lives: list[bool]) -> Outcome:
+    def outcome(
+        self, planned: PlannedRound, step: Step, lives: list[bool], is_timed: bool
+    ) -> Outcome:
         """What the policy learns from the round.
 
         Args:
             lives: [R] requests that had not ended when the round was read.
+            is_timed: see ``RoundClock``. What catching up takes is for the policy to learn.
         """
         accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
         if matches is not None and len(matches) > len(accepted):
-            matches = tuple(compress(matches, lives))
+            matches = bytes(compress(matches, lives))
         return Outcome(
             decision=planned.decision,
             batch=len(planned.launched.batch),
@@ -86,9 +102,10 @@ class Arrival:
             ),
             step_s=self.step_s,
             draft_s=step.draft_s,
-            has_prefill=not step.is_timed,
+            has_prefill=not (is_timed and planned.is_alone),
             version=step.version,
             plan_s=self.plan_s,
+            num_caught_up=planned.launched.num_caught_up,
         )
 
 
@@ -102,6 +119,13 @@ class RoundClock:
         self.plan_s = 0.0
         """Seconds of planning since the last outcome."""
         self._num_untimed = 0
+        self._versions: Mapping[str, int] | None = None
+
+    def was_launched_with(self, versions: Mapping[str, int]) -> bool:
+        """A round was launched with these versions of the drafters that learn; whether they are
+        others than those of the round before."""
+        before, self._versions = self._versions, versions
+        return before is not None and before != versions
 
     def read(self, rounds: Rounds, planned: PlannedRound) -> Arrival:
         """Wait for a round."""

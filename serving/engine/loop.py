@@ -281,7 +281,7 @@ class Engine:
             self._commit_round()
             lives = [s.finish_reason is None for s in batch]
             batch = list(compress(batch, lives))
-            matches = None if matches is None else tuple(compress(matches, lives))
+            matches = None if matches is None else bytes(compress(matches, lives))
             picks = None if picks is None else tuple(compress(picks, lives))
             if not batch:
                 return
@@ -296,6 +296,9 @@ class Engine:
         launched = self.programs.rounds.launch(
             batch, drafter, num_draft, given, decision.allocation, picks
         )
+        # Now: committing the round before may exchange weights, and these are another's then.
+        versions = self.drafting.versions_of(drafter)
+        follows_swap = self._clock.was_launched_with(self.drafting.versions())
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
         if self._commit_round():
@@ -304,9 +307,8 @@ class Engine:
             before_s = self._clock.plan_s  # 0 if a round ran meanwhile
         for sequence in batch:
             sequence.is_flying = True
-        versions = self.drafting.versions_of(drafter)
         self._round = PlannedRound(
-            launched, matches, policy, decision, versions, started_s, before_s
+            launched, matches, policy, decision, versions, started_s, before_s, follows_swap
         )
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
@@ -381,7 +383,7 @@ class Engine:
         self._outputs.after_commit(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
         if planned.versions == self.drafting.versions_of(decision.drafter):
-            outcome = arrival.outcome(planned, step, lives)
+            outcome = arrival.outcome(planned, step, lives, self._clock.is_timed)
             self._report(planned, outcome, decoded.proposed)
         self._clock.round_was_committed()
         return arrival.host_waited and not was_read

@@ -72,10 +72,9 @@ class MixedRows:
         """Number of a member, as rounds take it."""
         return self._numbers[drafter]
 
-    def catch_up(self, batch: list[Sequence]) -> None:
-        """See ``DrafterRows.catch_up``."""
-        for rows in self.members:
-            rows.catch_up(batch)
+    def catch_up(self, batch: list[Sequence]) -> int:
+        """See ``DrafterRows.catch_up``; of all members."""
+        return sum([rows.catch_up(batch) for rows in self.members])
 
     def has_rows_to(self, sequence: Sequence, length: int) -> None:
         """See ``DrafterRows.has_rows_to``."""

@@ -100,6 +100,8 @@ class Launched:
     """Share of its time that is spent on drafting."""
     seen: Seen | None = None
     """What the cut was decided by; ``None`` if drafts were not cut."""
+    num_caught_up: int = 0
+    """Rows that catch-up programs computed for it, the anchors' left out."""
 
     @property
     def most_tokens(self) -> int:
@@ -187,8 +189,7 @@ class Rounds:
             numbers = [neural.number_of(pick.drafter) for pick in picks]
         else:
             picks = None
-        if neural is not None:
-            neural.catch_up([s for s in batch if not s.is_flying])
+        num_new = neural.catch_up([s for s in batch if not s.is_flying]) if neural else 0
         size, is_scored = fitting(self._sizes, len(batch)), any(map(_IS_SCORED, batch))
         if not self._later.is_empty:  # or the batch has shrunk to a size that lacks this K
             size = self._later.size_for(size, num_draft, is_scored=is_scored)
@@ -211,7 +212,7 @@ class Rounds:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
         outputs, landed = self._io.download(size)
         share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
-        return Launched(batch, key, drafter, picks, outputs, scores, landed, share, seen)
+        return Launched(batch, key, drafter, picks, outputs, scores, landed, share, seen, num_new)
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
         """Whether a round computes the rows of all that it commits that this neural drafter, or

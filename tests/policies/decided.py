@@ -68,7 +68,7 @@ class Capped(Simulation):
     """Requests that may draft no further than they go on."""
 
     def _seen(self, world: World, matches: tuple[int, ...] | None) -> StepObs:
-        caps = tuple(min(left, world.max_draft) for left in self._left)
+        caps = bytes(min(left, world.max_draft) for left in self._left)
         return replace(super()._seen(world, matches), caps=caps)
 
 

@@ -121,6 +121,12 @@ class World:
     count as planning: the host looks while the device works, and has less time for all else."""
     cold_s: float = 0.0
     """Seconds a neural drafter needs to catch up after a step without it; not in the profile."""
+    row_s: float = 0.0
+    """Seconds for each row that it then computes."""
+    copy_s: float = 0.0
+    """Seconds by which copying other weights lengthens the next step, whoever drafts in it."""
+    text_tokens: int = 290
+    """Rows of a request that are computed again where former weights come back."""
     slowdown: float = 1.0
     noise: Noise = Noise()
     untimed_share: float = 0.0
@@ -231,6 +237,8 @@ class Simulation:
         self._last_drafter = "none"
         self._missing: list[int] = []
         """Rows of each request that the neural drafters lack."""
+        self._is_copied = False
+        """Other weights were copied since the last step."""
         self._left: list[int] = []
         self._difficulty: list[float] = []
         self._records: list[dict[str, DraftRecord]] = []
@@ -238,7 +246,13 @@ class Simulation:
     def swap(self, version: int, calibration: dict[str, Any]) -> None:
         """Other weights; the world's acceptance must be changed to match."""
         self.version = version
+        self._is_copied = True
         self.policy.on_swap("eagle3", version, calibration)
+
+    def forget(self, world: World) -> None:
+        """Former weights have come back: no row of the others' is used."""
+        self._last_drafter = "none"
+        self._missing = [world.text_tokens] * len(self._missing)
 
     def run(
         self,
@@ -290,10 +304,15 @@ class Simulation:
         step_s += plan_s + seen * world.hidden_look_s * world.batch
         own = world.rows_of(drafter)
         is_neural = bool(own)
+        caught_up = 0
         if not own <= world.rows_of(self._last_drafter):
-            step_s += world.cold_s
+            caught_up = sum(self._missing)
+            step_s += world.cold_s + world.row_s * caught_up
+        if self._is_copied:
+            step_s += world.copy_s
         measured_s = world.noise.draw(step_s, rng)
         untimed = rng.random() < world.untimed_share
+        follows_swap, self._is_copied = self._is_copied and world.copy_s > 0, False
         self.policy.observe(
             Outcome(
                 decision,
@@ -301,9 +320,10 @@ class Simulation:
                 rows,
                 measured_s * (3 if untimed else 1),
                 (draft_s + plan_s) * measured_s / step_s,
-                untimed,
+                untimed or follows_swap,
                 self.version,
                 plan_s=plan_s * measured_s / step_s,
+                num_caught_up=caught_up,
             )
         )
         self._left = [left - 1 - kept for left, kept in zip(self._left, accepted, strict=True)]
@@ -342,8 +362,8 @@ class Simulation:
         return StepObs(
             step=self._step,
             batch=world.batch,
-            caps=(world.max_draft,) * world.batch,
-            matches=matches,
+            caps=bytes((world.max_draft,)) * world.batch,
+            matches=None if matches is None else bytes(matches),
             drafters=tuple(d for d in world.drafters if "suffix" not in d or matches is not None),
             max_draft=world.max_draft,
             version=self.version,

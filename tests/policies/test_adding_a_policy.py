@@ -91,7 +91,7 @@ policy = build_policy(settings.policy, dict.fromkeys(kinds, Traits()), settings.
 policy.calibrate([CostSample("slow", 3, 1, 0.02, 0.01), CostSample("fast", 3, 1, 0.01, 0.001)])
 arms, turns = [], []
 for step in range(6):
-    decision = policy.rest() or policy.plan(StepObs(step, 1, (8,), None, kinds, 8, 0))
+    decision = policy.rest() or policy.plan(StepObs(step, 1, bytes((8,)), None, kinds, 8, 0))
     arms.append([decision.drafter, decision.draft_k])
     turns.append(decision.columns().get("turn"))
     policy.observe(Outcome(decision, 1, RowOutcomes((3,), (2,), (0,)), 0.01, 0.001, False, 0))

@@ -16,7 +16,7 @@ from tests.policies.simulated import DRAFTERS
 
 
 def obs(caps=(8, 2), drafters=("eagle3",), max_draft=8):
-    return StepObs(0, len(caps), caps, None, drafters, max_draft, 0)
+    return StepObs(0, len(caps), bytes(caps), None, drafters, max_draft, 0)
 
 
 def build(drafters=DRAFTERS, max_draft=8, **settings):

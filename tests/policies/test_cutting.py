@@ -38,7 +38,7 @@ def build(kind, **settings):
 
 
 def obs(batch=4, most=8):
-    return StepObs(0, batch, (most,) * batch, None, (DRAFTER,), most, 0)
+    return StepObs(0, batch, bytes((most,)) * batch, None, (DRAFTER,), most, 0)
 
 
 def outcome_of(decision, verified, accepted, step_s=0.01):

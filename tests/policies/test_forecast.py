@@ -29,7 +29,15 @@ def forecaster():
 
 
 def obs(matches, caps):
-    return StepObs(0, len(caps), caps, matches, tuple(DRAFTERS), 8, 0)
+    return StepObs(
+        0,
+        len(caps),
+        bytes(caps),
+        None if matches is None else bytes(matches),
+        tuple(DRAFTERS),
+        8,
+        0,
+    )
 
 
 def forecast(made, see, max_k):

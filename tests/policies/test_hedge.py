@@ -87,17 +87,20 @@ def test_a_published_acceptance_is_believed_until_rounds_tell():
     policy = built(FIRST_IS_BETTER)
     for acceptance, k in (([0.99] * 8, 8), ([0.05] * 8, 1)):
         policy.on_swap("eagle3", 3 + k, {"acceptance": acceptance})
-        seen = StepObs(0, 1, (8,), None, ("eagle3",), 8, 0)
+        seen = StepObs(0, 1, bytes((8,)), None, ("eagle3",), 8, 0)
         decisions = Counter(policy.plan(seen).draft_k for _ in range(50))
         assert decisions.most_common(1)[0][0] == k
     policy.on_swap("eagle3", 20, {"acceptance": "high"})
-    assert policy.plan(StepObs(0, 1, (8,), None, ("eagle3",), 8, 0)).drafter in ("eagle3", "none")
+    assert policy.plan(StepObs(0, 1, bytes((8,)), None, ("eagle3",), 8, 0)).drafter in (
+        "eagle3",
+        "none",
+    )
 
 
 def test_propensities_are_how_often_a_stretch_begins():
     policy = built(FIRST_IS_BETTER, random_share=0.1, hedge={"stretch_steps": 1})
     Simulation(policy, 0).run(FIRST_IS_BETTER, 300)
-    seen = StepObs(0, 4, (8,) * 4, None, ("eagle3", "second"), 8, 0)
+    seen = StepObs(0, 4, bytes((8,)) * 4, None, ("eagle3", "second"), 8, 0)
     plans = [policy.plan(seen) for _ in range(4000)]
 
     counts = Counter((plan.drafter, plan.draft_k) for plan in plans if plan.draft_k)
@@ -110,7 +113,7 @@ def test_rows_whose_drafter_is_not_known_teach_nothing():
     """A request of a mixed step has ended: nobody knows which pick its missing row was."""
     world = replace(FIRST_IS_BETTER, mixes=MIXED)
     policy = built(world, hedge={"mixing": 1.0})
-    seen = StepObs(0, 4, (8,) * 4, None, ("eagle3", "second", MIX), 8, 0)
+    seen = StepObs(0, 4, bytes((8,)) * 4, None, ("eagle3", "second", MIX), 8, 0)
     decision = policy.plan(seen)
     assert decision.drafter == MIX and len(decision.picks) == 4
     before = policy.figures()["tokens"]
@@ -124,5 +127,5 @@ def test_rows_whose_drafter_is_not_known_teach_nothing():
 
 def test_without_a_ready_drafter_it_decodes_plainly():
     policy = built(FIRST_IS_BETTER)
-    assert policy.plan(StepObs(0, 1, (8,), None, (), 8, 0)).draft_k == 0
-    assert policy.plan(StepObs(0, 1, (0,), None, ("eagle3",), 0, 0)).draft_k == 0
+    assert policy.plan(StepObs(0, 1, bytes((8,)), None, (), 8, 0)).draft_k == 0
+    assert policy.plan(StepObs(0, 1, bytes((0,)), None, ("eagle3",), 0, 0)).draft_k == 0

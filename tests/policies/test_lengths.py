@@ -34,7 +34,7 @@ def build(kind, **settings):
 
 
 def obs(batch=1, most=MAX_DRAFT):
-    return StepObs(0, batch, (most,) * batch, None, (DRAFTER,), most, 0)
+    return StepObs(0, batch, bytes((most,)) * batch, None, (DRAFTER,), most, 0)
 
 
 def decode(policy, num_steps, batch=1, hazards=HAZARDS, seed=0, most=MAX_DRAFT):
@@ -74,7 +74,7 @@ def test_decisions_name_their_policy_and_hold_to_what_may_be_drafted(kind):
         assert decision.policy == kind
         assert decision.drafter == (DRAFTER if decision.draft_k else "none")
         assert 0 < decision.propensity <= 1
-    missing = StepObs(0, 1, (8,), None, (), 8, 0)
+    missing = StepObs(0, 1, bytes((8,)), None, (), 8, 0)
     assert build(kind).plan(missing).draft_k == 0
 
 

@@ -18,7 +18,7 @@ def timed(hidden, *, steps=1500, always=True, gain=0.0, scatter=0.05, speed=lamb
     rng, known, looked = random.Random(0), LookTime(), []
     for step in range(steps):
         looks = not known.is_blind if always else step % 20 == 0
-        known.stepped(looks=looks and always, gain=gain)
+        known.stepped(looks=looks and always, gain=lambda: gain)
         seconds = speed(step) * 0.001 * (1 + hidden * looks) * rng.lognormvariate(0, scatter)
         known.note(seconds, 0.001, looked=looks, always=always)
         looked.append(looks)
@@ -49,7 +49,7 @@ def test_one_late_step_does_not_count_for_much():
     known = LookTime()
     for step in range(60):
         looks = not known.is_blind
-        known.stepped(looks=looks, gain=0.0)
+        known.stepped(looks=looks, gain=lambda: 0.0)
         known.note(0.1 if step == 20 else 0.001, 0.001, looked=looks, always=True)
     assert known.hidden < 0.05
 

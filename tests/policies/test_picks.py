@@ -34,7 +34,7 @@ def picker(acceptance=None, explore=0.0, seed=0):
 
 def obs(*records):
     count = len(records)
-    return StepObs(0, count, (K,) * count, None, ("a", "b", "a+b"), K, 0, records=records)
+    return StepObs(0, count, bytes((K,)) * count, None, ("a", "b", "a+b"), K, 0, records=records)
 
 
 def record(rounds, kept_each):
@@ -119,8 +119,8 @@ def picks_with_matches(matches, explore=0.0, records=None):
     picker = Picker(WITH_INDEX, made, explore, 0, ["i"])
     picker.account = 1e9
     own = records or ({},) * len(matches)
-    seen = StepObs(0, len(matches), (K,) * len(matches), matches, ("a", "i", "a+i"), K, 0,
-                   records=own)  # fmt: skip
+    caps, kinds = bytes((K,)) * len(matches), ("a", "i", "a+i")
+    seen = StepObs(0, len(matches), caps, bytes(matches), kinds, K, 0, records=own)
     return picker.pick(seen, "a+i", K)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from policies.choice import Choice, Chooser
 from policies.forecast import PLAIN_ARM, Forecast, Outline
-from policies.ledger import Ledger
+from policies.ledger import Ledger, Purpose
 from policies.probes import Explorer
 
 PLAIN_S = 0.001
@@ -51,8 +51,24 @@ def on_trial():
     return explorer, choice, ledger
 
 
-def note(explorer, num_steps, *, catches_up=False):
-    explorer.note_gain("eagle3", num_steps, PLAIN_S, on_trial=True, catches_up=catches_up)
+def note(explorer, num_steps, *, catches_up=False, **lateness):
+    explorer.note_gain(
+        "eagle3", num_steps, PLAIN_S, on_trial=True, catches_up=catches_up, **lateness
+    )
+
+
+def test_one_late_step_is_chance_and_two_in_a_row_are_what_the_arm_costs(on_trial):
+    explorer, _, ledger = on_trial
+    before = ledger.balance(Purpose.ARM)
+    note(explorer, -9.0, on_time=0.2, is_late=True)
+    assert ledger.balance(Purpose.ARM) > before
+    note(explorer, 0.2, on_time=0.2)
+    note(explorer, -9.0, on_time=0.2, is_late=True)
+    assert explorer.goes_on_unplanned(1)
+    for _ in range(2):
+        note(explorer, -9.0, on_time=0.2, is_late=True)
+    assert not explorer.goes_on_unplanned(1)
+    assert ledger.balance(Purpose.ARM) < before
 
 
 def test_coming_back_is_paid_for_and_does_not_end_the_trial(on_trial):

@@ -57,8 +57,7 @@ class Watched(Simulation):
                 self.num_exchanges += 1
                 goes_on = self.new if action is Action.RETURN_TO_NEW else self.former
                 self.swap(goes_on, calibration(world))
-                self._last_drafter = "none"
-                self._missing = [290] * world.batch
+                self.forget(world)
         return decided
 
 

@@ -172,6 +172,66 @@ def test_a_round_counts_for_the_version_that_drafted_it(model):
     assert all(told.version == version for told, version in zip(policy.told, versions, strict=True))
 
 
+def test_a_round_under_way_when_a_watch_exchanges_weights_is_of_those_it_drafted_with(model):
+    """A watch exchanges them while a round is committed; the next one has been launched by then."""
+    policy = Steady("eagle3", 2)
+    rounds, num_told = [], []
+
+    def watch(_drafter, _rounds):
+        num_told.append(1)
+        if len(num_told) == 5:
+            engine.drafting.neural["eagle3"].drafter.version = 1
+
+    listeners = Listeners(
+        on_finished=lambda sequence: rounds.extend(round_columns(sequence.rounds)), on_rounds=watch
+    )
+    engine = make_engine(model, policy=policy, listeners=listeners)
+
+    run(engine, [request_of("a", PROMPT, 60)])
+
+    assert [r.version for r in rounds[:8]] == [0, 0, 0, 0, 0, 0, 1, 1]
+    assert [told.version for told in policy.told[:7]] == [0, 0, 0, 0, 0, 1, 1]
+    # Weights are copied behind the round under way, and so in the time of the one after it.
+    assert [told.has_prefill for told in policy.told[3:8]] == [False, False, True, False, False]
+    assert [r.is_timed for r in rounds[4:9]] == [True, True, False, True, True]
+
+
+def test_rows_that_a_drafter_computes_again_are_told_with_the_round_that_waited_for_them(model):
+    """Former weights come back, and none of the rows is used; the drafter drafts all the time."""
+    policy = Steady("eagle3", 2)
+    lengths = []
+    engine = make_engine(model, policy=policy)
+
+    def between(engine, step):
+        engine.drafting.neural["eagle3"].drafter.version = int(8 <= step < 20)
+        lengths.extend(len(sequence.tokens) for sequence in engine.scheduler.running)
+
+    run(engine, [request_of("a", PROMPT, 120)], between)
+
+    told = [n for n, one in enumerate(policy.told) if one.num_caught_up > 8]
+    assert len(told) == 1, "the new version drafts from its parent's rows"
+    assert policy.told[told[0]].version == 0
+    caught_up = policy.told[told[0]].num_caught_up
+    assert caught_up in [length - 1 - first for length in lengths for first in (0, 1)]
+    assert caught_up > 20
+
+
+def test_catching_up_is_no_time_of_a_draft_in_traces_and_the_policy_learns_it(model):
+    class Late(Steady):
+        def plan(self, obs):
+            return super().plan(obs) if obs.step > 20 else Decision("none", 0, 1.0, False, "test")
+
+    policy, rounds = Late("eagle3", 2), []
+    listeners = Listeners(on_finished=lambda seq: rounds.extend(round_columns(seq.rounds)))
+
+    run(make_engine(model, policy=policy, listeners=listeners), [request_of("a", PROMPT, 60)])
+
+    first = next(n for n, one in enumerate(policy.told) if one.decision.draft_k)
+    assert policy.told[first].num_caught_up > 15 and not policy.told[first].has_prefill
+    assert [r.is_timed for r in rounds[first - 1 : first + 2]] == [True, False, True]
+    assert sum(one.num_caught_up for one in policy.told) == policy.told[first].num_caught_up
+
+
 def test_what_the_index_keeps_the_device_waiting_for_is_a_cost_of_drafting(model, monkeypatch):
     """Learning what was decided and looking up: neither can go on beside a round."""
     policy = Steady("suffix", 4)
