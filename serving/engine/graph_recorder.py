@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import threading
@@ -128,7 +129,7 @@ class CudaGraphRecorder:
     def _capture(self, graph: Any, work: Program, memory: Any) -> None:
         # What other threads ask of the device meanwhile is no part of the capture.
         mode = "thread_local" if self.is_serving else "global"
-        with torch.cuda.stream(self._side):
+        with torch.cuda.stream(self._side), _nothing_collected():
             graph.capture_begin(pool=memory, capture_error_mode=mode)
             try:
                 work()
@@ -138,6 +139,18 @@ class CudaGraphRecorder:
                 except RuntimeError:
                     _stop_allocating(memory)
                     raise
+
+
+@contextlib.contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Another engine's graphs may be garbage, and freeing one invalidates a capture."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _kept_since(before: int) -> int:

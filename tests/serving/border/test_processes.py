@@ -285,7 +285,8 @@ def test_the_number_of_processes_follows_the_setting_or_the_device(
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     settings = settings_of(tiny_target_dir, tmp_path)
     server = settings.server.model_copy(update={"processes": processes})
-    settings = settings.model_copy(update={"server": server})
+    engine = settings.engine.model_copy(update={"max_batch": 128})
+    settings = settings.model_copy(update={"server": server, "engine": engine})
     assert border_server.num_processes(settings, on_gpu) == wanted
 
 

@@ -51,8 +51,8 @@ def test_a_server_tells_its_start_its_figures_and_what_becomes_of_versions(
         log = server.log
 
     assert f"INFO serving.cli: starting: target {tiny_target_dir}, run_dir" in started
-    assert re.search(r"INFO serving\.phases: loaded the target in [\d.]+ s", started)
-    assert re.search(r"INFO serving\.phases: found step times in [\d.]+ s", started)
+    assert re.search(r"INFO configs\.phases: loaded the target in [\d.]+ s", started)
+    assert re.search(r"INFO configs\.phases: found step times in [\d.]+ s", started)
     assert f"INFO serving.http: ready: serving tiny at {server.url}\n" in started
     assert any(float(match["speed"]) > 0 for match in FIGURES.finditer(log))
     assert "INFO serving.swap.in_force: swapped to version 1" in log
