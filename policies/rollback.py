@@ -45,6 +45,8 @@ _MIDDLE = 0.7
 _KEEP_SIGMA, _LOST_SIGMA, _LOST_TRIALS = 2.8, 3.2, 3
 """Standard errors beyond that, to either side, that keep a version and that roll it back, and the
 trials that the latter takes: traffic may shift once."""
+_SHARE_GAIN = 0.01
+"""Weight of a step in the share of those that drafted."""
 _END_SIGMA = 1.5
 """Standard errors that roll a version back after the last trial."""
 _SUSPECT_SIGMA, _EARLY_TRIAL_SIGMA, _EARLY_TRIALS = 2.0, 3.5, 2
@@ -100,6 +102,21 @@ class _Block:
         mean, self.usual_rounds = self.tokens / self.num_rounds, self.num_rounds
         self.begin()
         return mean
+
+
+class DraftingShare:
+    """Share of the steps of late in which a drafter has drafted."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    def step(self) -> None:
+        """A step begins."""
+        self.value *= 1 - _SHARE_GAIN
+
+    def drafted(self) -> None:
+        """The drafter has drafted in a step."""
+        self.value += _SHARE_GAIN
 
 
 class SwapWatch:

@@ -17,7 +17,7 @@ from typing import Any
 
 from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
-from policies.rollback import Action, SwapWatch
+from policies.rollback import Action, DraftingShare, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
 from serving.swap.in_force import WeightsInForce
 
@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 _RENEW_S = 600.0
 """Interval at which the in-use mark is renewed; a mark is valid for a day."""
+_LEAST_SHARE = 0.2
+"""Share of the steps in which the drafter must draft for its trial to go on. A policy that falls
+silent would prolong it for minutes, in which newer versions wait."""
 _RETRY_S = 5.0
 """The same after a failure."""
 
@@ -163,6 +166,7 @@ class Swapper:
         self._automatic = automatic
         self._wake_engine = wake_engine
 
+        self._drafting = DraftingShare()
         self._pinned: int | None = None
         # No lock: a deque is safe between two threads, and the engine's thread must not take one.
         self._orders: deque[_Order] = deque()
@@ -321,7 +325,8 @@ class Swapper:
     @property
     def _on_trial(self) -> bool:
         """True while a version is judged; another swap would spoil the evidence."""
-        return self._watch.state in ("trial", "confirming")
+        is_judged = self._watch.state in ("trial", "confirming")
+        return is_judged and self._drafting.value >= _LEAST_SHARE
 
     def _look(self) -> None:
         """Swap to the newest version, unless it is not newer or failed before and is unchanged."""
@@ -338,6 +343,7 @@ class Swapper:
 
     def between_steps(self) -> None:
         """Carry out a waiting order: one in-place copy."""
+        self._drafting.step()
         if not self._orders:
             return
         order = self._orders.popleft()
@@ -354,7 +360,10 @@ class Swapper:
 
     def on_rounds(self, drafter: str, rounds: list[tuple[int, int]]) -> None:
         """Report (proposed, accepted) of each of a drafter's rounds in one step."""
-        if self._pinned is not None or drafter != self._force.kind:
+        if drafter != self._force.kind:
+            return
+        self._drafting.drafted()
+        if self._pinned is not None:
             return
         proposed, accepted = sum(p for p, _ in rounds), sum(a for _, a in rounds)
         num_rounds = sum(p > 0 for p, _ in rounds)

@@ -335,6 +335,21 @@ def steps_with(service, changes, num_steps):
     return sequence.tokens, [pool[whole].clone() for pool in (drafter.keys, drafter.values)]
 
 
+def test_a_trial_holds_newer_versions_back_as_long_as_it_drafts(service, tmp_path):
+    swapper, kind = service.swapper, service.swapper._force.kind
+    swapper._watch._state = "trial"
+    for _ in range(400):
+        swapper.between_steps()
+        swapper.on_rounds(kind, [])
+    version = publish_next(tmp_path / "weights", noisy)
+    time.sleep(4 * swapper._poll_s)
+    assert service.drafter_status()["version"] < version
+
+    for _ in range(400):  # the policy has fallen silent
+        swapper.between_steps()
+    wait_until(lambda: service.drafter_status()["version"] == version)
+
+
 @pytest.mark.parametrize("event", ["trial", "rollback"])
 def test_former_weights_do_not_draft_from_the_rows_of_the_ones_that_are_tried(
     tiny_target_dir, tmp_path, event
