@@ -67,7 +67,8 @@ class Consideration:
     confidence: tuple[float, ...]
     """Three figures of each position of the draft: probability of the likeliest token, entropy in
     nats, and lead of the likeliest over the second, by the drafter at temperature 1 and before the
-    token was drawn. The draft that was verified has as many tokens, or fewer."""
+    token was drawn. The draft that was verified has as many tokens, or fewer. Where it ended before
+    it was whole (``policies.ending``), 0 for positions that were not computed."""
 
     @property
     def length(self) -> int:

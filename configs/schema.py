@@ -165,6 +165,10 @@ class PolicySettings(Section):
     explore: float = Field(0.05, ge=0, le=0.5)
     """Largest fraction of steps that explore, which keeps the estimates for deep positions and idle
     drafters current."""
+    ends_early: bool = False
+    """With ``goodput`` on a CPU: end the draft of a single request before its next token costs more
+    than it brings, by the drafter's confidence, where that is measurably faster. Off, because so
+    far it has not been shown to pay while it still learns when to."""
     half_life_rounds: float = Field(200.0, gt=0)
     """Rounds after which the weight of an observation halves."""
     margin: float = Field(1.01, ge=1)

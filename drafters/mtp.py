@@ -33,7 +33,9 @@ from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.rope import Heads, rope_table
 from targets.layers import Layer, columns_of
 
-TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+TRAITS = Traits(
+    is_neural=True, learns=True, needs_match=False, draws=True, ends_early=True
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ Shapes: R requests, K draft tokens, T rows, m tapped layers, H hidden, Vd draft 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -43,6 +44,8 @@ class Traits:
     """Prior seconds to draft one token, as a share of a plain decoding step."""
     match_kinds: tuple[str, ...] = ()
     """Names of the kinds of match, for readers; empty if there is one prior."""
+    ends_early: bool = False
+    """Each token takes a pass of its own, which is left out where a draft ends before it."""
 
 
 class Drafter(Protocol):
@@ -174,12 +177,14 @@ class NeuralDrafter(Drafter, Protocol):
         num_draft: int,
         choose: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
-        """Draft after anchors whose rows have been computed; returns [R, num_draft] int64 ids.
+        """Draft after anchors whose rows have been computed; returns [R, num_draft] int64 ids, or
+        fewer where ``choose`` has ended the draft.
 
         Args:
             outputs_RH: [R, output_size] output of each anchor's row.
             at: one row for each request, at the position after its anchor.
-            choose: (logits [R, Vd], number of the drafted token) -> target ids [R].
+            choose: (logits [R, Vd], number of the drafted token) -> target ids [R]; it may be one
+                that ``EndsEarly``.
         """
 
 
@@ -190,6 +195,22 @@ class ChoosesTogether(Protocol):
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         """Target ids [R, K] int64 of K positions, from contiguous logits [K, R, Vd]."""
+
+
+class EndsEarly(ABC):
+    """A ``choose`` of ``NeuralDrafter.propose`` that may end a draft before all its tokens are
+    chosen. A drafter that takes a pass for each token asks before each, and returns what it has;
+    another one goes on, and what it chooses beyond the end is left out."""
+
+    @property
+    @abstractmethod
+    def is_over(self) -> bool:
+        """No further token is wanted."""
+
+
+def is_over(choose: Callable[[Tensor, int], Tensor]) -> bool:
+    """Whether a ``choose`` has ended the draft."""
+    return isinstance(choose, EndsEarly) and choose.is_over
 
 
 def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:

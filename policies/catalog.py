@@ -10,7 +10,7 @@ drafting where plain decoding is faster.
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from configs.choices import known
@@ -65,6 +65,7 @@ def build_policy(
     seed: int,
     max_draft: int,
     mixes: Mapping[str, tuple[str, ...]] | None = None,
+    ending: Collection[str] = (),
 ) -> DraftPolicy:
     """The configured policy, held to plain decoding's speed unless it has a floor of its own or the
     settings say otherwise; or plain decoding where nothing can be drafted.
@@ -74,6 +75,7 @@ def build_policy(
         seed: seed of exploration.
         max_draft: largest K the engine runs, 0..16.
         mixes: see ``PolicyContext``; ``None``: there are none.
+        ending: likewise.
 
     Raises:
         SettingsError: ``policy.kind`` is not in the catalog.
@@ -81,7 +83,7 @@ def build_policy(
     found = policy_class(settings)
     if not drafters or max_draft == 0:
         return FixedPolicy("none", 0)
-    context = PolicyContext(drafters, max_draft, seed, mixes or {})
+    context = PolicyContext(drafters, max_draft, seed, mixes or {}, frozenset(ending))
     policy: DraftPolicy = found.from_settings(settings, context)
     if settings.guard and getattr(found, "wants_guard", True):
         return Guard(policy, context, settings.drafter, settings.probe_share)

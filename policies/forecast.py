@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -109,13 +109,16 @@ class Forecaster:
         needing: Set[str],
         max_draft: int,
         matching: Collection[str] = (),
+        gain: Callable[[str, int], float] = lambda _drafter, _batch: 1.0,
     ) -> None:
         """
         Args:
             needing: drafters, and mixes, that are of use only where a request has a match.
             max_draft: largest K of both models.
             matching: drafters among those that need a match, no mixes.
+            gain: (drafter, batch) -> how much faster its steps are than a fixed K makes them.
         """
+        self._gain = gain
         self.max_draft = max_draft
         self._acceptance = acceptance
         self._times = times
@@ -149,6 +152,8 @@ class Forecaster:
                 continue
             expected[drafter] = self._acceptance.expected_tokens(drafter)
             seconds[drafter] = [0.0, *self._times.arm_times(drafter, obs.batch)[:max_k]]
+            if (gain := self._gain(drafter, obs.batch)) != 1:
+                seconds[drafter] = [one / gain for one in seconds[drafter]]
             if drafter not in self._needing:
                 usual[drafter] = self._usual_tokens(drafter, obs.batch)[: max_k + 1]
         plain_s = self._times.plain_s(obs.batch)

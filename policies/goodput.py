@@ -21,6 +21,7 @@ from typing import Any, Self
 from configs.schema import PolicySettings
 from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
+from policies.early_end import EarlyEnds
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
 from policies.interface import (
@@ -102,10 +103,12 @@ class GoodputPolicy:
         self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
+        ends = EarlyEnds(context, self._times)
         self._switches = SwitchCosts(kinds.neural)
         self._forecaster = Forecaster(
-            self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
-        )
+            self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching,
+            ends.gain,
+        )  # fmt: skip
         rows = rows_of(context.drafters, context.mixes)
         self._chooser = Chooser(margin, rows, kinds.needing)
         self._ledger = Ledger(probe_share)
@@ -113,7 +116,7 @@ class GoodputPolicy:
         self._rest = Rest(self._ledger)
         self._lessons = Lessons(
             kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
-            self._rest, self._ledger,
+            self._rest, self._ledger, ends,
         )  # fmt: skip
         self._steps = _Steps()
         self._basis: Basis | None = None
@@ -175,7 +178,8 @@ class GoodputPolicy:
         """Go on as planned, or with the arm of a glance."""
         base = self._rest.take()
         drafter, k = base if arm is None else arm
-        return self._steps.note(Decision(drafter, k, 1.0, False, "rest", "goodput"))
+        decision = self._steps.note(Decision(drafter, k, 1.0, False, "rest", "goodput"))
+        return self._lessons.ends.taken(decision)
 
     def _stretching(self, stretch: Stretch) -> Decision | None:
         """The next step of a stretch, which needs no plan unless matches are looked up for every
@@ -196,7 +200,7 @@ class GoodputPolicy:
         on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
         note = Predicted(self._steps.tokens, seconds, False, {}, on_trial)
         decision = Decision(drafter, k, 1.0, True, "probe", "goodput", note=note)
-        return self._steps.note(decision)
+        return self._lessons.ends.taken(self._steps.note(decision))
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
@@ -219,12 +223,14 @@ class GoodputPolicy:
             self._rest.note_find(gain)
             return self._resting(arm)
         self._lessons.learn_gathered()
-        return self._steps.note(self._decide(obs))
+        decision = self._steps.note(self._decide(obs))
+        return self._lessons.ends.taken(decision, obs.batch, obs.max_draft)
 
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._basis = self._ahead = None
+        outcome = self._lessons.ends.learned(outcome)
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         if self._kinds.neural and self._rest.is_over:
@@ -251,6 +257,7 @@ class GoodputPolicy:
         for mix, members in self._picker.mixes.items():
             if drafter in members:
                 self._versions.on_change(mix)
+        self._lessons.ends.on_swap(drafter)
         self._rest.reset()
         self._basis = self._ahead = None
         self._explorer.under_way = None
@@ -267,6 +274,7 @@ class GoodputPolicy:
             "step_time": self._times.figures(),
             "catch_up": self._switches.figures(),
             "looks": self._rest.figures(),
+            "ending": self._lessons.ends.figures(),
             "picks": self._picker.figures(),
             "ledger": self._ledger.figures(),
         }

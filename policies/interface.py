@@ -34,6 +34,7 @@ from itertools import compress
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from policies.allocation import Allocation
+from policies.ending import Ending
 
 _NOTHING: Mapping[str, float] = {}
 
@@ -78,6 +79,8 @@ class PolicyContext:
     """Name -> kinds of the drafters that can draft in one step, each for some of its requests;
     neural ones first. A policy that decides so names the mix as the drafter, and who drafts for
     whom."""
+    ending: frozenset[str] = frozenset()
+    """Neural drafters whose drafts the engine can end before all of their passes are made."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,13 +188,16 @@ class Decision:
     note: Note | None = field(default=None, compare=False)
     """The policy's own; it finds it again in ``Outcome.decision``, also where the engine has held
     the decision to what the requests allow."""
+    ending: Ending | None = None
+    """How a neural drafter's drafts are ended while they are made, by an engine that can
+    (``PolicyContext.ending``); ``None``: not at all."""
 
     def asked_for(self, propensity: float, note: Note) -> Decision:
         """The same choice, made with another probability and with another note.
         ``dataclasses.replace`` takes three times as long, and a guard does this at every step."""
         return Decision(
             self.drafter, self.draft_k, propensity, self.explore, self.reason, self.policy,
-            self.allocation, self.picks, note,
+            self.allocation, self.picks, note, self.ending,
         )  # fmt: skip
 
     def columns(self) -> Mapping[str, float]:
@@ -211,6 +217,11 @@ class RowOutcomes:
     """The entries of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
     drafters: Sequence[str] | None = None
     """Of a mix, who drafted for each request; ``None``: the decision's drafter for all."""
+    tops: Sequence[Sequence[float]] | None = None
+    """[R] confidence in each position whose distribution was computed, the token that was not kept
+    included; ``None`` unless the decision has an ``ending``."""
+    tops_s: float = 0.0
+    """Seconds that computing and reading these took."""
 
     def __len__(self) -> int:
         return len(self.num_accepted)
@@ -229,6 +240,13 @@ class RowOutcomes:
         )
         matches = None if self.matches is None else list(compress(self.matches, is_own))
         return RowOutcomes(list(verified), list(accepted), matches)
+
+
+class Ended(NamedTuple):
+    """A step whose drafts were ended early, as one without an end, for models of such steps."""
+
+    rows: RowOutcomes
+    """What its rounds would have kept. Its time says nothing of such a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +268,13 @@ class Outcome:
     plan_s: float = 0.0
     """Part of ``step_s`` spent inspecting the batch and planning: this step, or the next one while
     this one ran. It belongs to the last ``rest`` or ``plan`` that was called."""
+    ended: Ended | None = None
+    """What the same step would have been without an end to its drafts, where a policy knows."""
+
+    @property
+    def rows_as_whole(self) -> RowOutcomes:
+        """What its rounds kept, or would have without an end to their drafts."""
+        return self.rows if self.ended is None else self.ended.rows
 
 
 class DraftPolicy(Protocol):

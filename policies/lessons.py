@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from policies.acceptance import AcceptanceModel
 from policies.choice import Chooser
+from policies.early_end import EarlyEnds
 from policies.interface import Outcome
 from policies.ledger import Ledger
 from policies.picks import Kinds
@@ -55,6 +56,7 @@ class Lessons:
         explorer: Explorer,
         rest: Rest,
         ledger: Ledger,
+        ends: EarlyEnds,
     ) -> None:
         self._kinds = kinds
         self._acceptance = acceptance
@@ -64,6 +66,8 @@ class Lessons:
         self._explorer = explorer
         self._rest = rest
         self._ledger = ledger
+        self.ends = ends
+        """Takes decisions to draft further."""
         self.drafter = "none"
         """That of the last step observed."""
 
@@ -155,7 +159,7 @@ class Lessons:
         return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
 
     def _observe_rows(self, outcome: Outcome) -> None:
-        found = {outcome.decision.drafter: outcome.rows}
+        found = {outcome.decision.drafter: outcome.rows_as_whole}
         # The length of a match decides who drafts, and a drafter that needs one is known by it.
         found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
         for drafter, rows in found.items():
@@ -165,6 +169,8 @@ class Lessons:
                 self._acceptance.observe(drafter, seen, outcome.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
+        if outcome.ended is not None:
+            return
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
         # Most steps are not planned. What planning takes must not look like the time of an arm that
         # is only tried in steps that are.

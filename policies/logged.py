@@ -229,7 +229,8 @@ class Continuations:
             return self.hazards
         tops = row.considered.confidence[::FIGURES][: len(self.hazards)]
         found = self.hazards.copy()
-        found[: len(tops)] = self.rates[np.searchsorted(self.edges, tops)]
+        num = next((j for j, top in enumerate(tops) if not top), len(tops))
+        found[:num] = self.rates[np.searchsorted(self.edges, tops[:num])]
         return found
 
     def of_row(self, row: LoggedRow) -> Floats:

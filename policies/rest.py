@@ -327,7 +327,7 @@ class Gathered:
                 self.tokens_each += outcome.rows.tokens_each
         self.drafter = outcome.decision.drafter
         if outcome.decision.draft_k:
-            count_rows(outcome.rows, self.rounds)
+            count_rows(outcome.rows_as_whole, self.rounds)
 
 
 def count_rows(rows: RowOutcomes, into: dict[int | None, Counter[tuple[int, int]]]) -> None:

@@ -156,7 +156,8 @@ def build_service(
         drafters=None if settings.drafter.on_request is None else kinds,
         created_unix_s=int(time.time()),
     )
-    policies = _policies(settings, kinds, wrap)
+    ends_drafts = settings.policy.ends_early and parts.programs.rounds.ends_drafts
+    policies = _policies(settings, kinds, wrap, ends_drafts=ends_drafts)
     if policies.wants_profile:
         mixed = "".join(f"; mixed {name}" for name in mixes(settings.drafter))
         drafting = f"{kinds} {shapes_of(learning)}{mixed}"
@@ -174,6 +175,8 @@ def _policies(
     settings: Settings,
     kinds: tuple[str, ...],
     wrap: Callable[[DraftPolicy], DraftPolicy] | None,
+    *,
+    ends_drafts: bool,
 ) -> ArmPolicies:
     def new(drafters: frozenset[str]) -> DraftPolicy:
         traits = {kind: kind_of(kind).traits for kind in kinds if kind in drafters}
@@ -183,8 +186,9 @@ def _policies(
             if drafters.issuperset(members)
         }
         return build_policy(
-            settings.policy, traits, settings.seed, settings.drafter.max_draft, several
-        )
+            settings.policy, traits, settings.seed, settings.drafter.max_draft, several,
+            ending=[kind for kind in traits if ends_drafts and kind_of(kind).traits.ends_early],
+        )  # fmt: skip
 
     ordinary = new(frozenset(kinds) - set(on_request(settings.drafter)))
     return ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)

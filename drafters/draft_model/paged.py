@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, is_over
 from drafters.stored_module import check_shape, first_weights
 from specops.attention import DecodePass
 from specops.device import places_of, prepare_pass, prepare_steps
@@ -28,7 +28,8 @@ from targets.causal import make_causal
 from targets.target import Target
 
 TRAITS = Traits(
-    is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.25
+    is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.25,
+    ends_early=True,
 )  # fmt: skip
 
 
@@ -143,12 +144,14 @@ class PagedDraftModel:
     ) -> Tensor:
         """See ``NeuralDrafter.propose``."""
         tokens = [choose(self._logits(outputs_RH), 0)]
-        if num_draft == 1:
+        if num_draft == 1 or is_over(choose):
             return tokens[0][:, None]
         steps = places_of(at, num_draft - 1, by_step=True)
         passes = prepare_steps(at, steps.first, num_draft - 1)
         each = zip(steps.positions, steps.slots, passes, strict=True)
         for ahead, (positions_R, slots_R, here) in enumerate(each, start=1):
+            if is_over(choose):
+                break
             hidden = self.model.decode(tokens[-1], positions_R, slots_R, here, self.pool).hidden_TH
             tokens.append(choose(self._logits(hidden), ahead))
         return torch.stack(tokens, dim=1)

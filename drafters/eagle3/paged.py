@@ -14,13 +14,15 @@ from torch import Tensor
 from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.fused_layers import Fusable
-from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
+from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, is_over
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
 
-TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+TRAITS = Traits(
+    is_neural=True, learns=True, needs_match=False, draws=True, ends_early=True
+)  # fmt: skip
 
 
 class FusedPass(Protocol):
@@ -89,12 +91,14 @@ class PagedEagle3(Fusable[FusedPass]):
     ) -> Tensor:
         """See ``NeuralDrafter.propose``."""
         tokens = [choose(self._logits(outputs_RH, None), 0)]
-        if num_draft == 1:
+        if num_draft == 1 or is_over(choose):
             return tokens[0][:, None]
         steps = places_of(at, num_draft - 1, by_step=True)
         passes = prepare_steps(at, steps.first, num_draft - 1, self._heads_per_key)
         each = zip(steps.positions, steps.slots, passes, strict=True)
         for ahead, (positions_R, slots_R, here) in enumerate(each, start=1):
+            if is_over(choose):
+                break
             outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
             tokens.append(choose(self._logits(outputs_RH, squares), ahead))
         return torch.stack(tokens, dim=1)

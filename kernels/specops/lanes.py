@@ -10,7 +10,7 @@ Q = K + 1, T = R * Q rows of the target's pass.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import torch
@@ -132,6 +132,26 @@ class OpenedRound:
             temperature_R, self.ints_FR[Field.TOP_K], top_p_R, min_p_R,
             truncates=True,
         )  # fmt: skip
+
+    def shortened(self, num_draft: int) -> OpenedRound:
+        """The round with fewer draft tokens; a drafter drafts.
+
+        Args:
+            num_draft: at most K.
+        """
+        num_requests = len(self.lanes_R)
+
+        def first_rows(of_T: Tensor) -> Tensor:
+            return of_T.view(num_requests, -1)[:, : num_draft + 1].flatten()
+
+        return replace(
+            self,
+            lens_R=self.lens_R.clamp(max=num_draft),
+            draft_positions_KR=self.draft_positions_KR[: max(num_draft, 1)],
+            positions_T=first_rows(self.positions_T),
+            slots_T=first_rows(self.slots_T),
+            block_RQ=self.block_RQ[:, : num_draft + 1].contiguous(),
+        )
 
     def numbering(self, number: int = 0) -> Numbering:
         """Random numbers from draft token ``number`` on."""

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from policies.allocation import Allocation, Cut
 from policies.confidence_head import HIDDEN, NAMES, Head
+from policies.ending import Ending
 from serving.engine.cuda_graphs import Graphs
 from specops.allocation import (
     MARGIN,
@@ -79,12 +80,19 @@ class Considered:
     may_cut: bool
     """The allocation could have shortened some."""
     figures: list[list[float]]
-    """[R][3 n]: top probability, entropy and lead of each of the n positions of a draft."""
+    """[R][3 n]: top probability, entropy and lead of each of the n positions of a draft; 0 for
+    those that were not computed because the draft had ended."""
+    seconds: float = 0.0
+    """That the host waited for the figures, where it ends drafts."""
+
+    def tops(self) -> list[list[float]]:
+        """[R] top probability of each position that was computed."""
+        return [[top for top in own[TOP::NUM_FIGURES] if top] for own in self.figures]
 
     def of(self, lives: list[bool]) -> Considered:
         """Those of some requests."""
         kept = [one for one, live in zip(self.figures, lives, strict=True) if live]
-        return Considered(self.may_cut, kept)
+        return Considered(self.may_cut, kept, self.seconds)
 
 
 class Allocator:
@@ -120,6 +128,10 @@ class Allocator:
         shapes = ((num,), (num,), (HIDDEN, num), (HIDDEN,), (HIDDEN,), ())
         self._head = HeadWeights(*(torch.zeros(shape, device=device) for shape in shapes))
         self._loaded: Head | None = None
+        self.ending: Ending | None = None
+        """How the drafts of the round that is launched are ended while they are made,"""
+        self.considered: Considered | None = None
+        """and what that was decided by."""
 
     # ---- on the host ---------------------------------------------------------------------------
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
+from policies.ending import Ending
 from serving.engine.cuda_graphs import Graphs, fitting
 from serving.engine.drafts import Drafts, drafted
 from serving.engine.graph_recorder import Program
@@ -197,16 +198,20 @@ class DrafterRows:
         *,
         draws: bool,
         tells: bool = False,
+        ending: Ending | None = None,
     ) -> Drafts:
         """What the drafter proposes for the requests of a round.
 
         Args:
             inputs_RI: see ``Input``; a mix reads it.
-            draws, tells: see ``drafts.drafted``.
+            draws, tells, ending: see ``drafts.drafted``.
         """
         ahead = self.pass_at(rows, opened.draft_at_R)
         outputs = self.outputs_of(opened.lanes_R)
-        return drafted(self.drafter, outputs, ahead, opened, num_draft, draws=draws, tells=tells)
+        return drafted(
+            self.drafter, outputs, ahead, opened, num_draft,
+            draws=draws, tells=tells, ending=ending,
+        )  # fmt: skip
 
     def observe_round(
         self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor

@@ -11,10 +11,13 @@ import torch
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
+from policies.ending import Ending
+from serving.engine.allocating import Considered
+from serving.engine.ending import EndingDraft
 from specops.allocation import confidence
 from specops.attention import DecodePass
 from specops.device import best_ids, sample_draft
-from specops.draft_sampling import Drafted, DraftLaw, join_laws
+from specops.draft_sampling import Drafted, DraftLaw, VocabMap, join_laws
 from specops.lanes import OpenedRound
 
 
@@ -32,6 +35,8 @@ class Drafts:
     ``None``: as many as the round allows."""
     figures_RK3: Tensor | None = None
     """Confidence in each position before its token was drawn, in rounds that are cut."""
+    considered: Considered | None = None
+    """The drafts as they would have been, in rounds that may end them early."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,7 @@ def drafted(
     *,
     draws: bool,
     tells: bool = False,
+    ending: Ending | None = None,
 ) -> Drafts:
     """What a neural drafter proposes.
 
@@ -71,7 +77,11 @@ def drafted(
         ahead: a pass over its rows, from the first draft token on.
         draws: draw tokens from distributions; otherwise each is the most likely one.
         tells: also compute ``Drafts.figures_RK3``.
+        ending: ends the drafts while they are made, so that they may have fewer tokens, or none;
+            where programs are ordinary calls.
     """
+    if ending is not None:
+        return _ended(drafter, outputs_RH, ahead, opened, num_draft, ending, draws=draws)
     figures: list[Tensor] = []
     if not draws:
         d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
@@ -83,19 +93,57 @@ def drafted(
         tokens = drafter.propose(outputs_RH, ahead, num_draft, told if tells else Best(d2t))
         return Drafts(tokens, None, None, figures_RK3=torch.stack(figures, 1) if figures else None)
 
-    sampling, by_match = opened.sampling(), opened.by_match_R
-    drawn: list[Drafted] = []
-    kept: list[Tensor] = []
+    draw = _Draw(opened, drafter.vocab)
 
-    def draw(logits: Tensor, number: int) -> Tensor:
-        here = opened.numbering(number)
-        kept.append(logits)
-        if tells:
-            figures.append(confidence(logits))
-        drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
-        return drawn[-1].tokens_R
+    def told_draw(logits: Tensor, number: int) -> Tensor:
+        figures.append(confidence(logits))
+        return draw(logits, number)
 
-    tokens = drafter.propose(outputs_RH, ahead, num_draft, draw)
-    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
-    logq_RK = torch.stack([d.logq_R for d in drawn], 1)
-    return Drafts(tokens, logq_RK, law, figures_RK3=torch.stack(figures, 1) if figures else None)
+    tokens = drafter.propose(outputs_RH, ahead, num_draft, told_draw if tells else draw)
+    told_RK3 = torch.stack(figures, 1) if figures else None
+    return Drafts(tokens, draw.logq_RK(), draw.law(), figures_RK3=told_RK3)
+
+
+class _Draw:
+    """Draws the tokens of a draft, and keeps the laws that they are drawn from."""
+
+    def __init__(self, opened: OpenedRound, vocab: VocabMap | None) -> None:
+        self._opened, self._vocab = opened, vocab
+        self._sampling, self._by_match = opened.sampling(), opened.by_match_R
+        self._drawn: list[Drafted] = []
+        self._kept: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, number: int) -> Tensor:
+        here = self._opened.numbering(number)
+        self._kept.append(logits)
+        one = sample_draft(logits, self._sampling, here, self._by_match, self._vocab)
+        self._drawn.append(one)
+        return one.tokens_R
+
+    def law(self) -> DraftLaw:
+        logits_RKD = torch.stack(self._kept, 1)
+        laws = join_laws(self._drawn)
+        return DraftLaw(logits_RKD, self._sampling, self._by_match, self._vocab, laws)
+
+    def logq_RK(self) -> Tensor:
+        return torch.stack([one.logq_R for one in self._drawn], 1)
+
+
+def _ended(
+    drafter: NeuralDrafter,
+    outputs_RH: Tensor,
+    ahead: DecodePass,
+    opened: OpenedRound,
+    num_draft: int,
+    ending: Ending,
+    *,
+    draws: bool,
+) -> Drafts:
+    draw = _Draw(opened, drafter.vocab)
+    best = Best(None if drafter.vocab is None else drafter.vocab.d2t_D)
+    choose = EndingDraft(draw if draws else best, ending, opened.lens_R.tolist())
+    tokens = drafter.propose(outputs_RH, ahead, num_draft, choose)[:, : choose.length]
+    considered = choose.considered()
+    if not draws or not choose.length:
+        return Drafts(tokens, None, None, considered=considered)
+    return Drafts(tokens, draw.logq_RK(), draw.law(), considered=considered)

@@ -9,8 +9,9 @@ from itertools import compress
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from serving.engine.commit import Step
-from serving.engine.proposed import Decoded
-from serving.engine.rounds import Launched, Rounds
+from serving.engine.launched import Launched
+from serving.engine.proposed import Decoded, Proposed
+from serving.engine.rounds import Rounds
 
 _MOST_UNTIMED = 8
 """Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
@@ -82,7 +83,11 @@ class Arrival:
             decision=planned.decision,
             batch=len(planned.launched.batch),
             rows=RowOutcomes(
-                lens, accepted, matches, draft.kinds() if draft and draft.picks else None
+                lens,
+                accepted,
+                matches,
+                draft.kinds() if draft and draft.picks else None,
+                *self._tops(planned, draft),
             ),
             step_s=self.step_s,
             draft_s=step.draft_s,
@@ -90,6 +95,15 @@ class Arrival:
             version=step.version,
             plan_s=self.plan_s,
         )
+
+    @staticmethod
+    def _tops(
+        planned: PlannedRound, draft: Proposed | None
+    ) -> tuple[list[list[float]] | None, float]:
+        """``RowOutcomes.tops`` and ``tops_s``."""
+        if planned.decision.ending is None or draft is None or draft.considered is None:
+            return None, 0.0
+        return draft.considered.tops(), draft.considered.seconds
 
 
 class RoundClock:

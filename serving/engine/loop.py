@@ -294,7 +294,7 @@ class Engine:
             given = self.drafting.from_host(drafter, batch, num_draft)
             num_draft = max(map(len, given))
         launched = self.programs.rounds.launch(
-            batch, drafter, num_draft, given, decision.allocation, picks
+            batch, drafter, num_draft, given, decision.allocation, picks, decision.ending
         )
         if on_host and self._prompts is None:
             before_s = time.perf_counter() - max(started_s, self._clock.last_outcome_s)
@@ -393,6 +393,13 @@ class Engine:
         if proposed is None:
             return
         counts = list(zip(outcome.rows.num_verified, outcome.rows.num_accepted, strict=True))
+        if outcome.rows.tops is not None:
+            # A drafter that is too doubtful to propose anything has proposed in vain: left out,
+            # only the rounds would count in which it is sure.
+            seen = map(bool, outcome.rows.tops)
+            counts = [
+                (max(n, is_seen), kept) for (n, kept), is_seen in zip(counts, seen, strict=True)
+            ]
         if proposed.picks is None:
             kinds = {proposed.drafter: counts}
         else:

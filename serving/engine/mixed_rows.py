@@ -21,6 +21,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from policies.ending import Ending
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.drafts import Drafts
 from serving.engine.lanes import LaneRows
@@ -93,9 +94,10 @@ class MixedRows:
         *,
         draws: bool,
         tells: bool = False,
+        ending: Ending | None = None,
     ) -> Drafts:
         """The draft of each request by the member whose number is uploaded for it."""
-        assert not tells, "drafts of a mix are not cut"
+        assert not tells and ending is None, "drafts of a mix are not cut"
         found = [one.draft(opened, rows, inputs_RI, num_draft, draws=draws) for one in self.members]
         picked_R = inputs_RI[:, Input.PICKED]
         tokens_RK = _of_picked([one.tokens_RK for one in found], picked_R)

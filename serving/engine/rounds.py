@@ -18,10 +18,10 @@ Shapes: R requests (the last ones may be padding), K draft tokens, Q = K + 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,16 +29,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from policies.allocation import Allocation, Cut
+from policies.ending import Ending
 from policies.interface import Pick
-from serving.engine.allocating import Allocator, Cutting, PackedPass, Seen
+from serving.engine.allocating import Allocator, PackedPass
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
-from serving.engine.cuda_graphs import Graphs, Landing, fitting
+from serving.engine.cuda_graphs import Graphs, fitting
 from serving.engine.drafter_rows import DrafterRows, FeatureStore
 from serving.engine.drafting import Drafting
 from serving.engine.drafts import Drafts, given
 from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
+from serving.engine.launched import Launched, Picks, RoundKey
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Decoded, Proposed, Verified
 from serving.engine.round_buffers import Integers, RoundBuffers
@@ -56,55 +58,8 @@ from specops.lanes import Column, Input, OpenedRound
 from specops.verify_logits import UNSOUND, LogitVerdict, Rule
 from targets.target import KvPool, Target, TargetRows
 
-Picks = tuple[Pick, ...] | None
-"""Of a mix, who drafts for each request; ``None``: the first of it for all, or no mix drafts."""
 _LANE_OF, _IS_SCORED, _TAKES_BEST = map(attrgetter, ("lane", "is_scored", "takes_best"))
 """Of a request; without a Python frame for each of a batch."""
-
-
-class _Key(NamedTuple):
-    """Properties of a round that determine its program."""
-
-    size: int
-    """Number of requests, including padding."""
-    num_draft: int
-    neural: str | None
-    """Kind of the neural drafter, or name of a mix; ``None``: tokens are uploaded, or K is 0."""
-    is_greedy: bool
-    """All requests are greedy and use the logits as they are, so no distribution is computed."""
-    is_scored: bool = False
-    """A request asks for log probabilities, so K is at most ``RoundBuffers.most_scored``. Never
-    greedy."""
-    cutting: Cutting | None = None
-    """How drafts are cut on the device; ``None``: not at all."""
-
-
-@dataclass(frozen=True, slots=True)
-class Launched:
-    """A round that was launched but not yet read."""
-
-    batch: list[Sequence]
-    key: _Key
-    drafter: str
-    """Kind of the drafter, or name of a mix; meaningless if K is 0."""
-    picks: Picks
-    """See ``Decision.picks``."""
-    outputs: Integers
-    """[size, columns] on the host, valid once ``landed`` and until the round after the next one is
-    launched."""
-    scores: Tensor | None
-    """[size * Q, 1 + 2 n] float64, valid once ``landed``: log p of each emitted token and of the n
-    best ones, and the ids of the latter; ``None`` if no request asked."""
-    landed: Landing
-    draft_share: float
-    """Share of its time that is spent on drafting."""
-    seen: Seen | None = None
-    """What the cut was decided by; ``None`` if drafts were not cut."""
-
-    @property
-    def most_tokens(self) -> int:
-        """Largest number of tokens that one request can commit."""
-        return self.key.num_draft + 1
 
 
 class Rounds:
@@ -139,10 +94,10 @@ class Rounds:
         self._io = RoundBuffers(max_batch, max_draft, target, graphs)
         if ring is not None:
             ring.reserve(ROUNDS_ON_THE_WAY * max_batch * (max_draft + 1))
-        self._programs: dict[_Key, Program] = {}
-        self._draft_shares: dict[_Key, float] = {}
+        self._programs: dict[RoundKey, Program] = {}
+        self._draft_shares: dict[RoundKey, float] = {}
         self._allocator = Allocator(max_batch, max_draft, target.device, graphs, cuts)
-        self._later: Later[_Key] = Later(self._sizes, max_draft, self._io.most_scored)
+        self._later: Later[RoundKey] = Later(self._sizes, max_draft, self._io.most_scored)
 
     # ---- running -------------------------------------------------------------------------------
 
@@ -164,6 +119,7 @@ class Rounds:
         given: list[list[int]] | None,
         allocation: Allocation | None = None,
         picks: Picks = None,
+        ending: Ending | None = None,
     ) -> Launched:
         """Start a round that decodes every request of ``batch``.
 
@@ -178,6 +134,8 @@ class Rounds:
             allocation: how a neural drafter's drafts are cut before they are verified; those of a
                 mix never are.
             picks: of a mix, who drafts for each request; ``None``: the first for all.
+            ending: how a neural drafter's drafts are ended while they are made, unless programs are
+                captured; those of a mix never are.
         """
         self._lanes.write([s for s in batch if not s.is_in_lane])
         neural = self._drafting.on_device.get(drafter) if num_draft else None
@@ -194,12 +152,15 @@ class Rounds:
             size = self._later.size_for(size, num_draft, is_scored=is_scored)
         assert not is_scored or num_draft <= self._io.most_scored
         is_greedy = not is_scored and all(map(_TAKES_BEST, batch))
-        key = _Key(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
+        key = RoundKey(size, num_draft, neural.kind if neural else None, is_greedy, is_scored)
         if allocation is None or not isinstance(neural, DrafterRows) or is_scored:
             allocation = None
         else:
             cutting = self._allocator.cutting(allocation, size, len(batch), num_draft)
             key = key._replace(cutting=cutting)
+        if ending is not None and isinstance(neural, DrafterRows) and self.ends_drafts:
+            key = key._replace(ends=allocation is None and not is_scored)
+        self._allocator.ending, self._allocator.considered = ending if key.ends else None, None
         program = self._program(key)  # a new one has run on inputs of its own
         self._io.upload(size, list(map(_LANE_OF, batch)), given, numbers)
         if allocation is not None:
@@ -211,7 +172,23 @@ class Rounds:
             scores, _ = self._graphs.to_host(self._io.scores[: size * (num_draft + 1)])
         outputs, landed = self._io.download(size)
         share = self._draft_shares.get(_timed_as(key), 0.0) if neural else 0.0
-        return Launched(batch, key, drafter, picks, outputs, scores, landed, share, seen)
+        return Launched(
+            batch,
+            key,
+            drafter,
+            picks,
+            outputs,
+            scores,
+            landed,
+            share,
+            seen,
+            self._allocator.considered,
+        )
+
+    @property
+    def ends_drafts(self) -> bool:
+        """Drafts can be ended while they are made: programs are ordinary calls."""
+        return not self._graphs.are_real
 
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
         """Whether a round computes the rows of all that it commits that this neural drafter, or
@@ -259,7 +236,9 @@ class Rounds:
                 0 if pick.drafter in hosts else num for pick, num in zip(picks, lens, strict=True)
             ]  # fmt: skip
             q_logp = _cut(self._reals(outputs, 2).tolist(), drawn)
-        considered = None if launched.seen is None else launched.seen.read(len(accepted))
+        considered = launched.considered
+        if launched.seen is not None:
+            considered = launched.seen.read(len(accepted))
         return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
@@ -276,7 +255,7 @@ class Rounds:
         start = Column.TOKENS + block * self._drafting.max_draft
         return outputs[:, start : start + self._drafting.max_draft].view(np.float64)
 
-    def _draws(self, key: _Key) -> bool:
+    def _draws(self, key: RoundKey) -> bool:
         """Whether a round's draft tokens are drawn from a distribution."""
         if key.neural is None or key.is_greedy:
             return False
@@ -354,21 +333,21 @@ class Rounds:
         self._io.inputs.zero_()
         self._io.inputs[:, Input.LANE] = self._lanes.padding
 
-    def _keys(self, size: int, num_draft: int) -> list[_Key]:
+    def _keys(self, size: int, num_draft: int) -> list[RoundKey]:
         """The programs of one size and K that score no tokens."""
         keys = []
         for neural in self._sources(num_draft):
-            for key in (_Key(size, num_draft, neural, greedy) for greedy in (True, False)):
+            for key in (RoundKey(size, num_draft, neural, greedy) for greedy in (True, False)):
                 keys.append(key)
                 if neural in self._drafting.neural:
                     cuttings = self._allocator.cuttings(size, num_draft)
                     keys += [key._replace(cutting=cutting) for cutting in cuttings]
         return keys
 
-    def _scored_keys(self, size: int, num_draft: int) -> list[_Key]:
+    def _scored_keys(self, size: int, num_draft: int) -> list[RoundKey]:
         """Those that do, with K at most ``RoundBuffers.most_scored``."""
         sources = self._sources(num_draft)
-        return [_Key(size, num_draft, neural, False, is_scored=True) for neural in sources]
+        return [RoundKey(size, num_draft, neural, False, is_scored=True) for neural in sources]
 
     def _sources(self, num_draft: int) -> list[str | None]:
         """Neural drafters and mixes, and ``None`` where tokens are uploaded or K is 0."""
@@ -380,7 +359,7 @@ class Rounds:
             with_draft = self.device_seconds(size, num_draft, kind, repeats=3)
             without = self.device_seconds(size, num_draft, None, repeats=3)
             share = max(0.0, 1 - without / with_draft)
-            self._draft_shares[_Key(size, num_draft, kind, is_greedy=True)] = share
+            self._draft_shares[RoundKey(size, num_draft, kind, is_greedy=True)] = share
 
     def device_seconds(
         self, num_rows: int, num_draft: int, neural: str | None, repeats: int = 5
@@ -391,10 +370,10 @@ class Rounds:
             neural: kind of the drafter, or name of a mix; ``None``: draft tokens are uploaded, or
                 K is 0.
         """
-        key = _Key(fitting(self._sizes, num_rows), num_draft, neural, is_greedy=True)
+        key = RoundKey(fitting(self._sizes, num_rows), num_draft, neural, is_greedy=True)
         return self._graphs.seconds(self._program(key), repeats)
 
-    def _program(self, key: _Key) -> Program:
+    def _program(self, key: RoundKey) -> Program:
         if key not in self._programs:
             self._leave_out_requests()
             self._programs[key] = self._graphs.capture(partial(self._round, key))
@@ -402,7 +381,7 @@ class Rounds:
 
     # ---- the round itself ----------------------------------------------------------------------
 
-    def _round(self, key: _Key) -> None:
+    def _round(self, key: RoundKey) -> None:
         size, num_draft = key.size, key.num_draft
         neural = self._drafting.on_device[key.neural] if key.neural else None
         watch = Stopwatch() if neural is not None and not self._graphs.are_real else None
@@ -418,7 +397,11 @@ class Rounds:
             drafts = neural.draft(
                 opened, rows, inputs, num_draft,
                 draws=self._draws(key), tells=key.cutting is not None,
+                ending=self._allocator.ending,
             )  # fmt: skip
+            if (num_drafted := drafts.tokens_RK.shape[1]) < num_draft:
+                opened = opened.shortened(num_drafted)
+            self._allocator.considered = drafts.considered
             opened.block_RQ[:, 1:] = drafts.tokens_RK
             if drafts.lens_R is not None:
                 opened = replace(opened, lens_R=drafts.lens_R)
@@ -454,7 +437,9 @@ class Rounds:
             watch.count_drafting()
             self._draft_shares[_timed_as(key)] = watch.draft_share()
 
-    def _compute(self, opened: OpenedRound, rows: LaneRows, key: _Key) -> tuple[TargetRows, Tensor]:
+    def _compute(
+        self, opened: OpenedRound, rows: LaneRows, key: RoundKey
+    ) -> tuple[TargetRows, Tensor]:
         """The target's pass over anchors and drafts, and its logits, [R, Q, V]."""
         # An argmax is the same in the dtype of the product, and copying all logits takes time.
         widen, page_size = not key.is_greedy, self._page_size
@@ -467,11 +452,11 @@ class Rounds:
         computed = self._target.decode(
             opened.block_RQ.flatten(), opened.positions_T, opened.slots_T, here, self._pool
         )
-        hidden = computed.hidden_TH.view(key.size, key.num_draft + 1, -1)
+        hidden = computed.hidden_TH.view(key.size, opened.block_RQ.shape[1], -1)
         return computed, self._target.logits(hidden, widen=widen)
 
     def _verify(
-        self, logits: Tensor, opened: OpenedRound, drafts: Drafts, key: _Key
+        self, logits: Tensor, opened: OpenedRound, drafts: Drafts, key: RoundKey
     ) -> LogitVerdict | Tensor:
         """The verdict on the drafts; for greedy requests the target's best ids, [R, Q]."""
         if key.is_greedy:
@@ -494,6 +479,6 @@ def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:
     return [row[:num] for row, num in zip(rows, lens, strict=True)]
 
 
-def _timed_as(key: _Key) -> _Key:
+def _timed_as(key: RoundKey) -> RoundKey:
     """The greedy program in which drafting takes about the same share of the time."""
-    return _Key(key.size, key.num_draft, key.neural, is_greedy=True)
+    return RoundKey(key.size, key.num_draft, key.neural, is_greedy=True)
