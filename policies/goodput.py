@@ -37,7 +37,7 @@ from policies.picks import Kinds, Picker, rows_of, with_mixes
 from policies.probes import Explorer, Stretch
 from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
-from policies.switching import SwitchCosts
+from policies.switching import FEW_ROWS, SwitchCosts
 from policies.versions import VersionMemory
 from policies.weighed import Basis, Weighed
 
@@ -46,8 +46,6 @@ _MORE_STEPS = 6
 _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
-_FEW_ROWS = 8
-"""Missing rows of a request that cost a drafter no more than any other first step."""
 _PLAIN = replace(PLAIN, policy="goodput")
 
 
@@ -350,7 +348,7 @@ class GoodputPolicy:
         """The drafter or mix of the last decision; ``none`` if it lacks rows, although it drafted:
         former weights came back."""
         drafter = self._steps.drafter
-        is_behind = obs.pending_rows.get(drafter, 0) > _FEW_ROWS * obs.batch
+        is_behind = obs.pending_rows.get(drafter, 0) > FEW_ROWS * obs.batch
         return "none" if is_behind else drafter
 
     def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:

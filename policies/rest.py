@@ -65,7 +65,7 @@ class _Steps:
     """Steps without a plan."""
 
     since_plan: int = 1
-    """Since the last plan, its own included."""
+    """Since the last plan for several steps, the one of that plan included."""
     untold: int = 0
     """Those that ``rested`` has not told of,"""
     saved: float = 0.0

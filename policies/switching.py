@@ -23,6 +23,8 @@ for any other reason, and few are seen."""
 _MANY_ROWS = 64.0
 """Missing rows of a request that double the cost of catching up."""
 
+FEW_ROWS = 8
+"""Missing rows of a request that cost a drafter no more than any other first step."""
 _FORCED_GAIN = 0.001
 """Gain, in steps, of the average of what catching up takes that no decision has caused."""
 _MOST_FORCED = 64.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
 import threading
@@ -10,6 +9,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Protocol
 
 import torch
+
+from configs.phases import uncollected
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +130,8 @@ class CudaGraphRecorder:
     def _capture(self, graph: Any, work: Program, memory: Any) -> None:
         # What other threads ask of the device meanwhile is no part of the capture.
         mode = "thread_local" if self.is_serving else "global"
-        with torch.cuda.stream(self._side), _nothing_collected():
+        # Another engine's graphs may be garbage, and freeing one invalidates the capture.
+        with torch.cuda.stream(self._side), uncollected():
             graph.capture_begin(pool=memory, capture_error_mode=mode)
             try:
                 work()
@@ -139,18 +141,6 @@ class CudaGraphRecorder:
                 except RuntimeError:
                     _stop_allocating(memory)
                     raise
-
-
-@contextlib.contextmanager
-def _nothing_collected() -> Iterator[None]:
-    """Another engine's graphs may be garbage, and freeing one invalidates a capture."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            gc.enable()
 
 
 def _kept_since(before: int) -> int:

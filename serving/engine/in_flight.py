@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import compress
 
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
+from policies.switching import FEW_ROWS
 from serving.engine.commit import Step
 from serving.engine.proposed import Decoded
 from serving.engine.rounds import Launched, Rounds
@@ -15,8 +16,6 @@ from serving.engine.rounds import Launched, Rounds
 _MOST_UNTIMED = 8
 """Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
 more to do for them than for others. If there are no others, their times have to do."""
-_FEW_ROWS = 8
-"""Missing rows of a request that cost no more than any other first step of a drafter."""
 
 Matches = bytes | None
 """Kind of the match that was observed for each request when a round was planned; ``None``: nobody
@@ -51,7 +50,7 @@ class PlannedRound:
     @property
     def catches_up(self) -> bool:
         """Much of its time went into rows that its drafter lacked."""
-        return self.launched.num_caught_up > _FEW_ROWS * len(self.launched.batch)
+        return self.launched.num_caught_up > FEW_ROWS * len(self.launched.batch)
 
 
 @dataclass(frozen=True, slots=True)
