@@ -29,7 +29,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 import typer
 
 from benchmarks.border.servers import BenchServer
@@ -45,7 +44,7 @@ from benchmarks.harness.results import (
 )
 from benchmarks.harness.streams import Streams
 from benchmarks.real.cells import Cell
-from benchmarks.real.sharing import NUM_STREAMS, asked
+from benchmarks.real.sharing import NUM_STREAMS, asked, median_percentile_ms
 from examples.arms import Setup
 from examples.clients import Sampling, Server
 from examples.connections import RequestError
@@ -186,7 +185,7 @@ def measure(
         "ratios": ratios,
         "plain_tokens_per_s": statistics.median(w.tokens_per_s for w in found[PLAIN]),
         "tokens_per_step": [w.tokens_per_step for w in found[POLICY]],
-        "gap_ms": {f"p{q}": 1000 * float(np.percentile(gaps, q)) for q in (50, 99)},
+        "gap_ms": {f"p{q}": median_percentile_ms([gaps], q) for q in (50, 99)},
         "num_gaps": len(gaps),
         "failed_requests": len(failures),
         "failures": failures[:3],
@@ -226,7 +225,8 @@ def rows_of(cells: Sequence[dict[str, Any]], about: str) -> list[Row]:
         name = f"{about}, {Cell(cell['temperature'], cell['clients']).name}"
         measure = "tokens/s, policy with a drafter of random weights over no drafts, through HTTP"
         rows.append(at_least(name, measure, cell["policy_over_plain"], GOAL))
-        if gap := cell.get("gap_ms"):
+        gap = cell.get("gap_ms")
+        if gap and gap["p50"]:
             wanted = GAP_GOAL if cell["clients"] == GAP_CLIENTS else None
             measure = "p99 of the gap between two events of a stream over its median, drafting on"
             rows.append(at_most(name, measure, gap["p99"] / gap["p50"], wanted))

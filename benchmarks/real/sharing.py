@@ -177,7 +177,7 @@ def compare(
         "num_gaps": sum(len(one) for ways in gaps.values() for one in ways),
         **{
             f"gap_p{q}_ms": {
-                name: _median_percentile_ms(gaps[runs], q)
+                name: median_percentile_ms(gaps[runs], q)
                 for name, runs in (("with_trainer", True), ("without", False))
             }
             for q in (50, 99)
@@ -185,7 +185,7 @@ def compare(
     }
 
 
-def _median_percentile_ms(windows: Sequence[Sequence[float]], q: int) -> float | None:
+def median_percentile_ms(windows: Sequence[Sequence[float]], q: int) -> float | None:
     """Of the windows in which a stream had gaps."""
     found = [float(np.percentile(window, q)) for window in windows if window]
     return 1000 * statistics.median(found) if found else None
