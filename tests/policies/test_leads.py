@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
 from statistics import fmean
 
 import pytest
@@ -9,7 +11,16 @@ import pytest
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
 from policies.choice import Chooser
-from tests.policies.simulated import DRAFTERS, Rows, Simulation, World, calibration, fixed_speed
+from tests.policies.simulated import (
+    DRAFTERS,
+    NEURAL,
+    Rows,
+    Simulation,
+    World,
+    calibration,
+    fixed_speed,
+)
+from tests.policies.test_simulation import SMALL
 from tests.policies.test_stretches import chosen
 
 
@@ -62,3 +73,23 @@ def test_new_weights_are_tried_once_a_swap_is_over_and_in_one_piece_without_look
     assert len(tried) >= 4 and tried == list(range(tried[0], tried[0] + len(tried)))
     assert sum(matches is not None for _, matches in seen[: tried[0]]) >= 80
     assert all(seen[i][1] is None for i in tried[1:])
+
+
+def test_interruptions_of_a_drafter_are_a_share_of_all_its_steps():
+    """Planning takes half a step, so that a plan holds for many; in these, nothing interrupts."""
+    world = replace(SMALL, has_index=False, plan_s=0.0003)
+    policy = build_policy(PolicySettings(), {"eagle3": NEURAL}, 0, max_draft=8)
+    policy.calibrate(world.profile())
+    server, drafters, believed = Simulation(policy, 0), [], []
+    server.run(world, 600)
+
+    def watch(decision, rows):
+        drafters.append(decision.drafter)
+        believed.append(policy._chooser._broken["eagle3"])
+
+    server.run(world, 1000, watch)
+
+    assert policy._chooser.base == "eagle3"
+    returns = sum(a != b == "eagle3" for a, b in pairwise(drafters))
+    assert 0 < returns < 20
+    assert fmean(believed) == pytest.approx(returns / drafters.count("eagle3"), abs=0.01)
