@@ -234,7 +234,10 @@ class GoodputPolicy:
             self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
-        self.prepare(outcome.batch)
+        if outcome.decision.policy:
+            self.prepare(outcome.batch)
+        else:  # no plan was wanted, and the next step is likely to want none
+            self._basis = self._ahead = None
 
     def prepare(self, batch: int) -> None:
         """Compute what the next plan will weigh, while the device works.

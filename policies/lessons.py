@@ -82,7 +82,9 @@ class Lessons:
         if self._kinds.matching and not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._compare_look(outcome, plain_s)
         is_alike = outcome.decision.drafter == self.drafter and not outcome.num_caught_up
-        if outcome.decision.reason == "rest" and is_alike:
+        # No policy is asked for requests that allow no drafts. Nor do they pay for what it learns.
+        was_planned = outcome.decision.policy and outcome.decision.reason != "rest"
+        if not was_planned and is_alike:
             self._gather(outcome)
             return
         self.learn_gathered()

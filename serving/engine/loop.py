@@ -315,6 +315,8 @@ class Engine:
         """The policy in charge, its decision, and the kind of the match observed for each
         request."""
         policy = self.policy
+        if not any(s.request.max_draft != 0 for s in batch):
+            return policy, PLAIN, None
         choice = self.drafting.choice(batch)
         if choice is not None and self._policy_of is not None:
             policy = self._policy_of(choice)

@@ -312,7 +312,7 @@ def test_the_first_time_after_other_arms_is_a_catch_up_for_neural_drafters(draft
         return made.figures()["step_time"]["costs"][drafter]["drafter"]
 
     rows, before = RowOutcomes((4,), (4,), (4,)), factor()
-    decision = Decision(drafter, 4, 1.0, explore=False, reason="goodput")
+    decision = Decision(drafter, 4, 1.0, False, "goodput", "goodput")
     made.observe(Outcome(decision, 1, rows, 0.030, 0.015, False, 0))
     assert (factor() != before) == is_counted
     assert (made.figures()["catch_up"]["eagle3"] > 0.5) != is_counted
@@ -323,7 +323,7 @@ def test_the_first_time_after_other_arms_is_a_catch_up_for_neural_drafters(draft
 def test_steps_with_prefill_teach_acceptance_but_no_times():
     made = policy(world=World())
     times = made.figures()["step_time"]
-    decision = Decision("eagle3", 4, 1.0, explore=False, reason="goodput")
+    decision = Decision("eagle3", 4, 1.0, False, "goodput", "goodput")
     made.observe(Outcome(decision, 1, RowOutcomes((4,), (4,), (0,)), 0.015, 0.001, True, 0))
     assert made.figures()["step_time"] == times
     assert made.figures()["acceptance"]["eagle3/0"]["rounds"][0] == 1
@@ -349,6 +349,18 @@ def test_a_stretch_that_requests_cut_short_is_charged_all_the_same():
     # Of one token each, a step costs what it takes longer than a plain one.
     assert balance(is_held=True) == pytest.approx(0.0026, rel=0.15)
     assert balance(is_held=False) == pytest.approx(0.0052, rel=0.15)
+
+
+def test_a_plain_step_that_nobody_planned_is_timed_as_seldom_as_one_of_a_rest():
+    made = policy(world=World())
+    before = made._times._num_observed
+    plain_s = made._times.plain_s(1)
+    plain = Decision("none", 0, 1.0, False, "plain")
+    for _ in range(400):
+        made.observe(Outcome(plain, 1, RowOutcomes((0,), (0,)), 1.5 * plain_s, 0.0, False, 0))
+
+    assert made._times._num_observed - before <= 60
+    assert made._times.plain_s(1) == pytest.approx(1.5 * plain_s, rel=0.05)
 
 
 def test_figures_are_json():

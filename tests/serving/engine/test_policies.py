@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
 import pytest
 
 from configs.schema import PolicySettings
@@ -85,3 +88,37 @@ def test_what_a_policy_notes_is_in_the_rounds_of_its_steps(model, overlaps):
         assert 1 <= predicted["goodput.tokens"] <= one.draft_k + 1
         assert predicted["goodput.seconds"] > 0
         assert one.reason != "rest"
+
+
+class Counted:
+    """A policy that counts which of its methods the engine asks."""
+
+    def __init__(self, policy):
+        self._policy = policy
+        self.asked = Counter()
+
+    def __getattr__(self, name):
+        found = getattr(self._policy, name)
+        if not callable(found):
+            return found
+
+        def ask(*args, **kwargs):
+            self.asked[name] += 1
+            return found(*args, **kwargs)
+
+        return ask
+
+
+@pytest.mark.parametrize("overlaps", [True, False])
+def test_requests_that_allow_no_drafts_do_not_pay_for_planning(model, plain, overlaps):
+    traits = {kind: kind_of(kind).traits for kind in ("eagle3", "suffix")}
+    policy = Counted(build_policy(PolicySettings(kind="goodput"), traits, 0, 8))
+    engine = make_engine(model, policy=policy, overlaps=overlaps)
+
+    done = run(engine, [replace(one, max_draft=0) for one in requests()])
+
+    assert {name: one.token_ids for name, one in done.items()} == plain
+    assert set(policy.asked) <= {"observe", "figures"}
+    assert policy.asked["observe"] > 20, "it learns how long a plain step takes all the same"
+    run(engine, [replace(one, id=f"{one.id} again") for one in requests()])
+    assert policy.asked["plan"] > 0
