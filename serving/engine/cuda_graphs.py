@@ -77,14 +77,22 @@ class Graphs:
         copy = self.on_host(tuple(tensor.shape), tensor.dtype)
         return copy, self.copy_to(copy, tensor)
 
-    def copy_to(self, copy: Tensor, tensor: Tensor) -> Landing:
-        """Start a copy to a tensor that ``on_host`` has made."""
-        copy.copy_(tensor, non_blocking=True)
-        if not self.are_real:
-            return Landing(None)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
+    def landing(self) -> Landing:
+        """Of copies to one place, one after the other: each is waited for before the next."""
+        event = torch.cuda.Event() if self.are_real else None  # type: ignore[no-untyped-call]
         return Landing(event)
+
+    def copy_to(self, copy: Tensor, tensor: Tensor, landing: Landing | None = None) -> Landing:
+        """Start a copy to a tensor that ``on_host`` has made.
+
+        Args:
+            landing: what ``landing`` has made for that tensor; ``None``: a new one.
+        """
+        copy.copy_(tensor, non_blocking=True)
+        landing = landing or self.landing()
+        if landing.event is not None:
+            landing.event.record()
+        return landing
 
     def seconds(self, program: Program, repeats: int = 5) -> float:
         """Median time of a program in seconds, including its launch."""

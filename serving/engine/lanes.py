@@ -9,6 +9,7 @@ Shapes: L lanes, P pages of a lane, B biases of a lane, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Several
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,17 +94,46 @@ class Lanes:
         """Free a lane whose request has ended."""
         self._free.append(lane)
 
-    def write(self, sequences: list[Sequence]) -> None:
+    def write(self, sequences: Several[Sequence]) -> None:
         """Write what the host knows about these requests to their lanes."""
         if not sequences:
             return
-        rows = np.zeros((len(sequences), len(self.ints)), dtype=np.int64)
-        floats = np.zeros((len(sequences), len(LANE_REALS)), dtype=np.float32)
-        pages = np.zeros((len(sequences), self.pages.shape[1]), dtype=np.int32)
-        for row, reals, held, sequence in zip(rows, floats, pages, sequences, strict=True):
+        tensors, shapes = self.parts(len(sequences))
+        news = [
+            torch.zeros(shape, dtype=one.dtype) for one, shape in zip(tensors, shapes, strict=True)
+        ]
+        index = torch.zeros(len(sequences), dtype=torch.int64)
+        self.fill(sequences, index.numpy(), *(one.numpy() for one in news))
+        device = self.ints.device
+        self.put(to_device(index, device), *(to_device(one, device) for one in news))
+
+    def parts(self, num: int) -> tuple[tuple[Tensor, ...], tuple[tuple[int, int], ...]]:
+        """What a lane consists of, and the shapes of these parts for so many lanes, as ``fill``
+        and ``put`` take them."""
+        ints, floats = (len(self.ints), num), (len(self.floats), num)
+        return (self.ints, self.floats, self.pages), (ints, floats, (num, self.pages.shape[1]))
+
+    def fill(
+        self,
+        sequences: Several[Sequence],
+        lanes: NDArray[np.int64],
+        ints: NDArray[np.int64],
+        floats: NDArray[np.float32],
+        pages: NDArray[np.int32],
+    ) -> None:
+        """Fill in what the host knows about these requests. Their tables are written at once.
+
+        Args:
+            lanes, ints, floats, pages: see ``parts``; zeros, and for at least as many lanes. What
+                is left is for the lane of no request.
+        """
+        ints[Field.LENGTH], ints[Field.LIMIT] = 1, 1  # of no request: nothing is committed
+        for at, sequence in enumerate(sequences):
             sampling = sequence.request.sampling
-            row[: Field.LIMIT] = len(sequence.tokens), sequence.num_rounds, sequence.tokens[-1]
+            lanes[at] = sequence.lane
             cap = sequence.request.max_draft
+            row = ints[:, at]
+            row[: Field.LIMIT] = len(sequence.tokens), sequence.num_rounds, sequence.tokens[-1]
             row[Field.LIMIT : Field.TOP_K] = (
                 sequence.num_prompt + sampling.max_tokens,
                 self._max_draft if cap is None else min(cap, self._max_draft),
@@ -112,20 +142,16 @@ class Lanes:
             )
             row[Field.CAPTURES] = sequence.request.capture
             row[_SAMPLING_ROWS] = lane_integers(sampling, self._vocab_size)
-            held[: len(sequence.pages)] = sequence.pages
-            reals[:] = lane_reals(sampling)
-        device = self.ints.device
-        index = to_device(torch.tensor([s.lane for s in sequences]), device)
-        for dim, state, news in (
-            (1, self.ints, rows.T),
-            (1, self.floats, floats.T),
-            (0, self.pages, pages),
-        ):
-            fresh = to_device(torch.from_numpy(np.ascontiguousarray(news)), device)
-            state.index_copy_(dim, index, fresh)
-        self._write_tables([s for s in sequences if s.request.sampling.adjusts_logits])
-        for sequence in sequences:
+            pages[at, : len(sequence.pages)] = sequence.pages
+            floats[:, at] = lane_reals(sampling)
             sequence.is_in_lane = True
+        self._write_tables([s for s in sequences if s.request.sampling.adjusts_logits])
+
+    def put(self, lanes_S: Tensor, ints_FS: Tensor, floats_GS: Tensor, pages_SP: Tensor) -> None:
+        """Write lanes from tensors on the device."""
+        self.ints.index_copy_(1, lanes_S, ints_FS)
+        self.floats.index_copy_(1, lanes_S, floats_GS)
+        self.pages.index_copy_(0, lanes_S, pages_SP)
 
     def _write_tables(self, sequences: list[Sequence]) -> None:
         """Write these requests' biases and penalties, and count the tokens they hold."""

@@ -20,7 +20,8 @@ from serving.engine.cuda_graphs import Graphs, Landing, fitting
 from serving.engine.drafter_rows import BLOCK, FeatureStore, cut
 from serving.engine.drafting import Drafting
 from serving.engine.graph_recorder import Program
-from serving.engine.lanes import Lanes, requests_of, upload
+from serving.engine.lanes import Lanes, requests_of
+from serving.engine.prompt_inputs import FIRST, IDS, KEPT, LANE, ROW, PromptInputs
 from serving.engine.scheduler import Chunk
 from serving.requests import TokenLogprob
 from specops.device import (
@@ -34,10 +35,6 @@ from specops.device import (
 from specops.lanes import Column, Input
 from specops.verify_logits import UNSOUND, Rule
 from targets.target import KvPool, Target
-
-_LANE, _FIRST, _KEPT, _IDS = 0, 1, 2, 3
-_ROW = 2
-"""Column of a prompt's last row, after the inputs of a round without a draft."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +90,10 @@ class Prefill:
         # Every chunk may need to pad a block of its own.
         most_blocks = -(-prefill_chunk // BLOCK) + lanes.padding
         self._sizes = graphs.sizes(most_blocks)
-        device = target.device
-        columns = _IDS + BLOCK
-        self._inputs = torch.zeros((most_blocks, columns), dtype=torch.int64, device=device)
+        self._inputs = PromptInputs(lanes, most_blocks)
         # A request whose prompt ends has a round without a draft.
-        self._ends = torch.zeros((lanes.padding, _ROW + 1), dtype=torch.int64, device=device)
         shape = (lanes.padding, int(Column.TOKENS))
-        self._outputs = torch.zeros(shape, dtype=torch.int64, device=device)
+        self._outputs = torch.zeros(shape, dtype=torch.int64, device=target.device)
         if ring is not None:
             ring.reserve(most_blocks * BLOCK)
         self._logits: Tensor | None = None
@@ -118,14 +112,9 @@ class Prefill:
             for first, num_rows, ids in cut(chunk.sequence, chunk.start, chunk.end):
                 blocks.append([lane, first, num_rows if keeps else 0, *ids])
         size = fitting(self._sizes, len(blocks))
-        blocks += [[self._lanes.padding, *[0] * (_IDS + BLOCK - 1)]] * (size - len(blocks))
         program = self._program(size)  # a new one has run on inputs of its own
-        upload(torch.tensor(blocks), self._inputs[:size])
-        no_end = [self._lanes.padding, 0, 0]
-        padded = ends + [no_end] * (min(size, len(self._ends)) - len(ends))
-        upload(torch.tensor(padded), self._ends[: len(padded)])
         fresh = [c.sequence for c in chunks if not c.sequence.is_in_lane]
-        self._lanes.write(fresh)
+        self._inputs.upload(size, blocks, ends, fresh)
         program()
         for rows in self._drafting.neural.values():
             for chunk in chunks:
@@ -175,22 +164,20 @@ class Prefill:
 
     def _leave_out_requests(self) -> None:
         """Let what runs now compute rows of no request."""
-        self._inputs.zero_()
-        self._inputs[:, _LANE] = self._lanes.padding
-        self._ends.zero_()
-        self._ends[:, Input.LANE] = self._lanes.padding
+        self._inputs.upload(self._sizes[-1])
 
     def _make_logits(self) -> None:
         if self._logits is None:
-            shape = (len(self._ends), self._target.vocab_size)
+            shape = (len(self._outputs), self._target.vocab_size)
             self._logits = torch.zeros(
                 shape, dtype=self._target.logits_dtype, device=self._target.device
             )
 
     def _compute(self, size: int) -> None:
-        blocks = self._inputs[:size]
-        rows = self._lanes.rows(blocks[:, _LANE])
-        first, ids = blocks[:, _FIRST], blocks[:, _IDS:].reshape(-1)
+        self._inputs.write_lanes()
+        blocks = self._inputs.blocks[:size]
+        rows = self._lanes.rows(blocks[:, LANE])
+        first, ids = blocks[:, FIRST], blocks[:, IDS:].reshape(-1)
         here = rows.decode_pass(first, self._page_size)
         places = places_of(here, BLOCK)
         positions, slots = places.positions.flatten(), places.slots.flatten()
@@ -198,20 +185,20 @@ class Prefill:
         self._features.keep(slots, computed.features_TmH)
         for neural in self._drafting.neural.values():
             neural.observe_blocks(rows, first, ids)
-        count = min(size, len(self._ends))
+        count = min(size, len(self._outputs))
         assert self._logits is not None
-        last = computed.hidden_TH.index_select(0, self._ends[:count, _ROW])
+        last = computed.hidden_TH.index_select(0, self._inputs.ends[:count, ROW])
         logits = self._target.logits(last)
         self._logits[:count].copy_(logits)
         self._choose(logits, computed.features_TmH)
         if self._ring is not None:
             taps, hidden = computed.features_TmH, computed.hidden_TH
-            self._ring.append(taps, hidden, blocks[:, _KEPT], first, blocks[:, _LANE])
+            self._ring.append(taps, hidden, blocks[:, KEPT], first, blocks[:, LANE])
 
     def _choose(self, logits_NV: Tensor, features_TmH: Tensor) -> None:
         """Choose the first tokens by a round without drafts on these logits, and update the lanes
         and the neural drafters."""
-        ends, outputs = self._ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
+        ends, outputs = self._inputs.ends[: len(logits_NV)], self._outputs[: len(logits_NV)]
         state, tables = self._lanes.state, self._lanes.tables
         opened = open_round(state, ends, 0, self._page_size, self._rule, is_given=True)
         assert opened.given_RK is not None
@@ -224,6 +211,6 @@ class Prefill:
         closed = close_round(state, opened, none, verdict, None, outputs)
         count_tokens(closed.emitted_RQ, closed.count_R, asks, tables)
         # Without its row for the first token, a drafter would have to catch up.
-        last = features_TmH.index_select(0, ends[:, _ROW])
+        last = features_TmH.index_select(0, ends[:, ROW])
         for neural in self._drafting.neural.values():
             neural.observe_round(opened, closed, ends[:, Input.LANE], last)

@@ -73,8 +73,9 @@ class RoundBuffers:
 
     def download(self, size: int) -> tuple[Integers, Landing]:
         """Start a copy of the outcome of the round that was uploaded last."""
-        landed = self._graphs.copy_to(self._now.outputs[:size], self.outputs[:size])
-        return self._now.outcome[:size], landed
+        now = self._now
+        landed = self._graphs.copy_to(now.outputs[:size], self.outputs[:size], now.landing)
+        return now.outcome[:size], landed
 
 
 class _Copies:
@@ -84,3 +85,4 @@ class _Copies:
         self.inputs, self.outputs = graphs.on_host(inputs), graphs.on_host(outputs)
         self.news: Integers = self.inputs.numpy()
         self.outcome: Integers = self.outputs.numpy()
+        self.landing = graphs.landing()

@@ -1,0 +1,119 @@
+"""Inputs of the programs for prompts, in one tensor on the device, so that one copy uploads all.
+
+What a step with new requests uploads is small, and there are six tensors of it. Each copy takes the
+host as long as some thousands of bytes take.
+
+Shapes: B blocks, N chunks that end their prompt, S requests whose lanes the program writes, F
+integers and G reals of a lane, P pages of a lane.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as Several
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from serving.engine.drafter_rows import BLOCK
+from serving.engine.lanes import Lanes
+from serving.engine.sequence import Sequence
+from specops.lanes import Input
+
+LANE, FIRST, KEPT, IDS = 0, 1, 2, 3
+"""Columns of a block: its lane, its first position, how many of its rows are captured, its ids."""
+ROW = 2
+"""Column of a prompt's last row, after the inputs of a round without a draft."""
+_MOST_NEW = 8
+"""Lanes that a program writes. Those of further requests are written before it."""
+_WORD = 8
+"""Bytes of what everything is aligned to."""
+
+
+class _Part(NamedTuple):
+    """Where one input lies."""
+
+    start: int
+    """In words."""
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def end(self) -> int:
+        """The first word behind it."""
+        return self.start + -(-self.num_bytes // _WORD)
+
+    def of(self, words: Tensor) -> Tensor:
+        """This input of all of them; a view."""
+        bytes_ = words[self.start : self.end].view(torch.uint8)
+        return bytes_[: self.num_bytes].view(self.dtype).view(self.shape)
+
+
+class PromptInputs:
+    """Where the programs read, and how the host writes it."""
+
+    def __init__(self, lanes: Lanes, most_blocks: int) -> None:
+        self._lanes = lanes
+        self._most_new = min(_MOST_NEW, lanes.padding)
+        # The blocks come last: a program reads as many as it is for, and no others are uploaded.
+        end_columns, block_columns = ROW + 1, IDS + BLOCK
+        self._parts: list[_Part] = []
+        shapes: list[tuple[torch.dtype, tuple[int, ...]]] = [
+            (torch.int64, (lanes.padding, end_columns)),
+            (torch.int64, (self._most_new,)),
+            *((one.dtype, shape) for one, shape in zip(*lanes.parts(self._most_new), strict=True)),
+            (torch.int64, (most_blocks, block_columns)),
+        ]
+        at = 0
+        for dtype, shape in shapes:
+            self._parts.append(_Part(at, dtype, shape))
+            at = self._parts[-1].end
+        self._words = torch.zeros(at, dtype=torch.int64, device=lanes.ints.device)
+        self.ends, self._lane, *self._news, self.blocks = self._views(self._words)
+        """ends: [lanes, ROW + 1]; blocks: [most blocks, IDS + BLOCK] int64."""
+
+    def _views(self, words: Tensor) -> list[Tensor]:
+        return [part.of(words) for part in self._parts]
+
+    def upload(
+        self,
+        size: int,
+        blocks: Several[Several[int]] = (),
+        ends: Several[Several[int]] = (),
+        fresh: Several[Sequence] = (),
+    ) -> None:
+        """Upload what the program of ``size`` blocks is to compute, without waiting for the device.
+
+        Args:
+            blocks: [B, IDS + BLOCK]; what lacks of ``size`` is of no request.
+            ends: [N, ROW + 1] likewise.
+            fresh: requests whose lanes the program writes first.
+        """
+        fresh, others = fresh[: self._most_new], fresh[self._most_new :]
+        self._lanes.write(others)
+        num_words = self._parts[-1].start + size * (IDS + BLOCK)
+        is_device = self._words.is_cuda
+        # Memory that is pinned for each upload is used again only once the device has read it.
+        words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_device)
+        whole = self._parts[:-1]
+        ends_ND, lane_S, *news, blocks_BD = [
+            *(part.of(words).numpy() for part in whole),
+            words[self._parts[-1].start :].view(size, IDS + BLOCK).numpy(),
+        ]
+        padding = self._lanes.padding
+        ends_ND[:, Input.LANE] = lane_S[:] = blocks_BD[:, LANE] = padding
+        if ends:
+            ends_ND[: len(ends)] = ends
+        if blocks:
+            blocks_BD[: len(blocks)] = blocks
+        self._lanes.fill(fresh, lane_S, *news)
+        self._words[:num_words].copy_(words, non_blocking=True)
+
+    def write_lanes(self) -> None:
+        """Write the lanes of the fresh requests: a part of every program."""
+        self._lanes.put(self._lane, *self._news)
