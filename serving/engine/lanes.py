@@ -130,6 +130,7 @@ class Lanes:
         ints[Field.LENGTH], ints[Field.LIMIT] = 1, 1  # of no request: nothing is committed
         for at, sequence in enumerate(sequences):
             sampling = sequence.request.sampling
+            assert sequence.lane is not None, "a running request has a lane"
             lanes[at] = sequence.lane
             cap = sequence.request.max_draft
             row = ints[:, at]
