@@ -3,6 +3,7 @@
     python -m benchmarks.border survive       # 10,000 requests while HTTP processes are killed
     python -m benchmarks.border speed         # through HTTP against the engine alone
     python -m benchmarks.border events        # processor time of an event, without a target
+    python -m benchmarks.border contention    # the engine's loop with borders and without
 
 ``survive`` sends requests of mixed kinds, some of which are cancelled or left in the middle, and
 kills an HTTP process every few seconds. Afterwards no page, lane or request may be missing, and
@@ -14,6 +15,9 @@ between the events of a stream.
 
 ``events`` puts a paced thread in the engine's place and counts the processor time of both processes
 for each output of a stream.
+
+``contention`` runs the engine's loop beside a stand-in for the device and reports how often, and
+for how long, delivering to other processes holds it up.
 
 All need Linux, where processes are found in /proc, and httpx, which a server does not. With
 ``--publish`` they write ``border_*.json`` and ``rows/border.json`` in ``benchmarks/results``.

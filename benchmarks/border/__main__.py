@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import benchmarks.border
-from benchmarks.border import events, speed, survival
+from benchmarks.border import contention, events, speed, survival
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 
 app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
@@ -81,6 +81,20 @@ def measure_events(
     found = events.measure_turns(clients, step_ms, seconds, turns)
     figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
     _finish("events", figures, list(events.rows_of(found, clients)), publish)
+
+
+@app.command("contention")
+def measure_contention(
+    readers: Annotated[list[int] | None, typer.Option(help="repeatable; default 1, 2, 4")] = None,
+    device_ms: Annotated[float, typer.Option(help="milliseconds of a program")] = 1.3,
+    seconds: Annotated[float, typer.Option(help="of each turn")] = 3.0,
+    rounds: int = 3,
+    publish: Publish = False,
+) -> None:
+    """Count what the border costs the engine's loop, with a stand-in for the device."""
+    found = contention.measure(readers or [1, 2, 4], device_ms, seconds, rounds)
+    figures = {"device_ms": device_ms, "turns": [asdict(one) for one in found]}
+    _finish("contention", figures, list(contention.rows_of(found, device_ms)), publish)
 
 
 def _vocab_size(folder: Path) -> int:

@@ -28,6 +28,7 @@ from configs.load import load_settings
 from configs.schema import Settings
 from serving.border.engine_side import Line, welcome_for
 from serving.border.processes import Spawned, Spawner
+from serving.engine.handover import Handover
 from serving.http.port import bind
 from serving.requests import OnOutput, Output, Request, SpeculationStats
 from serving.served_model import ServedModel
@@ -51,6 +52,8 @@ class PacedDesk:
         self.spent_s = 0.0
         """Processor time of the thread that stands for the engine."""
         self._step_s = step_s
+        self._handover = Handover()
+        self.put_off = self._handover.put_off
         self._running: dict[str, tuple[Request, OnOutput, list[int]]] = {}
         self._arrived: list[tuple[Request, OnOutput]] = []
         self._lock = threading.Lock()
@@ -83,6 +86,7 @@ class PacedDesk:
                 self._running[request.id] = request, on_output, [0]
             begun_s = time.thread_time()
             self._step()
+            self._handover.run()
             self.spent_s += time.thread_time() - begun_s
             due_s = max(due_s + self._step_s, time.perf_counter())
             time.sleep(max(0.0, due_s - time.perf_counter()))

@@ -115,6 +115,11 @@ class StandIn:
             pass
         return had_to
 
+    @property
+    def left_s(self) -> float:
+        """Seconds until all programs are done; not positive if they are."""
+        return self._done_s - time.perf_counter()
+
     def words(self, *shape: int) -> np.ndarray:
         """Token ids of random text."""
         return self._numbers.integers(_NUM_WORDS, size=shape)

@@ -5,6 +5,7 @@ face in one process. With several, each HTTP process (``http_process``, ``http_s
 to the engine's process, whose side is a ``Line`` (``engine_side``). ``processes`` starts them, and
 again when they die. None of them imports torch.
 
-Who waits for whom: the engine's thread for nobody, it puts outputs into an ``Outbox``. One thread
-for each HTTP process sends what has gathered there, another one reads.
+Who waits for whom: the engine's thread for nobody. It gives the outputs of a step to an ``Outbox``,
+which sends what the socket takes. One thread for each HTTP process sends the rest, another one
+reads.
 """

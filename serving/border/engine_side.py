@@ -75,6 +75,8 @@ class Line:
         self._slowly = slowly
         self._inflight: set[str] = set()
         """Requests that this process submitted, did not cancel, and that have not finished."""
+        self._gathered: list[Output] = []
+        """Outputs of the step under way."""
         self._outbox = Outbox(sock, self._break)
         self._thread = threading.Thread(target=self._read, name="line", daemon=True)
         self._has_greeted = False
@@ -116,7 +118,13 @@ class Line:
     def _on_output(self, output: Output) -> None:
         if output.finish_reason is not None:
             self._inflight.discard(output.request_id)
-        self._outbox.put(output)
+        if not self._gathered:
+            self._desk.put_off(self._hand_over)
+        self._gathered.append(output)
+
+    def _hand_over(self) -> None:
+        gathered, self._gathered = self._gathered, []
+        self._outbox.put(gathered)
 
     # ---- the reading thread --------------------------------------------------------------------
 

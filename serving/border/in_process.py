@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from serving.history import History
-from serving.requests import EngineFigures, OnOutput, Request
+from serving.requests import EngineFigures, OnOutput, Output, Request
 from serving.served_model import ServedModel
 from serving.service import Service
 from serving.swap.target_update import TargetUpdates
@@ -37,6 +38,10 @@ class Desk:
     def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
         """Queue all requests, or none. Raises what ``Inbox.submit_all`` raises."""
         self._service.inbox.submit_all(requests, on_output)
+
+    def put_off(self, call: Callable[[], None]) -> None:
+        """See ``Handover``. For the engine's thread, that is for ``on_output``."""
+        self._service.inbox.handover.put_off(call)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         for request_id in request_ids:
@@ -101,6 +106,8 @@ class InProcess:
             history: samples for the dashboard; ``None``: there are none.
         """
         self._desk = Desk(service, history)
+        self._gathered: list[tuple[OnOutput, Output]] = []
+        """Outputs of the step under way. For the engine's thread."""
 
     @property
     def model(self) -> ServedModel:
@@ -111,7 +118,21 @@ class InProcess:
         return self._desk.can_swap
 
     async def submit(self, requests: Sequence[Request], on_output: OnOutput) -> None:
-        self._desk.submit(requests, on_output)
+        loop = asyncio.get_running_loop()
+
+        def gather(output: Output) -> None:
+            if not self._gathered:
+                self._desk.put_off(lambda: self._hand_over(loop))
+            self._gathered.append((on_output, output))
+
+        self._desk.submit(requests, gather)
+
+    def _hand_over(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Deliver all outputs of a step in one turn of the event loop. To wake it for each of them
+        would be a system call each."""
+        gathered, self._gathered = self._gathered, []
+        with contextlib.suppress(RuntimeError):  # it is closed: nobody waits for an output
+            loop.call_soon_threadsafe(_deliver, gathered)
 
     def cancel(self, request_ids: Iterable[str]) -> None:
         self._desk.cancel(request_ids)
@@ -145,6 +166,11 @@ class InProcess:
 
     async def update_target(self, path: str) -> dict[str, Any]:
         return await _readable(self._desk.update_target, path)
+
+
+def _deliver(gathered: list[tuple[OnOutput, Output]]) -> None:
+    for on_output, output in gathered:
+        on_output(output)
 
 
 async def _readable(order: Any, *arguments: Any) -> dict[str, Any]:

@@ -122,7 +122,7 @@ class Refused(_Message, frozen=True):
 
 
 class Outputs(_Message, frozen=True):
-    """New outputs, at most one for each request."""
+    """New outputs, those of one request in order."""
 
     outputs: list[Output]
 

@@ -1,8 +1,10 @@
 """Outputs from the engine's thread to the socket of an HTTP process; the engine never waits for it.
 
-``put`` appends to a queue. A thread takes all that has gathered, joins what belongs to one request
-and sends one message for many requests, so a process that reads slowly gets fewer and larger
-outputs, and what waits for it is at most one joined output for each of its requests.
+Whoever has something to send writes it to the socket itself, as long as the socket takes it: that
+costs less than waking another thread, which would then take the GIL from the engine's thread
+several times. What the socket does not take is left to a thread. It joins what belongs to one
+request, so a process that reads slowly gets fewer and larger outputs, and what waits for it is at
+most one joined output for each of its requests.
 """
 
 from __future__ import annotations
@@ -11,8 +13,8 @@ import select
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from queue import Empty, SimpleQueue
 
 from serving.border.messages import FromEngine, Outputs, frame
 from serving.requests import Output, join_outputs
@@ -41,66 +43,107 @@ class Outbox:
         self._sock = sock
         self._on_broken = on_broken
         self._stall_s = stall_s
-        self._queue: SimpleQueue[Output | FromEngine | None] = SimpleQueue()
+        self._turn = threading.Lock()
+        """Held by the thread that sends. What follows is for that thread, but for the queue, to
+        which all may add."""
+        self._queue: deque[list[Output] | FromEngine] = deque()
+        self._rest = b""
+        """Of a message whose first part was sent."""
         self._outputs: dict[str, list[Output]] = {}
         """Taken from the queue and not sent, by request."""
         self._messages: list[FromEngine] = []
         """The same for all else."""
         self._is_closed = False
+        self._has_news = threading.Event()
+        """The sending thread has something to do."""
         self._thread = threading.Thread(target=self._run, name="outbox", daemon=True)
 
     def start(self) -> None:
         """Begin to send."""
         self._thread.start()
 
-    def put(self, output: Output) -> None:
-        """Send an output. Called on the engine's thread; wakes the sending thread if it sleeps."""
-        if not self._is_closed:
-            self._queue.put(output)
+    def put(self, outputs: list[Output]) -> None:
+        """Send outputs. Returns at once. Those of one request are sent in the order in which they
+        are put."""
+        if len(outputs) > _MOST_OUTPUTS or not self._send_now(Outputs(outputs)):
+            self._leave(outputs)
 
     def say(self, message: FromEngine) -> None:
-        """Send a message."""
-        if not self._is_closed:
-            self._queue.put(message)
+        """Send a message. Returns at once."""
+        if not self._send_now(message):
+            self._leave(message)
 
     def close(self) -> None:
         """Send nothing more. Returns at once."""
         self._is_closed = True
-        self._queue.put(None)
+        self._has_news.set()
 
     def join(self, timeout_s: float) -> None:
-        """Wait for the thread after ``close``."""
+        """Wait after ``close`` until nobody uses the socket any more."""
         if self._thread.is_alive():
             self._thread.join(timeout_s)
+        if self._turn.acquire(timeout=timeout_s):
+            self._turn.release()
+
+    # ---- any thread ----------------------------------------------------------------------------
+
+    def _leave(self, item: list[Output] | FromEngine) -> None:
+        """Leave something to the sending thread."""
+        if not self._is_closed:
+            self._queue.append(item)
+            self._has_news.set()
+
+    def _send_now(self, message: FromEngine) -> bool:
+        """Send a message, or as much of it as the socket takes. Returns False if nothing was done,
+        because another thread is sending or something waits to be sent before."""
+        if not self._turn.acquire(blocking=False):
+            return False
+        try:
+            if self._is_closed:
+                return True
+            if self._queue or self._outputs or self._messages or self._rest:
+                return False
+            data = frame(message)
+            self._rest = data[self._sent(data) :]
+            if self._rest:
+                self._has_news.set()
+            return True
+        finally:
+            self._turn.release()
+
+    def _sent(self, data: bytes) -> int:
+        """Number of bytes that the socket took."""
+        try:
+            return self._sock.send(data, socket.MSG_DONTWAIT)
+        except OSError:  # it is full, or broken: then the sending thread finds out why
+            return 0
 
     # ---- the sending thread --------------------------------------------------------------------
 
     def _run(self) -> None:
         try:
             while not self._is_closed:
-                self._sort(self._queue.get())
-                self._collect()
-                self._send_all()
+                self._has_news.wait()
+                self._has_news.clear()
+                with self._turn:
+                    self._send_all()
         except (OSError, ValueError) as error:
             if not self._is_closed:
+                self._is_closed = True
                 self._on_broken(str(error))
         self._is_closed = True
-        self._drop_all()
-
-    def _sort(self, item: Output | FromEngine | None) -> None:
-        if isinstance(item, Output):
-            self._outputs.setdefault(item.request_id, []).append(item)
-        elif item is not None:
-            self._messages.append(item)
+        with self._turn:
+            self._drop_all()
 
     def _collect(self) -> None:
         """Take all that is in the queue."""
-        take = self._queue.get_nowait
-        try:
-            while True:
-                self._sort(take())
-        except Empty:
-            pass
+        while self._queue:
+            item = self._queue.popleft()
+            if isinstance(item, list):
+                for output in item:
+                    self._outputs.setdefault(output.request_id, []).append(output)
+            else:
+                self._messages.append(item)
 
     def _join(self) -> None:
         """Leave one output for each request."""
@@ -109,7 +152,10 @@ class Outbox:
                 outputs[:] = [join_outputs(outputs)]
 
     def _send_all(self) -> None:
-        """Send what was collected, and what gathers meanwhile."""
+        """Send what is left of a message, what is in the queue, and what gathers meanwhile."""
+        rest, self._rest = self._rest, b""
+        self._send(rest)
+        self._collect()
         while (self._outputs or self._messages) and not self._is_closed:
             if self._outputs:
                 self._send(frame(Outputs(self._some())))
@@ -157,6 +203,7 @@ class Outbox:
         self._join()
 
     def _drop_all(self) -> None:
-        self._collect()
+        self._rest = b""
+        self._queue.clear()
         self._outputs.clear()
         self._messages.clear()

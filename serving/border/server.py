@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,8 @@ from serving.service import Service
 log = logging.getLogger(__name__)
 
 _TICK_S = 0.05
+_SWITCH_S = 1e-3
+"""More than the engine's thread takes between two waits, so it is not interrupted itself."""
 _CORES_EACH = 4
 _STREAMS_EACH = 32
 """So many streams of a target of 135M parameters on an H200 bring 14,000 events a second, which
@@ -63,7 +66,7 @@ def serve_http(
     Returns:
         Exit code, see ``Drain.exit_code``; 1 also if HTTP processes die at once, again and again.
     """
-    with recorded(service.figures) as history:
+    with recorded(service.figures) as history, _short_turns():
         if spawner.count == 0:
             from serving.http.app import create_app  # FastAPI: other processes have it otherwise
             from serving.http.uvicorn_server import serve
@@ -111,6 +114,18 @@ def _until(drain: Drain, processes: HttpProcesses, is_done: Callable[[], bool]) 
             return left_s
         time.sleep(_TICK_S)
     return None
+
+
+@contextmanager
+def _short_turns() -> Iterator[None]:
+    """Let threads give up the GIL sooner, until the block ends: the engine's thread wants it again
+    after each wait for the device, and by default others need not give it up within 5 ms."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(_SWITCH_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s)
 
 
 @contextmanager

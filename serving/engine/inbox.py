@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from serving.engine.detokenize import Detokenizer
+from serving.engine.handover import Handover
 from serving.engine.lanes import MOST_BIASES
 from serving.engine.round_buffers import MOST_LOGPROBS
 from serving.engine.scheduler import Scheduler
@@ -86,6 +87,8 @@ class Inbox:
             scheduler: says how many requests wait and how many pages a request needs.
         """
         self.limits = limits
+        self.handover = Handover()
+        """For ``on_output`` to put off what it does for many outputs at once."""
         self._sequences = sequences
         self._scheduler = scheduler
         self._wake = threading.Condition()
@@ -203,9 +206,11 @@ class Inbox:
         num_prompt, sampling = len(request.prompt_ids), request.sampling
         if num_prompt == 0:
             raise ValueError("prompt must hold at least one token")
-        bad = [t for t in request.prompt_ids if not 0 <= t < limits.vocab_size]
-        if bad:
-            raise ValueError(f"prompt holds token id {bad[0]}, outside 0..{limits.vocab_size - 1}")
+        for token in min(request.prompt_ids), max(request.prompt_ids):
+            if not 0 <= token < limits.vocab_size:
+                raise ValueError(
+                    f"prompt holds token id {token}, outside 0..{limits.vocab_size - 1}"
+                )
         if len(sampling.logit_bias) > MOST_BIASES:
             raise ValueError(
                 f"logit_bias holds {len(sampling.logit_bias)} tokens, at most {MOST_BIASES} are "

@@ -166,6 +166,7 @@ class Engine:
             self.inbox.drain()
             for sequence in self.inbox.inflight():
                 sequence.on_output(Output.engine_gone(sequence.request.id))
+            self.inbox.handover.run()
 
     def _steps(self) -> None:
         with torch.inference_mode():
@@ -178,6 +179,7 @@ class Engine:
                     self._fail_all()
             for sequence in self.inbox.inflight():
                 self._outputs.finish(sequence, "cancelled")
+            self.inbox.handover.run()
 
     def step(self) -> bool:
         """Run one pass over the batch. Returns False if there was nothing to do.
@@ -190,6 +192,7 @@ class Engine:
         if self.programs.making.is_due:
             had_work = had_work or self._round is not None
             self._commit_round()
+            self.inbox.handover.run()
             self.programs.making.make()
         self._listeners.before_step()
         self._forget_rows()
@@ -199,7 +202,7 @@ class Engine:
         plan = self.scheduler.plan(time.perf_counter())
         batch = plan.decode
         if not batch and not plan.chunks and self._round is None:
-            self._tell_pass()
+            self._end_pass()
             return had_work
         if plan.chunks:
             self._launch_prompts(plan.chunks)
@@ -211,10 +214,12 @@ class Engine:
         if not self.parts.overlaps:
             self._commit_round()
         self._commits.counters.num_steps += 1
-        self._tell_pass()
+        self._end_pass()
         return True
 
-    def _tell_pass(self) -> None:
+    def _end_pass(self) -> None:
+        if self._round is None and self._prompts is None:  # the next pass may be long in coming
+            self.inbox.handover.run()
         tokens = self._commits.counters.generation_tokens
         self._listeners.on_pass(tokens, self.scheduler.num_running)
 
@@ -235,6 +240,7 @@ class Engine:
         """Let the target's weights be overwritten. Running requests keep the tokens they have;
         everything computed for them is computed again before their next token."""
         self._commit_round()
+        self.inbox.handover.run()
         overwrite()
         running = self.scheduler.running
         traced = [s.request.capture for s in running]
@@ -296,6 +302,7 @@ class Engine:
         launched = self.programs.rounds.launch(
             batch, drafter, num_draft, given, decision.allocation, picks
         )
+        self.inbox.handover.run()
         # Now: committing the round before may exchange weights, and these are another's then.
         versions = self.drafting.versions_of(drafter)
         follows_swap = self._clock.was_launched_with(self.drafting.versions())
@@ -360,6 +367,7 @@ class Engine:
     def _read(self, planned: PlannedRound) -> Arrival:
         """Wait for the round under way, the first time it is asked for."""
         if self._arrival is None:
+            self.inbox.handover.run()
             self._arrival = self._clock.read(self.programs.rounds, planned)
         return self._arrival
 
@@ -382,7 +390,7 @@ class Engine:
         self._commits.rounds(living, step, decision, decoded.scored, decoded.numbers)
         if decoded.proposed is not None:
             self.drafting.note(living, decoded.proposed, decoded.verified.num_accepted)
-        self._outputs.after_commit(living)
+        self._deliver(living)
         # Otherwise a swap came between, and the round says nothing about the new weights.
         if planned.versions == self.drafting.versions_of(decision.drafter):
             outcome = arrival.outcome(planned, step, lives, self._clock.is_timed)
@@ -425,14 +433,24 @@ class Engine:
         if (launched := self._prompts) is None:
             return False
         self._prompts = None
+        self.inbox.handover.run()
         host_waited = launched.landed.wait()
         self._clock.chunks_were_read(host_waited, is_exact=not self.parts.overlaps)
         prefill = self.programs.prefill
         scored = launched.scored() if launched.is_scored else None
         first_ids, numbers = prefill.read(launched), prefill.numbers(launched.chunks)
         committed = self._commits.chunks(launched.chunks, numbers, first_ids, scored)
-        self._outputs.after_commit(committed)
+        self._deliver(committed)
         return True
+
+    # ---- outputs -------------------------------------------------------------------------------
+
+    def _deliver(self, committed: list[Sequence]) -> None:
+        """Deliver the new tokens of requests. Where rounds overlap, they are handed over once the
+        next round is launched, otherwise at once: the next launch returns when it is computed."""
+        self._outputs.after_commit(committed)
+        if not self.parts.overlaps:
+            self.inbox.handover.run()
 
     def _fail_all(self) -> None:
         self._round = self._arrival = self._prompts = None
@@ -440,6 +458,7 @@ class Engine:
             self._outputs.finish(
                 sequence, "error", "the engine failed on this request; see the server log"
             )
+        self.inbox.handover.run()
         if self.programs.ring is not None:
             self.programs.ring.synchronise()
         if self.programs.target.device.type == "cuda":

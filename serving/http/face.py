@@ -28,8 +28,8 @@ class RunningServer(Protocol):
         """Queue all requests of a job, or none.
 
         Args:
-            on_output: called until each of them has finished, perhaps before this returns and on
-                another thread.
+            on_output: called on the event loop's thread until each of them has finished, perhaps
+                before this returns.
 
         Raises:
             QueueFullError: too many requests are waiting.

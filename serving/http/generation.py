@@ -45,7 +45,7 @@ class Generation:
         self.job = job
         self._context = context
         self._request_id = request_id
-        self._mailbox = Mailbox(asyncio.get_running_loop())
+        self._mailbox = Mailbox()
         self._index = {request.id: index for index, request in enumerate(job.requests)}
         self._open: dict[str, ChoiceClock] = {}
         """Clock of every request that was submitted and has not finished."""

@@ -1,15 +1,13 @@
 """Outputs on their way to a client's socket; who brings them never waits for the client.
 
-Outputs are put into a ``Mailbox`` on whatever thread they arrive. The response takes all that came:
-a client that reads slowly gets fewer and larger chunks. A mailbox holds at most one output for each
-token of its requests, so memory is bounded by ``max_tokens``.
+Outputs are put into a ``Mailbox``. The response takes all that came: a client that reads slowly
+gets fewer and larger chunks. A mailbox holds at most one output for each token of its requests, so
+memory is bounded by ``max_tokens``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import threading
 import time
 from collections.abc import AsyncGenerator, Callable
 from typing import Any, NamedTuple
@@ -34,43 +32,26 @@ class Arrival(NamedTuple):
 
 
 class Mailbox:
-    """Outputs for one response."""
+    """Outputs for one response. All methods are for the event loop's thread."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Made on the loop's own thread."""
-        self._loop = loop
-        self._own_thread = threading.get_ident()
-        self._lock = threading.Lock()
+    def __init__(self) -> None:
         self._arrivals: list[Arrival] = []
         self._waiting: asyncio.Future[None] | None = None
         """Of the reader, while there is nothing to take."""
 
     def put(self, output: Output) -> None:
-        """Called on any thread. Wakes the loop only if the mailbox was empty."""
-        with self._lock:
-            was_empty = not self._arrivals
-            self._arrivals.append(Arrival(time.perf_counter(), output))
-        if not was_empty:
-            return
-        if threading.get_ident() == self._own_thread:
-            self._wake()
-        else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: there is no reader
-                self._loop.call_soon_threadsafe(self._wake)
+        """Add an output, and let the reader go on."""
+        self._arrivals.append(Arrival(time.perf_counter(), output))
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     async def take(self) -> list[Arrival]:
         """All outputs since the last call; waits for at least one. For one reader."""
         while not self._arrivals:
-            # What another thread puts from here on calls ``_wake`` in a later turn of the loop.
-            self._waiting = self._loop.create_future()
+            self._waiting = asyncio.get_running_loop().create_future()
             await self._waiting
-        with self._lock:
-            taken, self._arrivals = self._arrivals, []
+        taken, self._arrivals = self._arrivals, []
         return taken
-
-    def _wake(self) -> None:
-        if self._waiting is not None and not self._waiting.done():
-            self._waiting.set_result(None)
 
 
 async def until_disconnect(receive: Receive) -> None:

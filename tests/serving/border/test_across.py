@@ -249,3 +249,34 @@ def test_the_engine_sees_no_choice_before_all_are_accepted(service, monkeypatch)
         Desk(service).submit([good, bad], lambda output: (came.append(output), seen.set()))
     assert came == []
     assert inbox.num_inflight() == 0
+
+
+def test_in_one_process_outputs_come_in_order_on_the_loops_own_thread(service):
+    async def scenario():
+        came: list[tuple[int, Output]] = []
+        requests = [request_of(str(number), PROMPT, 30, ignore_eos=True) for number in range(4)]
+        server = InProcess(service)
+        await server.submit(requests, lambda one: came.append((threading.get_ident(), one)))
+        await until(lambda: sum(one.finish_reason is not None for _, one in came) == 4)
+        return came
+
+    came = asyncio.run(scenario())
+    assert {thread for thread, _ in came} == {threading.get_ident()}
+    for number in range(4):
+        own = [one for _, one in came if one.request_id == str(number)]
+        assert [one.stats.steps for one in own] == sorted(one.stats.steps for one in own)
+        assert sum(len(one.token_ids) for one in own) == 30
+        assert own[-1].finish_reason == "length"
+
+
+def test_in_one_process_an_engine_goes_on_when_the_loop_is_closed(service):
+    async def leave():
+        request = request_of("left", PROMPT, 100, ignore_eos=True)
+        await InProcess(service).submit([request], lambda _: None)
+
+    asyncio.run(leave())
+    asyncio.run(until(lambda: is_idle(service)))
+    came: list[Output] = []
+    Desk(service).submit([request_of("after", PROMPT, 2)], came.append)
+    asyncio.run(until(lambda: came and came[-1].finish_reason is not None))
+    assert service.engine.complaint() is None

@@ -301,6 +301,13 @@ def test_a_gpu_has_http_processes_for_its_batch_as_its_cores_allow(max_batch, co
     assert num_processes(settings, on_gpu=False, cores=cores) == 0
 
 
+def test_while_a_server_runs_threads_give_up_the_gil_sooner():
+    before_s = sys.getswitchinterval()
+    with border_server._short_turns():
+        assert sys.getswitchinterval() < before_s
+    assert sys.getswitchinterval() == before_s
+
+
 def test_as_many_http_processes_as_the_settings_say():
     settings = load_settings((), ("server.processes=7",), {})
 
