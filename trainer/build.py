@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
@@ -59,6 +60,10 @@ from trainer.update import batch_dtype, is_divided
 from trainer.worth import Worth
 
 log = logging.getLogger(__name__)
+
+_SWITCH_S = 0.001
+"""After which the thread that launches updates gets the interpreter's lock back from the one that
+reads traces. It gives it up in each of torch's operations, and would wait 5 ms by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +399,7 @@ def set_up_process(settings: Settings) -> None:
     """Yield the cores to a server on this machine, and under CUDA MPS the GPU too. Flush denormals,
     which slow products down. To be called before CUDA is used."""
     os.nice(settings.trainer.nice)
+    sys.setswitchinterval(_SWITCH_S)
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")  # below normal, which is 0
     if settings.trainer.gpu_share < 1:
         percentage = f"{100 * settings.trainer.gpu_share:g}"

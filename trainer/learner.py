@@ -105,9 +105,14 @@ class Learner:
         return self.settings.lr * self.lr_scale * warm
 
     @property
+    def runs_ahead(self) -> bool:
+        """Updates are made on a device, beside what the host does."""
+        return self.store.device.type == "cuda"
+
+    @property
     def fixed_shape(self) -> tuple[int, int] | None:
         """Positions of a batch and of a piece at most, if all batches have the same."""
-        if self.store.device.type != "cuda" or self.team is not None:
+        if not self.runs_ahead or self.team is not None:
             return None
         longest = self.settings.max_sequence
         return max(self.settings.batch_tokens, longest), longest
@@ -156,7 +161,7 @@ class Learner:
 
     def wait(self) -> None:
         """Wait until the device has made all updates that were launched."""
-        if self.store.device.type == "cuda":
+        if self.runs_ahead:
             torch.cuda.current_stream(self.store.device).synchronize()
 
     def settle(self) -> list[UpdateReport]:

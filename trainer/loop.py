@@ -120,7 +120,9 @@ class Trainer:
         other weights by now, learn for these."""
         if (moved := self.intake.moved_target()) is not None:
             follow(self, moved)
-        if samples := self.intake.read():
+        # On a CPU the next batch is waited for, so that the same log gives the same updates.
+        waits = not self.learner.runs_ahead or self.waits_for() is not None
+        if samples := self.intake.read(wait=waits):
             self.memory.take_in(samples)
             self.worth.take_in(samples)
         self._drop_stale()
