@@ -48,7 +48,7 @@ from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.pace import Pace
-from trainer.publish import Publisher
+from trainer.publish import Candidate, Publisher
 from trainer.replay import Memory, keys_in
 from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
@@ -192,7 +192,9 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
             journal,
             TargetWatch(settings.run_dir),
         ),
-        publisher=Publisher(store, store.take_over()),
+        publisher=Publisher(
+            store, store.take_over(), candidate=Candidate(beside=device.type == "cuda")
+        ),
         memory=Memory(settings.trainer, settings.seed, rows),
         learner=Learner(learns, model, head, settings.trainer, rows, group=shared.group),
         judge=Judge(

@@ -1,10 +1,12 @@
-"""Publish a candidate that passed the gate."""
+"""The candidate for the next version, and its publication once it has passed the gate."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +21,7 @@ from buffer.sealed import Content, Sealed, digest_of, seal
 from buffer.weights_store import WeightsStore
 from configs.logs import Outage
 from drafters.trainable import Trainable
-from trainer.gate import Judgement
+from trainer.gate import Judgement, Judging
 
 LARGEST_FLOAT32_BYTES = 256 << 20
 """Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
@@ -92,6 +94,57 @@ class OnHost:
 
 
 @dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a candidate that passed the gate."""
+
+    judgement: Judgement
+    """Its weights may turn out to be those of another version, and then it has not passed."""
+    published: Manifest | None
+    problem: OSError | None = None
+    """Why it could not be published."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """Where the present candidate is on its way, if there is one."""
+
+    beside: bool = False
+    """Updates go on meanwhile."""
+    model: nn.Module | None = None
+    """The weights that are judged and published; kept for the next candidate."""
+    judging: Judging | None = None
+    """Its figures are on their way."""
+    job: Future[Outcome] | None = None
+    """It has passed the gate, and is being published."""
+    step: int = 0
+    """Updates in its weights."""
+    began_s: float = 0.0
+    """``Pace.working_s`` then."""
+    judging_s: float = 0.0
+    """Seconds that judging it took, rests and publishing excepted."""
+    pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publisher")
+    )
+
+    @property
+    def is_busy(self) -> bool:
+        """There is a candidate whose outcome is not known yet."""
+        return self.judging is not None or self.job is not None
+
+    def take(self, average: nn.Module) -> nn.Module:
+        """The weights to judge, which do not change until its end: a copy, unless everything is
+        done at once."""
+        if not self.beside:
+            self.model = average
+        elif self.model is None:
+            self.model = copy.deepcopy(average)
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(_tensors_of(self.model), _tensors_of(average))
+        return self.model
+
+
+@dataclass(frozen=True, slots=True)
 class Publisher:
     """The weights store, and the right to publish in it until another trainer takes over."""
 
@@ -103,6 +156,8 @@ class Publisher:
     """Whether the store cannot be asked at present."""
     memory: HostCopies = field(default_factory=HostCopies)
     """Where candidates lie until they are published."""
+    candidate: Candidate = field(default_factory=Candidate)
+    """The present one."""
 
     def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
@@ -212,3 +267,7 @@ def _bundle_dtypes(tensors: Tensors) -> dict[str, torch.dtype]:
         name: tensor.dtype if is_small or not tensor.is_floating_point() else torch.bfloat16
         for name, tensor in tensors.items()
     }
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]

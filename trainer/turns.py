@@ -60,27 +60,31 @@ class Turns:
     @property
     def visits(self) -> npt.NDArray[np.int64]:
         """[N] batches that each was in; ``Memory.draw`` counts in it."""
-        return self.facts[_Fact.VISITS]
+        return self._fact(_Fact.VISITS)
 
     @property
     def arrived(self) -> npt.NDArray[np.int64]:
         """[N] how many training samples had arrived before each."""
-        return self.facts[_Fact.ARRIVED]
+        return self._fact(_Fact.ARRIVED)
 
     @property
     def num_pieces(self) -> npt.NDArray[np.int64]:
         """[N]."""
-        return self.facts[_Fact.NUM_PIECES]
+        return self._fact(_Fact.NUM_PIECES)
 
     @property
     def num_pages(self) -> npt.NDArray[np.int64]:
         """[N]."""
-        return self.facts[_Fact.NUM_PAGES]
+        return self._fact(_Fact.NUM_PAGES)
 
     @property
     def versions(self) -> npt.NDArray[np.int64]:
         """[N] version of the newest draft; -1: there is none."""
-        return self.facts[_Fact.VERSION]
+        return self._fact(_Fact.VERSION)
+
+    def _fact(self, which: _Fact) -> npt.NDArray[np.int64]:
+        row: npt.NDArray[np.int64] = self.facts[which]
+        return row
 
     def most_within(self, num_tokens: int) -> int:
         """More samples than this, one piece of each, have more positions than these, but for the
