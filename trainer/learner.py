@@ -21,6 +21,7 @@ from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures, Launched, UpdateReport
 from trainer.group import Group, single
+from trainer.host import Arriving, HostCopies
 from trainer.packing import HeldPiece, every_shape, pack
 from trainer.replica import Moments, load_into, load_model, moments_of
 from trainer.rows import RowStore
@@ -186,6 +187,13 @@ class Learner:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Copies of weights, their average, moments and generator, on the CPU."""
+        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in self._state().items()}
+
+    def begin_state(self, memory: HostCopies) -> Arriving:
+        """The same beside what comes next; the next call overwrites the copies."""
+        return memory.begin(self._state())
+
+    def _state(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         moments = moments_of(self.weights) if self.team is None else self.team.moments()
@@ -193,7 +201,7 @@ class Learner:
             tensors |= {f"{_PREFIX}{kind}.{name}": moment for kind, moment in state.items()}
         tensors["num_averaged"] = self.weights.num_averaged
         tensors["generator"] = self.generator.get_state()
-        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that ``state_tensors`` returned.

@@ -214,7 +214,8 @@ class Trainer:
         """
         self.settle()
         self.report_checkpoint(wait=True)
-        self.saver.start(self.state_to_json(), self.learner.state_tensors())
+        tensors = self.learner.begin_state(self.saver.memory)
+        self.saver.start(self.state_to_json(), tensors.tensors)
 
     def report_checkpoint(self, wait: bool) -> None:
         """Record the outcome of the checkpoint on its way, if there is one and it is known. Only
