@@ -24,6 +24,7 @@ from policies.gate import GateVerdict
 from trainer.fitted_policy import fitted_policy
 from trainer.gate import GATE_DRAFT_K, Judgement
 from trainer.publish import Outcome, bundle_content, is_same, publish_version
+from trainer.times import Part
 
 if TYPE_CHECKING:
     from trainer.gate import Judging
@@ -55,7 +56,7 @@ def begin(trainer: Trainer) -> None:
     candidate.began_s = pace.working_s
     candidate.step = trainer.learner.step
     pace.duty.begin()
-    with _busy(trainer):
+    with _busy(trainer, "judging"):
         model = candidate.take(trainer.learner.average)
         memory, speed = trainer.memory, trainer.worth.costs.speed_table(GATE_DRAFT_K)
         given = model, memory.held_out, memory.held_out_older, speed
@@ -72,18 +73,19 @@ def attend(trainer: Trainer, *, wait: bool = False) -> None:
     """
     candidate = trainer.publisher.candidate
     if candidate.judging is not None and (wait or candidate.judging.is_ready):
-        with _busy(trainer):
+        with _busy(trainer, "judging"):
             _judged(trainer, candidate.judging)
     if candidate.job is not None and (wait or candidate.job.done()):
-        with _busy(trainer):
+        with _busy(trainer, "publishing"):
             _ended(trainer, candidate.job.result())
 
 
 @contextlib.contextmanager
-def _busy(trainer: Trainer) -> Iterator[None]:
+def _busy(trainer: Trainer, part: Part) -> Iterator[None]:
     """Work that keeps the updates from going on, and a rest after it."""
     started_s = trainer.pace.working_s
-    yield
+    with trainer.updates.times.during(part):
+        yield
     seconds = trainer.pace.working_s - started_s
     trainer.worth.spend(seconds)
     trainer.rest(seconds)
@@ -110,7 +112,8 @@ def _judged(trainer: Trainer, judging: Judging) -> None:
     if candidate.beside:
         candidate.job = candidate.pool.submit(work)
     else:
-        _ended(trainer, work())
+        with trainer.updates.times.during("publishing"):
+            _ended(trainer, work())
 
 
 def _published(

@@ -55,7 +55,8 @@ def _train(trainers: Sequence[Trainer]) -> None:
     while active := [trainer for trainer in trainers if not trainer.is_done()]:
         turns = [trainer.take_turn() for trainer in active]
         if not any(turns):
-            active[0].stop.wait(POLL_S)
+            with active[0].updates.times.during("waiting"):
+                active[0].stop.wait(POLL_S)
         for trainer in active:
             candidate.attend(trainer)
             if trainer.candidate_is_due():
@@ -106,11 +107,15 @@ class Trainer:
     def take_turn(self) -> bool:
         """Take in traces and make an update, or report what that waits for. Returns whether there
         was one."""
-        self.take_in_traces()
+        times = self.updates.times
+        with times.during("taking_in"):
+            self.take_in_traces()
         if self.waits_for() is not None:
-            self.wait()
+            with times.during("waiting"):
+                self.wait()
             return False
-        self.update()
+        with times.during("updates"):
+            self.update()
         return True
 
     def take_in_traces(self) -> None:
@@ -161,7 +166,8 @@ class Trainer:
 
     def rest(self, busy_s: float) -> None:
         """After this time of work, leave the device to others as long as ``trainer.duty`` says."""
-        self.pace.duty.rest(busy_s, self.learner.wait)
+        with self.updates.times.during("resting"):
+            self.pace.duty.rest(busy_s, self.learner.wait)
 
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
@@ -212,6 +218,10 @@ class Trainer:
 
         If the disk is full, the previous checkpoint stays.
         """
+        with self.updates.times.during("checkpoints"):
+            self._begin_checkpoint()
+
+    def _begin_checkpoint(self) -> None:
         self.settle()
         self.report_checkpoint(wait=True)
         tensors = self.learner.begin_state(self.saver.memory)
@@ -354,6 +364,10 @@ class Trainer:
 
     def write_updates(self) -> None:
         """One event for the updates since the last one."""
+        with self.updates.times.during("reporting"):
+            self._write_updates()
+
+    def _write_updates(self) -> None:
         if values := self.updates.taken(self.published.version):
             shown = ("loss", "alpha", "agree", "staleness", "staleness_max")
             self.updates.latest |= {name: values[name] for name in shown}
@@ -363,33 +377,36 @@ class Trainer:
     def _write_status(self, state: str) -> None:
         if not self.journal.status_is_due(state):
             return
+        with self.updates.times.during("reporting"):
+            self.journal.status(self._status(state))
+
+    def _status(self, state: str) -> dict[str, Any]:
         memory, counts = self.memory, self.intake.counts
-        self.journal.status(
-            {
-                "state": state,
-                "step": self.learner.step,
-                "skipped": self.learner.num_skipped,
-                "version": self.published.version,
-                "refused_in_row": self.pace.refused_in_row,
-                "traces": {
-                    "read": counts.read,
-                    "duplicate": counts.duplicate,
-                    "quarantined": counts.quarantined,
-                    "damaged": counts.damaged,
-                    "evicted_unread": counts.evicted_unread,
-                    "deleted": counts.deleted + self.intake.num_deleted,
-                    "refused": dict(self.intake.num_refused),
-                    "taken_in": memory.num_samples,
-                    "held": len(memory.samples()),
-                    "stale": memory.num_stale,
-                    "held_out": memory.num_held_out,
-                    "judging": len(memory.held_out) + len(memory.held_out_older),
-                },
-                "fresh_rows": memory.fresh_rows,
-                "trained_rows": memory.trained_rows,
-                "lr": self.learner.lr,
-                **self.updates.latest,
-                **self.worth.figures(),
-                "sharing": self.pace.duty.figures(),
-            }
-        )
+        return {
+            "state": state,
+            "step": self.learner.step,
+            "skipped": self.learner.num_skipped,
+            "version": self.published.version,
+            "refused_in_row": self.pace.refused_in_row,
+            "traces": {
+                "read": counts.read,
+                "duplicate": counts.duplicate,
+                "quarantined": counts.quarantined,
+                "damaged": counts.damaged,
+                "evicted_unread": counts.evicted_unread,
+                "deleted": counts.deleted + self.intake.num_deleted,
+                "refused": dict(self.intake.num_refused),
+                "taken_in": memory.num_samples,
+                "held": len(memory.samples()),
+                "stale": memory.num_stale,
+                "held_out": memory.num_held_out,
+                "judging": len(memory.held_out) + len(memory.held_out_older),
+            },
+            "fresh_rows": memory.fresh_rows,
+            "trained_rows": memory.trained_rows,
+            "lr": self.learner.lr,
+            **self.updates.latest,
+            **self.worth.figures(),
+            "sharing": self.pace.duty.figures(),
+            "time": self.updates.times.figures(),
+        }
