@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +214,7 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
         worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
-    trainer.judge.between = partial(shared.duty.breathe, trainer.learner.wait)
+    trainer.judge.between = trainer.breathe
     trainer.worth.begin(manifest)
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:

@@ -169,6 +169,11 @@ class Trainer:
         with self.updates.times.during("resting"):
             self.pace.duty.rest(busy_s, self.learner.wait)
 
+    def breathe(self) -> None:
+        """The same in the midst of a piece of work."""
+        with self.updates.times.during("resting"):
+            self.pace.duty.breathe(self.learner.wait)
+
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
         started = time.monotonic()

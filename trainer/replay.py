@@ -147,29 +147,27 @@ class Memory:
             replay: places in ``samples()`` and ``training`` behind them.
             held_out: the same in the samples that judge and in ``judges``.
         """
-        pages = np.concatenate((self.turns.num_pages, [*map(num_pages_of, training)]))
-        judging: tuple[Any, ...] = (*_all(self.judges), *judges)
-        judging_pages = np.array([*map(num_pages_of, judging)], dtype=np.int64)
-        while not self._fits((pages, _all(replay)), (judging_pages, _all(held_out))):
+        held = _all(self.judges)
+        pages = np.concatenate((self.turns.num_pages, _pages_of(training)))
+        judging_pages = _pages_of((*held, *judges))
+        while True:
+            taught = _Mix.of(replay, pages, [*self.turns.samples, *training], len(training))
+            judging = _Mix.of(held_out, judging_pages, [*held, *judges], len(judges))
+            if self._fits(taught, judging):
+                break
             self.room *= _SHRINK
             replay, held_out = self._mixed(replay, (), held_out, ())
-        order = np.array(_all(replay), dtype=np.int64)
-        every: list[Any] = [*self.turns.samples, *training]
-        both = [
-            (every, len(self.turns.samples), order.tolist()),
-            ([*judging], len(judging) - len(judges), [*_all(held_out)]),
-        ]
-        for samples, num_held, kept in both:
-            left = np.ones(len(samples), dtype=np.bool_)
-            left[kept] = False
-            self.store.drop(samples[at] for at in np.flatnonzero(left[:num_held]).tolist())
-        new = [(samples, at) for samples, num, kept in both for at in kept if at >= num]
-        uploaded = self.store.put([samples[at] for samples, at in new])
-        for (samples, at), held in zip(new, uploaded, strict=True):
-            samples[at] = held
-        self.turns = self.turns.chosen(order, every[both[0][1] :], self.num_samples)
-        self.replay = _taken(replay, every)
-        self.judges = _taken(held_out, both[1][0])
+        for mix in (taught, judging):
+            self.store.drop(mix.samples[place] for place in mix.leaving)
+        new = [(mix, place) for mix in (taught, judging) for place in mix.arriving]
+        uploaded = self.store.put([mix.samples[place] for mix, place in new])
+        for (mix, place), sample in zip(new, uploaded, strict=True):
+            mix.samples[place] = sample
+        num_held = len(self.turns.samples)
+        self.turns = self.turns.chosen(
+            taught.places, taught.samples[num_held:], arrived=self.num_samples
+        )
+        self.replay, self.judges = _taken(replay, taught), _taken(held_out, judging)
 
     def _mixed(
         self,
@@ -199,16 +197,13 @@ class Memory:
             ),
         )
 
-    def _fits(self, *parts: tuple[npt.NDArray[np.int64], tuple[int, ...]]) -> bool:
+    def _fits(self, *mixes: _Mix) -> bool:
         """
-        Args:
-            parts: pages of samples, and the places of those that are to be held.
-
         Raises:
             ValueError: they do not, and fewer traces would not help.
         """
-        num = sum(len(places) for _, places in parts)
-        pages = sum(int(pages[list(places)].sum()) for pages, places in parts)
+        num = sum(len(mix.places) for mix in mixes)
+        pages = sum(mix.num_pages for mix in mixes)
         if not num or pages < self.store.num_pages:  # page 0 holds nothing
             return True
         if num <= 3:
@@ -396,12 +391,51 @@ def _places_of(replay: Replay[Any]) -> Replay[int]:
     return Replay((*range(num_recent),), (*range(num_recent, num),), replay.num_left)
 
 
-def _taken(places: Replay[int], samples: Sequence[Any]) -> Replay[HeldSample]:
+def _taken(replay: Replay[int], mix: _Mix) -> Replay[HeldSample]:
     """The mix of the samples at these places."""
     recent, reservoir = (
-        tuple(map(samples.__getitem__, part)) for part in (places.recent, places.reservoir)
+        tuple(map(mix.samples.__getitem__, part)) for part in (replay.recent, replay.reservoir)
     )
-    return Replay(recent, reservoir, places.num_left)
+    return Replay(recent, reservoir, replay.num_left)
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """Which samples are to be held, of those that are and of new ones behind them."""
+
+    places: npt.NDArray[np.int64]
+    samples: list[Any]
+    num_pages: int
+    """Of those to be held."""
+    leaving: list[int]
+    """Places of held ones that are not to be held any more."""
+    arriving: list[int]
+    """Places of new ones that are to be held."""
+
+    @classmethod
+    def of(
+        cls, replay: Replay[int], pages: npt.NDArray[np.int64], samples: list[Any], num_new: int
+    ) -> _Mix:
+        """
+        Args:
+            pages: of each sample.
+            num_new: how many of the samples are new.
+        """
+        places = np.array(_all(replay), dtype=np.int64)
+        num_held = len(samples) - num_new
+        leaves = np.ones(len(samples), dtype=np.bool_)
+        leaves[places] = False
+        return cls(
+            places,
+            samples,
+            int(pages[places].sum()),
+            np.flatnonzero(leaves[:num_held]).tolist(),
+            places[places >= num_held].tolist(),
+        )
+
+
+def _pages_of(samples: Sequence[HeldSample | Sample]) -> npt.NDArray[np.int64]:
+    return np.array([num_pages_of(one) for one in samples], dtype=np.int64)
 
 
 def _found(

@@ -50,11 +50,11 @@ class Times:
             self._switched()
             self.now = before
 
-    def figures(self) -> dict[str, float]:
+    def figures(self) -> dict[Part, float]:
         """Shares of the last ``WINDOW_S`` seconds and more by part, which sum to 1; over the
         beginning while there is no full window."""
         self._switched()
-        return {**(self.shares or self._shares())}
+        return dict(self.shares or self._shares())
 
     def _switched(self) -> Part:
         """Count what was done until now; returns what that was."""
