@@ -19,6 +19,7 @@ from tests.trainer.test_loop import events, weights
 from tests.trainer.traffic import settings_for, write_traces
 from trainer.build import build_trainer
 from trainer.candidate import attend
+from trainer.checkpoint import read_checkpoint
 from trainer.loop import Trainer, run
 
 
@@ -157,3 +158,30 @@ def test_what_ends_the_publishing_thread_ends_the_trainer(world: World, tmp_path
 
     with pytest.raises(ValueError, match=r"taken over|took over"):
         trainer.end_candidate()
+
+
+@pytest.mark.gpu
+def test_a_trainer_on_a_gpu_publishes_and_saves_beside_its_updates(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, world.traces)
+    steps = {"max_steps": 60, "publish_every_steps": 10, "checkpoint_every_s": 0.1}
+    settings = settings_for(tmp_path, world.target, device="cuda", gate_margin=0.01, **steps)
+    trainer = build_trainer(settings, threading.Event())
+    assert trainer.publisher.candidate.beside
+
+    run(trainer)
+
+    published = events(tmp_path, "published")
+    assert published[-1]["step"] == 60
+    newest = weights(tmp_path, trainer.published.version)
+    assert newest.keys()
+    for name, tensor in trainer.judge.incumbent.state_dict().items():
+        assert tensor.cpu().equal(newest[name]), name
+    for version in FolderWeights(tmp_path / "weights").versions():
+        check_bundle(tmp_path / "weights" / str(version))
+    saved = read_checkpoint(trainer.saver.root)
+    assert saved is not None
+    assert saved.state["step"] == 60
+    for name, tensor in trainer.learner.state_tensors().items():
+        assert tensor.equal(saved.tensors[name]), name
