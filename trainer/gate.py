@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -153,19 +154,27 @@ class _Launched:
             return True
         return bool(self.arrived.query())  # type: ignore[no-untyped-call]
 
-    def measured(self) -> dict[str, Measured]:
-        """The chains of each sample, by its key; waits for the device."""
+    def by_sample(self) -> list[Tensor]:
+        """The rows of each sample; waits for the device."""
         if self.arrived is not None:
             self.arrived.synchronize()
-        samples = self.samples
-        parts = [self.rows[self.owner_R == place] for place in range(len(samples))]
-        is_full = [part[:, -1] > 0 for part in parts]
-        places = slice(GATE_DRAFT_K), slice(GATE_DRAFT_K, -1)
-        # Both figures at once: what is computed token by token takes as long for one.
-        texts = [part[:, at] for at in places for part in parts]
-        chains = Chains.of_texts(texts, [*is_full, *is_full])
-        pairs = zip(samples, chains[: len(samples)], chains[len(samples) :], strict=True)
-        return {sample.key: Measured(overlap, kept) for sample, overlap, kept in pairs}
+        return [self.rows[self.owner_R == place] for place in range(len(self.samples))]
+
+
+def _measured(launched: Sequence[_Launched]) -> list[dict[str, Measured]]:
+    """The chains of each sample by its key, for each measurement; waits for the device."""
+    parts = [part for one in launched for part in one.by_sample()]
+    is_full = [part[:, -1] > 0 for part in parts]
+    places = slice(GATE_DRAFT_K), slice(GATE_DRAFT_K, -1)
+    # All at once: what is computed token by token takes as long for one text.
+    texts = [part[:, at] for at in places for part in parts]
+    chains = Chains.of_texts(texts, [*is_full, *is_full])
+    both = zip(chains[: len(parts)], chains[len(parts) :], strict=True)
+    found = []
+    for one in launched:
+        own = zip(one.samples, islice(both, len(one.samples)), strict=True)
+        found.append({sample.key: Measured(*pair) for sample, pair in own})
+    return found
 
 
 @dataclass(slots=True)
@@ -272,21 +281,21 @@ class Judge:
             speed,
             self._launch(candidate, everything),
             self._launch(self.incumbent, [x for x in everything if x.key not in self._known]),
-            None
+            []
             if static is None
-            else self._launch(static.model, [x for x in everything if x.key not in static.known]),
+            else [self._launch(static.model, [x for x in everything if x.key not in static.known])],
         )
 
     def judged(self, judging: Judging) -> Judgement:
         """Its judgement; waits for the device."""
         held_out, older, speed = judging.held_out, judging.older, judging.speed
         everything = [*held_out, *older]
-        measured = self._measured = judging.ours.measured()
-        known = self._known | judging.theirs.measured()
-        known = self._known = {x.key: known[x.key] for x in everything}
-        if self.static is not None and judging.static is not None:
-            static = self.static.known | judging.static.measured()
-            self.static.known = {x.key: static[x.key] for x in everything}
+        launched = [judging.ours, judging.theirs, *judging.static]
+        measured, known, *static = _measured(launched)
+        self._measured = measured
+        known = self._known = _of(self._known | known, everything)
+        if self.static is not None and static:
+            self.static.known = _of(self.static.known | static[0], everything)
         ours, theirs = _join(measured, held_out), _join(known, held_out)
         values = _values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
         before = [values.of(who, _join(x, older)) for who, x in ((0, measured), (1, known))]
@@ -373,13 +382,13 @@ class Judging:
     ours: _Launched
     theirs: _Launched
     """Of the samples on which the incumbent was not measured yet; ``static`` likewise."""
-    static: _Launched | None
+    static: Sequence[_Launched]
+    """Empty if it is not measured."""
 
     @property
     def is_ready(self) -> bool:
         """``judgement`` would not wait."""
-        launched = (self.ours, self.theirs, self.static)
-        return all(one.is_ready for one in launched if one is not None)
+        return all(one.is_ready for one in (self.ours, self.theirs, *self.static))
 
     def judgement(self) -> Judgement:
         """Its result; waits for the device."""
@@ -428,6 +437,11 @@ def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
     for one in samples:
         found.setdefault(one.domain, []).append(one)
     return found
+
+
+def _of(found: Mapping[str, Measured], samples: Sequence[HeldSample]) -> dict[str, Measured]:
+    """What was found of these samples."""
+    return {x.key: found[x.key] for x in samples}
 
 
 def _join(found: dict[str, Measured], samples: Sequence[HeldSample]) -> Measured:
