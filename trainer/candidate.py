@@ -43,6 +43,7 @@ def begin(trainer: Trainer) -> None:
         trainer.settle()
     try:
         if trainer.published.version in publisher.store.read_denied():
+            trainer.settle()
             trainer.follow_roll_back()
             pace.judged(None, None, 0.0)
             return
@@ -181,6 +182,7 @@ def _ended(trainer: Trainer, outcome: Outcome) -> None:
     elif outcome.published is not None:
         _promote(trainer, outcome.published)
     elif judgement.is_hopeless:
+        trainer.settle()
         pace.begin()
         trainer.restore_from(None, "the candidate is far behind the incumbent")
     else:
