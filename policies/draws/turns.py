@@ -20,10 +20,9 @@ def draw(pool: Pool, settings: TrainerSettings, random: np.random.Generator) -> 
     need_N, luck_N = pool.visits_N / pool.num_pieces_N, random.random(count)
     by_luck = random.permutation(count)
     take_any = random.random(2 * count) < settings.reservoir_share
-    # Each is at most twice among those taken, so so many of either list are enough.
-    enough = min(2 * wanted, count)
-    by_need = _first_by(need_N, luck_N, enough)
-    return _interleaved(by_need, by_luck[:enough], take_any[: 2 * enough], count)[:wanted]
+    # A list that has given this many has given as many different ones, so no more are needed.
+    by_need, by_luck = _first_by(need_N, luck_N, wanted), by_luck[:wanted]
+    return _interleaved(by_need, by_luck, take_any[: 2 * wanted], count)[:wanted]
 
 
 def _first_by(need_N: NDArray[Any], luck_N: NDArray[Any], num: int) -> Places:
