@@ -353,6 +353,11 @@ class Judge:
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known, self._measured = self._measured if was_judged else {}, {}
 
+    def measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Measured]:
+        """The chains of each sample with a drafter, by its key; waits for the device."""
+        (found,) = _measured([self._launch(model, samples)])
+        return found
+
     def _launch(self, model: nn.Module, samples: Sequence[HeldSample]) -> _Launched:
         """Measure the chains of each sample."""
         owners, found = [np.zeros(0, dtype=np.int64)], []
