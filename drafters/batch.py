@@ -104,7 +104,7 @@ def _part(number: int, sample: Sample, piece: Piece) -> TrainingBatch:
     rows[at] = found
     known = torch.zeros(length, dtype=torch.bool)
     known[at] = True
-    row_R = rows_with_loss(known, piece)
+    row_R = torch.from_numpy(rows_with_loss(known.numpy(), piece)).long()
     weights = sample.weight_T
     return TrainingBatch(
         token_ids_T=sample.token_ids_T[piece.start : piece.stop],

@@ -102,18 +102,18 @@ def widen(rows: Tensor, scale: Tensor | None) -> Tensor:
     return wide if scale is None else wide * scale[..., None]
 
 
-def rows_with_loss(known: Tensor, piece: Piece) -> Tensor:
+def rows_with_loss(known: NDArray[np.bool_], piece: Piece) -> NDArray[np.int32]:
     """Rows of a piece that have a loss: captured like the row before, and with a next token.
 
     Args:
         known: [stop - start] bool, positions of the piece whose rows were captured.
 
     Returns:
-        [R] int64 ascending, counted from ``piece.start``.
+        [R] int32 ascending, counted from ``piece.start``.
     """
-    has = known.clone()
+    has = known.copy()
     has[1:] &= known[:-1]
     has[0] = False
     has[: max(piece.loss_from - piece.start, 0)] = False
     has[-1] = False
-    return has.nonzero()[:, 0]
+    return np.flatnonzero(has).astype(np.int32)

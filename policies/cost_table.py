@@ -100,10 +100,13 @@ class CostTable:
         for size, number in zip(*np.unique(size_R, return_counts=True), strict=True):
             self.weights[int(size)] += int(number)
         is_timed_R = step_s_R > 0
-        for size, k in unique_pairs(size_R[is_timed_R], draft_k_R[is_timed_R]):
-            these_R = is_timed_R & (size_R == size) & (draft_k_R == k)
-            kept = self.times.setdefault((size, k), deque(maxlen=_KEPT))
-            kept.extend(step_s_R[these_R][-_KEPT:].tolist())
+        pairs, which_R = unique_pairs(size_R[is_timed_R], draft_k_R[is_timed_R])
+        # Grouped by pair, in order within each.
+        step_s_R = step_s_R[is_timed_R][np.argsort(which_R, kind="stable")]
+        ends = np.bincount(which_R, minlength=len(pairs)).cumsum().tolist()
+        for pair, start, end in zip(pairs, [0, *ends], ends, strict=False):
+            kept = self.times.setdefault(pair, deque(maxlen=_KEPT))
+            kept.extend(step_s_R[start:end][-_KEPT:].tolist())
 
     def step_s(self, batch: int, draft_k: int) -> float | None:
         """Seconds of a step; ``None`` if it was never seen often enough, nor enough others to draw
@@ -134,10 +137,14 @@ class CostTable:
         return self._known[size]
 
 
-def unique_pairs(first_R: NDArray[Any], second_R: NDArray[Any]) -> list[tuple[int, int]]:
-    """The different pairs of values at the same place, both below 2**31 and not negative."""
-    pairs = np.unique(first_R.astype(np.int64) << 32 | second_R.astype(np.int64))
-    return [(int(pair) >> 32, int(pair) & 0xFFFFFFFF) for pair in pairs]
+def unique_pairs(
+    first_R: NDArray[Any], second_R: NDArray[Any]
+) -> tuple[list[tuple[int, int]], NDArray[np.int64]]:
+    """The different pairs of values at the same place, both below 2**31 and not negative; and for
+    each place, which of them is there."""
+    joined_R = first_R.astype(np.int64) << 32 | second_R.astype(np.int64)
+    pairs, which_R = np.unique(joined_R, return_inverse=True)
+    return [(pair >> 32, pair & 0xFFFFFFFF) for pair in pairs.tolist()], which_R
 
 
 def _on_line(medians: dict[int, float], draft_k: int) -> float | None:

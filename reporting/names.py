@@ -46,6 +46,8 @@ TRAINER = {
     "trainer/version": "Newest published version.",
     "trainer/drift": "Largest evidence over the domains that acceptance has fallen, as a share of "
     "what starts an alarm.",
+    "trainer/time_{part}": "Share of the last ten seconds in which the trainer made updates, took "
+    "traces in, judged, published, saved, reported, rested or waited.",
 }
 GATE = {
     "gate/candidate": "The candidate's figure on held-out traces: tokens_per_step, or speedup over "

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from trainer.journal import Journal
 from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.pace import Pace
-from trainer.publish import Publisher
+from trainer.publish import Candidate, Publisher
 from trainer.replay import Memory, keys_in
 from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
@@ -59,6 +59,10 @@ from trainer.update import batch_dtype, is_divided
 from trainer.worth import Worth
 
 log = logging.getLogger(__name__)
+
+_SWITCH_S = 0.001
+"""After which the thread that launches updates gets the interpreter's lock back from the one that
+reads traces. It gives it up in each of torch's operations, and would wait 5 ms by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +191,9 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
             journal,
             TargetWatch(settings.run_dir),
         ),
-        publisher=Publisher(store, store.take_over()),
+        publisher=Publisher(
+            store, store.take_over(), candidate=Candidate(beside=device.type == "cuda")
+        ),
         memory=Memory(settings.trainer, settings.seed, rows),
         learner=Learner(learns, model, head, settings.trainer, rows, group=shared.group),
         judge=Judge(
@@ -208,7 +214,7 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
         worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
     )
-    trainer.judge.between = partial(shared.duty.breathe, trainer.learner.wait)
+    trainer.judge.between = trainer.breathe
     trainer.worth.begin(manifest)
     saved = read_checkpoint(trainer.saver.root)
     if saved is None:
@@ -394,6 +400,7 @@ def set_up_process(settings: Settings) -> None:
     """Yield the cores to a server on this machine, and under CUDA MPS the GPU too. Flush denormals,
     which slow products down. To be called before CUDA is used."""
     os.nice(settings.trainer.nice)
+    sys.setswitchinterval(_SWITCH_S)
     os.environ.setdefault("CUDA_MPS_CLIENT_PRIORITY", "1")  # below normal, which is 0
     if settings.trainer.gpu_share < 1:
         percentage = f"{100 * settings.trainer.gpu_share:g}"

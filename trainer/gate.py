@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from drafters.acceptance import Chains
 from drafters.trainable import Trainable
@@ -134,21 +135,55 @@ class Measured:
     """For figures."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Launched:
+    """A measurement that the device makes."""
+
+    samples: Sequence[HeldSample]
+    rows: Tensor
+    """[R, 2 K + 1] float32 on the host, once it is ready: overlaps, kept, and whether the text has
+    all K tokens of the chain."""
+    owner_R: Tensor
+    """Index of each chain's sample."""
+    arrived: torch.cuda.Event | None
+    """``None``: it is ready."""
+
+    @property
+    def is_ready(self) -> bool:
+        if self.arrived is None:
+            return True
+        return bool(self.arrived.query())  # type: ignore[no-untyped-call]
+
+    def by_sample(self) -> list[Tensor]:
+        """The rows of each sample; waits for the device."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return [self.rows[self.owner_R == place] for place in range(len(self.samples))]
+
+
+def _measured(launched: Sequence[_Launched]) -> list[dict[str, Measured]]:
+    """The chains of each sample by its key, for each measurement; waits for the device."""
+    parts = [part for one in launched for part in one.by_sample()]
+    is_full = [part[:, -1] > 0 for part in parts]
+    places = slice(GATE_DRAFT_K), slice(GATE_DRAFT_K, -1)
+    # All at once: what is computed token by token takes as long for one text.
+    texts = [part[:, at] for at in places for part in parts]
+    chains = Chains.of_texts(texts, [*is_full, *is_full])
+    both = zip(chains[: len(parts)], chains[len(parts) :], strict=True)
+    found = []
+    for one in launched:
+        own = zip(one.samples, islice(both, len(one.samples)), strict=True)
+        found.append({sample.key: Measured(*pair) for sample, pair in own})
+    return found
+
+
 @dataclass(slots=True)
 class Static:
     """A version that never changes, whose acceptance on each trace is cached."""
 
     model: nn.Module
-    _known: dict[str, Measured] = field(default_factory=dict)
-
-    def acceptance_on(
-        self, samples: Sequence[HeldSample], measure: Callable[..., dict[str, Measured]]
-    ) -> dict[str, Measured]:
-        """Acceptance on each sample, by its key."""
-        new = measure(self.model, [x for x in samples if x.key not in self._known])
-        known = self._known | new
-        self._known = {x.key: known[x.key] for x in samples}
-        return self._known
+    known: dict[str, Measured] = field(default_factory=dict)
+    """By key of the trace."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -226,9 +261,41 @@ class Judge:
         Args:
             speed: what tokens at each K up to ``GATE_DRAFT_K`` are worth; ``None``: unknown.
         """
+        return self.begin(candidate, held_out, older, speed).judgement()
+
+    def begin(
+        self,
+        candidate: nn.Module,
+        held_out: Sequence[HeldSample],
+        older: Sequence[HeldSample] = (),
+        speed: SpeedTable | None = None,
+    ) -> Judging:
+        """The same, beside what else the device is told to do from now on. What it reads must not
+        be overwritten but by the device's own later work, until the judgement is asked for."""
         everything = [*held_out, *older]
-        known = self._of_incumbent(everything)
-        measured = self._measured = self._measure(candidate, everything)
+        static = self.static
+        return Judging(
+            self,
+            held_out,
+            older,
+            speed,
+            self._launch(candidate, everything),
+            self._launch(self.incumbent, [x for x in everything if x.key not in self._known]),
+            []
+            if static is None
+            else [self._launch(static.model, [x for x in everything if x.key not in static.known])],
+        )
+
+    def judged(self, judging: Judging) -> Judgement:
+        """Its judgement; waits for the device."""
+        held_out, older, speed = judging.held_out, judging.older, judging.speed
+        everything = [*held_out, *older]
+        launched = [judging.ours, judging.theirs, *judging.static]
+        measured, known, *static = _measured(launched)
+        self._measured = measured
+        known = self._known = _of(self._known | known, everything)
+        if self.static is not None and static:
+            self.static.known = _of(self.static.known | static[0], everything)
         ours, theirs = _join(measured, held_out), _join(known, held_out)
         values = _values(speed or by_tokens(GATE_DRAFT_K), ours, theirs)
         before = [values.of(who, _join(x, older)) for who, x in ((0, measured), (1, known))]
@@ -261,13 +328,6 @@ class Judge:
             self._domain_speeds(values, domains, measured, known),
         )
 
-    def _of_incumbent(self, samples: Sequence[HeldSample]) -> dict[str, Measured]:
-        """The incumbent's acceptance on each sample."""
-        known = self._known
-        known |= self._measure(self.incumbent, [x for x in samples if x.key not in known])
-        self._known = {x.key: known[x.key] for x in samples}
-        return self._known
-
     def _domain_speeds(
         self,
         values: _Values,
@@ -275,11 +335,7 @@ class Judge:
         measured: dict[str, Measured],
         known: dict[str, Measured],
     ) -> dict[str, DomainSpeeds]:
-        if self.static is None:
-            static: dict[str, Measured] = {}
-        else:
-            every = [x for samples in domains.values() for x in samples]
-            static = self.static.acceptance_on(every, self._measure)
+        static = {} if self.static is None else self.static.known
         found = {}
         for name, samples in domains.items():
             ours, theirs = (values.of(w, _join(x, samples)) for w, x in ((0, measured), (1, known)))
@@ -297,9 +353,14 @@ class Judge:
         self.incumbent.load_state_dict(candidate.state_dict())
         self._known, self._measured = self._measured if was_judged else {}, {}
 
-    def _measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Measured]:
-        """The chains of each sample, by its key."""
-        owners, found = [], []
+    def measure(self, model: nn.Module, samples: Sequence[HeldSample]) -> dict[str, Measured]:
+        """The chains of each sample with a drafter, by its key; waits for the device."""
+        (found,) = _measured([self._launch(model, samples)])
+        return found
+
+    def _launch(self, model: nn.Module, samples: Sequence[HeldSample]) -> _Launched:
+        """Measure the chains of each sample."""
+        owners, found = [np.zeros(0, dtype=np.int64)], []
         for group in _groups(samples):
             packed = pack([piece for _, piece in group], None)
             batch = self.store.batch(packed, batch_dtype(self.store.device))
@@ -308,16 +369,46 @@ class Judge:
             found.append(torch.cat(columns, dim=1))
             owners.append(_owners(packed, [place for place, _ in group]))
             self.between()
+        owner_R = torch.from_numpy(np.concatenate(owners))
         if not found:
-            return {}
-        rows = torch.cat(found).cpu()  # waits for the device, once
-        owner = torch.from_numpy(np.concatenate(owners))
-        parts = [rows[owner == place] for place in range(len(samples))]
-        is_full = [part[:, -1] > 0 for part in parts]
-        places = slice(GATE_DRAFT_K), slice(GATE_DRAFT_K, -1)
-        both = [Chains.of_texts([part[:, at] for part in parts], is_full) for at in places]
-        pairs = zip(samples, *both, strict=True)
-        return {sample.key: Measured(overlap, kept) for sample, overlap, kept in pairs}
+            return _Launched(samples, torch.zeros(0, 2 * GATE_DRAFT_K + 1), owner_R, None)
+        rows, arrived = _on_host(torch.cat(found))
+        return _Launched(samples, rows, owner_R, arrived)
+
+
+@dataclass(frozen=True, slots=True)
+class Judging:
+    """A comparison under way."""
+
+    judge: Judge
+    held_out: Sequence[HeldSample]
+    older: Sequence[HeldSample]
+    speed: SpeedTable | None
+    ours: _Launched
+    theirs: _Launched
+    """Of the samples on which the incumbent was not measured yet; ``static`` likewise."""
+    static: Sequence[_Launched]
+    """Empty if it is not measured."""
+
+    @property
+    def is_ready(self) -> bool:
+        """``judgement`` would not wait."""
+        return all(one.is_ready for one in (self.ours, self.theirs, *self.static))
+
+    def judgement(self) -> Judgement:
+        """Its result; waits for the device."""
+        return self.judge.judged(self)
+
+
+def _on_host(rows: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """``rows`` on the host, once the event is over."""
+    if rows.device.type != "cuda":
+        return rows, None
+    host = torch.empty(rows.shape, dtype=rows.dtype, pin_memory=True)
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    host.copy_(rows, non_blocking=True)
+    arrived.record()
+    return host, arrived
 
 
 def _values(speed: SpeedTable, ours: Measured, theirs: Measured) -> _Values:
@@ -351,6 +442,11 @@ def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
     for one in samples:
         found.setdefault(one.domain, []).append(one)
     return found
+
+
+def _of(found: Mapping[str, Measured], samples: Sequence[HeldSample]) -> dict[str, Measured]:
+    """What was found of these samples."""
+    return {x.key: found[x.key] for x in samples}
 
 
 def _join(found: dict[str, Measured], samples: Sequence[HeldSample]) -> Measured:

@@ -29,8 +29,9 @@ from trainer.target import TargetWatch
 TRACES_AT_ONCE = 64
 BATCHES_AHEAD = 2
 """Batches that wait for the trainer, of at most ``TRACES_AT_ONCE`` traces or 64 MiB each."""
-POLL_S = 0.02
-"""Seconds between two looks for new records once all were read."""
+POLL_S = 0.05
+"""Seconds between two looks for new records once all were read. What arrives meanwhile is taken in
+at once, which costs the trainer less than a few traces at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,16 +129,19 @@ class Intake:
         self.stop()
         self._reader.close()
 
-    def read(self) -> list[Sample]:
+    def read(self, *, wait: bool = True) -> list[Sample]:
         """Samples of the next traces, at most ``TRACES_AT_ONCE``.
 
-        Never waits for traces to be written; while earlier ones are still being read, it waits for
-        the next of them. While a buffer's service is away there are none, and the journal says so.
+        Never waits for traces to be written. While a buffer's service is away there are none, and
+        the journal says so.
+
+        Args:
+            wait: while earlier traces are still being read, wait for the next of them.
 
         Raises:
             OSError: the log cannot be read.
         """
-        batch = self._next_batch() if self._ahead is None else self._ahead.take()
+        batch = self._next_batch() if self._ahead is None else self._ahead.take(wait)
         if batch is None:
             return []
         self._places, self._counts = batch.places, batch.counts
@@ -286,16 +290,17 @@ class _Ahead:
         self._thread = threading.Thread(target=self._run, name="intake", daemon=True)
         self._thread.start()
 
-    def take(self) -> _Batch | None:
-        """The next batch; ``None`` if all records were read.
+    def take(self, wait: bool) -> _Batch | None:
+        """The next batch; ``None`` if all records were read, or none is ready and nobody waits.
 
         Raises:
             BaseException: what ended the thread.
         """
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._ready or self._has_all or self._stopping or self._error
-            )
+            if wait:
+                self._changed.wait_for(
+                    lambda: self._ready or self._has_all or self._stopping or self._error
+                )
             if self._ready:
                 batch = self._ready.popleft()
                 self._changed.notify_all()

@@ -21,6 +21,7 @@ from drafters.trainable import Trainable
 from targets.head import TargetHead
 from trainer.figures import Figures, Launched, UpdateReport
 from trainer.group import Group, single
+from trainer.host import Arriving, HostCopies
 from trainer.packing import HeldPiece, every_shape, pack
 from trainer.replica import Moments, load_into, load_model, moments_of
 from trainer.rows import RowStore
@@ -105,9 +106,14 @@ class Learner:
         return self.settings.lr * self.lr_scale * warm
 
     @property
+    def runs_ahead(self) -> bool:
+        """Updates are made on a device, beside what the host does."""
+        return self.store.device.type == "cuda"
+
+    @property
     def fixed_shape(self) -> tuple[int, int] | None:
         """Positions of a batch and of a piece at most, if all batches have the same."""
-        if self.store.device.type != "cuda" or self.team is not None:
+        if not self.runs_ahead or self.team is not None:
             return None
         longest = self.settings.max_sequence
         return max(self.settings.batch_tokens, longest), longest
@@ -156,7 +162,7 @@ class Learner:
 
     def wait(self) -> None:
         """Wait until the device has made all updates that were launched."""
-        if self.store.device.type == "cuda":
+        if self.runs_ahead:
             torch.cuda.current_stream(self.store.device).synchronize()
 
     def settle(self) -> list[UpdateReport]:
@@ -181,6 +187,13 @@ class Learner:
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Copies of weights, their average, moments and generator, on the CPU."""
+        return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in self._state().items()}
+
+    def begin_state(self, memory: HostCopies) -> Arriving:
+        """The same beside what comes next; the next call overwrites the copies."""
+        return memory.begin(self._state())
+
+    def _state(self) -> dict[str, Tensor]:
         tensors = {f"model.{n}": t for n, t in self.model.state_dict().items()}
         tensors |= {f"average.{n}": t for n, t in self.average.state_dict().items()}
         moments = moments_of(self.weights) if self.team is None else self.team.moments()
@@ -188,7 +201,7 @@ class Learner:
             tensors |= {f"{_PREFIX}{kind}.{name}": moment for kind, moment in state.items()}
         tensors["num_averaged"] = self.weights.num_averaged
         tensors["generator"] = self.generator.get_state()
-        return {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}
+        return tensors
 
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore the state that ``state_tensors`` returned.

@@ -9,25 +9,22 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from buffer.interface import ServiceAwayError
 from buffer.records import Manifest
-from buffer.sealed import Sealed
 from configs.schema import Settings
-from policies.gate import GateVerdict
+from trainer import candidate
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.figures import UpdateReport
-from trainer.fitted_policy import fitted_policy
-from trainer.gate import GATE_DRAFT_K, Judge, Judgement
+from trainer.gate import Judge
 from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
-from trainer.publish import Publisher, bundle_content, is_same, publish_version
+from trainer.publish import Publisher
 from trainer.replay import Memory, keys_in
 from trainer.saver import Saver
 from trainer.start import newest_drafter
@@ -58,8 +55,10 @@ def _train(trainers: Sequence[Trainer]) -> None:
     while active := [trainer for trainer in trainers if not trainer.is_done()]:
         turns = [trainer.take_turn() for trainer in active]
         if not any(turns):
-            active[0].stop.wait(POLL_S)
+            with active[0].updates.times.during("waiting"):
+                active[0].stop.wait(POLL_S)
         for trainer in active:
+            candidate.attend(trainer)
             if trainer.candidate_is_due():
                 trainer.judge_candidate()
             if trainer.checkpoint_is_due():
@@ -108,11 +107,15 @@ class Trainer:
     def take_turn(self) -> bool:
         """Take in traces and make an update, or report what that waits for. Returns whether there
         was one."""
-        self.take_in_traces()
+        times = self.updates.times
+        with times.during("taking_in"):
+            self.take_in_traces()
         if self.waits_for() is not None:
-            self.wait()
+            with times.during("waiting"):
+                self.wait()
             return False
-        self.update()
+        with times.during("updates"):
+            self.update()
         return True
 
     def take_in_traces(self) -> None:
@@ -120,7 +123,9 @@ class Trainer:
         other weights by now, learn for these."""
         if (moved := self.intake.moved_target()) is not None:
             follow(self, moved)
-        if samples := self.intake.read():
+        # On a CPU the next batch is waited for, so that the same log gives the same updates.
+        waits = not self.learner.runs_ahead or self.waits_for() is not None
+        if samples := self.intake.read(wait=waits):
             self.memory.take_in(samples)
             self.worth.take_in(samples)
         self._drop_stale()
@@ -161,7 +166,13 @@ class Trainer:
 
     def rest(self, busy_s: float) -> None:
         """After this time of work, leave the device to others as long as ``trainer.duty`` says."""
-        self.pace.duty.rest(busy_s, self.learner.wait)
+        with self.updates.times.during("resting"):
+            self.pace.duty.rest(busy_s, self.learner.wait)
+
+    def breathe(self) -> None:
+        """The same in the midst of a piece of work."""
+        with self.updates.times.during("resting"):
+            self.pace.duty.breathe(self.learner.wait)
 
     def settle(self) -> None:
         """Wait for the updates that were launched, and write what is known of them."""
@@ -169,7 +180,7 @@ class Trainer:
         reports = self.learner.settle()
         self._worked(time.monotonic() - started)
         self._follow(reports)
-        self._write_updates()
+        self.write_updates()
 
     def _worked(self, seconds: float) -> None:
         self.updates.worked(seconds)
@@ -186,107 +197,20 @@ class Trainer:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
         if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
-        if self.pace.is_cooling:
+        if self.pace.is_cooling or self.publisher.candidate.is_busy:
             return False
         quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
         return self.pace.is_due() or is_quiet or self._has_all_steps()
 
     def judge_candidate(self) -> None:
-        """Judge the averaged weights, and publish them if they pass the gate."""
-        self.settle()
-        try:
-            if self.published.version in self.publisher.store.read_denied():
-                self._follow_roll_back()
-                self.pace.judged(None, None, 0.0)
-                return
-        except ServiceAwayError as away:
-            if line := self.publisher.outage.failed(str(away)):
-                self.journal.event("buffer_away", text=f"{line}; it is judged later")
-            self.pace.judged(None, None, 0.0)
-            return
-        if line := self.publisher.outage.ended():
-            self.journal.event("buffer_back", text=line)
-        started_s = self.pace.working_s
-        self.pace.duty.begin()
-        judgement, content = self._judgement()
-        self.updates.latest["gate"] = judgement.to_json()
-        self.journal.event(
-            "gate",
-            step=self.learner.step,
-            seconds=self.pace.working_s - started_s,
-            parent=self.published.version,
-            acceptance=judgement.acceptance,
-            domains={name: asdict(one) for name, one in judgement.domains.items()},
-            **judgement.to_json(),
-        )
-        if content is not None:
-            self._publish(judgement, content)
-        elif judgement.is_hopeless:
-            self.pace.begin()
-            self._restore_from(None, "the candidate is far behind the incumbent")
-        else:
-            self.pace.refused_in_row += 1
-        self.restored = self.restored and judgement.is_hopeless
-        seconds = self.pace.working_s - started_s
-        self.pace.judged(judgement.relative_error, judgement.verdict.lacks, seconds)
-        self.worth.spend(seconds)
-        self.worth.judged(judgement, self.pace.refused_in_row)
-        self.rest(seconds)
+        """Judge the averaged weights, and publish them if they pass the gate; see
+        ``trainer.candidate``."""
+        candidate.begin(self)
 
-    def _judgement(self) -> tuple[Judgement, Sealed | None]:
-        """Compare the averaged weights with the published version; also what to publish, if it
-        passes. After weights were restored they may be those of a version, which no margin makes
-        a new one."""
-        learner, judge, memory = self.learner, self.judge, self.memory
-        speed = self.worth.costs.speed_table(GATE_DRAFT_K)
-        judgement = judge.judge(learner.average, memory.held_out, memory.held_out_older, speed)
-        if not judgement.verdict.passed:
-            return judgement, None
-        content = bundle_content(learner.trainable, learner.average, self.publisher.memory)
-        self.publisher.store.prepare(content)  # while its digest is computed
-        try:
-            found = self.publisher.version_with(content)
-        except ServiceAwayError:
-            found = None  # then it cannot be published either, and that is told
-        if is_same(learner.trainable, learner.average, judge.incumbent):
-            found = self.published.version, False
-        if found is None:
-            return judgement, content
-        version, is_denied = found
-        reason = f"these are the weights of version {version} itself"
-        verdict = (
-            GateVerdict(False, f"{reason}, which was rolled back", "denied")
-            if is_denied
-            else GateVerdict(False, reason, "equal")
-        )
-        return replace(judgement, verdict=verdict), None
-
-    def _publish(self, judgement: Judgement, content: Sealed) -> None:
-        """Publish the averaged weights; if the disk is full, training continues without."""
-        try:
-            self.published = publish_version(
-                self.publisher.store,
-                content,
-                self.published,
-                judgement,
-                step=self.learner.step,
-                learning_s=self.worth.payback.spent_s,
-                keep=self.settings.trainer.keep_versions,
-                epoch=self.publisher.epoch,
-                policy=fitted_policy(self.settings.run_dir),
-            )
-        except OSError as error:
-            self.journal.event("publish_failed", text=f"{error}; training continues")
-            return
-        self.pace.refused_in_row = 0
-        self.judge.promote(self.learner.average, was_judged=True)
-        self.journal.event(
-            "published",
-            step=self.learner.step,
-            version=self.published.version,
-            parent=self.published.parent,
-        )
+    def end_candidate(self) -> None:
+        """Wait until it is known what becomes of the candidate, if there is one."""
+        candidate.attend(self, wait=True)
 
     def checkpoint_is_due(self) -> bool:
         """The last checkpoint is old enough and written, and the weights are sound."""
@@ -299,9 +223,14 @@ class Trainer:
 
         If the disk is full, the previous checkpoint stays.
         """
+        with self.updates.times.during("checkpoints"):
+            self._begin_checkpoint()
+
+    def _begin_checkpoint(self) -> None:
         self.settle()
         self.report_checkpoint(wait=True)
-        self.saver.start(self.state_to_json(), self.learner.state_tensors())
+        tensors = self.learner.begin_state(self.saver.memory)
+        self.saver.start(self.state_to_json(), tensors.tensors)
 
     def report_checkpoint(self, wait: bool) -> None:
         """Record the outcome of the checkpoint on its way, if there is one and it is known. Only
@@ -330,6 +259,10 @@ class Trainer:
         """Save a checkpoint if the weights are sound, and report the end."""
         self.intake.stop()
         self.settle()
+        self.end_candidate()
+        if self.candidate_is_due():  # there were updates since the last one
+            self.judge_candidate()
+            self.end_candidate()
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.report_checkpoint(wait=True)
@@ -368,15 +301,16 @@ class Trainer:
     def _restore_weights(self) -> None:
         """Restore the last checkpoint or, if that did not help, the last published version. What is
         wrong then may be the graphs of the updates, so these are not captured any more."""
+        self.end_candidate()
         self.report_checkpoint(wait=True)
         broken = self.learner.not_finite()
         state = f"nor is {broken[0]} ({len(broken)} in all)" if broken else "though its state is"
         why = f"{MAX_SKIPS} updates in a row were not finite, {state}"
         if self.restored and self.learner.give_up_graphs():
             why += "; updates are not captured in graphs any more"
-        self._restore_from(None if self.restored else self._last_checkpoint(), why)
+        self.restore_from(None if self.restored else self._last_checkpoint(), why)
 
-    def _restore_from(self, saved: Checkpoint | None, why: str) -> None:
+    def restore_from(self, saved: Checkpoint | None, why: str) -> None:
         """
         Args:
             saved: ``None``: restore the last published version.
@@ -402,7 +336,7 @@ class Trainer:
             self.journal.event("checkpoint_unreadable", text=str(error))
             return None
 
-    def _follow_roll_back(self) -> None:
+    def follow_roll_back(self) -> None:
         """Continue from the newest version that no server rolled back.
 
         Live traffic contradicted the gate's held-out traces, so both the weights and the incumbent
@@ -431,10 +365,14 @@ class Trainer:
         if reports and self.learner.skips_in_row >= MAX_SKIPS:
             self._restore_weights()
         if self.updates.is_due():
+            self.write_updates()
+
+    def write_updates(self) -> None:
+        """One event for the updates since the last one."""
+        with self.updates.times.during("reporting"):
             self._write_updates()
 
     def _write_updates(self) -> None:
-        """One event for the updates since the last one."""
         if values := self.updates.taken(self.published.version):
             shown = ("loss", "alpha", "agree", "staleness", "staleness_max")
             self.updates.latest |= {name: values[name] for name in shown}
@@ -444,33 +382,36 @@ class Trainer:
     def _write_status(self, state: str) -> None:
         if not self.journal.status_is_due(state):
             return
+        with self.updates.times.during("reporting"):
+            self.journal.status(self._status(state))
+
+    def _status(self, state: str) -> dict[str, Any]:
         memory, counts = self.memory, self.intake.counts
-        self.journal.status(
-            {
-                "state": state,
-                "step": self.learner.step,
-                "skipped": self.learner.num_skipped,
-                "version": self.published.version,
-                "refused_in_row": self.pace.refused_in_row,
-                "traces": {
-                    "read": counts.read,
-                    "duplicate": counts.duplicate,
-                    "quarantined": counts.quarantined,
-                    "damaged": counts.damaged,
-                    "evicted_unread": counts.evicted_unread,
-                    "deleted": counts.deleted + self.intake.num_deleted,
-                    "refused": dict(self.intake.num_refused),
-                    "taken_in": memory.num_samples,
-                    "held": len(memory.samples()),
-                    "stale": memory.num_stale,
-                    "held_out": memory.num_held_out,
-                    "judging": len(memory.held_out) + len(memory.held_out_older),
-                },
-                "fresh_rows": memory.fresh_rows,
-                "trained_rows": memory.trained_rows,
-                "lr": self.learner.lr,
-                **self.updates.latest,
-                **self.worth.figures(),
-                "sharing": self.pace.duty.figures(),
-            }
-        )
+        return {
+            "state": state,
+            "step": self.learner.step,
+            "skipped": self.learner.num_skipped,
+            "version": self.published.version,
+            "refused_in_row": self.pace.refused_in_row,
+            "traces": {
+                "read": counts.read,
+                "duplicate": counts.duplicate,
+                "quarantined": counts.quarantined,
+                "damaged": counts.damaged,
+                "evicted_unread": counts.evicted_unread,
+                "deleted": counts.deleted + self.intake.num_deleted,
+                "refused": dict(self.intake.num_refused),
+                "taken_in": memory.num_samples,
+                "held": len(memory.samples()),
+                "stale": memory.num_stale,
+                "held_out": memory.num_held_out,
+                "judging": len(memory.held_out) + len(memory.held_out_older),
+            },
+            "fresh_rows": memory.fresh_rows,
+            "trained_rows": memory.trained_rows,
+            "lr": self.learner.lr,
+            **self.updates.latest,
+            **self.worth.figures(),
+            "sharing": self.pace.duty.figures(),
+            "time": self.updates.times.figures(),
+        }

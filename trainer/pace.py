@@ -89,16 +89,19 @@ class Pace:
             return True
         return self._has_risen() and self._can_afford()
 
+    def begin_judging(self) -> None:
+        """A candidate was taken; the updates from now on are in the next one."""
+        self.steps_since_judged = 0
+        self.judged_estimate = self.estimate
+
     def judged(self, gain_error: float | None, lacks: float | None, seconds: float) -> None:
-        """A candidate was judged.
+        """What became of the candidate is known, or that none could be judged.
 
         Args:
             gain_error: standard error of its gain, relative to its figure.
             lacks: see ``GateVerdict``.
             seconds: that judging and publishing it took, without rests.
         """
-        self.steps_since_judged = 0
-        self.judged_estimate = self.estimate
         self.lacks = max(_LEAST_GAIN, gain_error or 0.0, lacks or 0.0)
         self.judging_s, self.judged_s = seconds, self.working_s
 

@@ -1,16 +1,17 @@
-"""Publish a candidate that passed the gate."""
+"""The candidate for the next version, and its publication once it has passed the gate."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from buffer.bundles import BundleError
 from buffer.manifest import TENSORS
@@ -19,76 +20,63 @@ from buffer.sealed import Content, Sealed, digest_of, seal
 from buffer.weights_store import WeightsStore
 from configs.logs import Outage
 from drafters.trainable import Trainable
-from trainer.gate import Judgement
+from trainer.gate import Judgement, Judging
+from trainer.host import HostCopies, Tensors, laid_out
 
 LARGEST_FLOAT32_BYTES = 256 << 20
 """Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
 which costs little and suits every dtype, since the server casts on load."""
 
-Tensors = dict[str, Tensor]
-
-_TAGS = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-"""Tags of the safetensors format."""
-
-
-class HostCopies:
-    """Tensors on the host, in memory that is taken once: new pages for 0.8 GB take longer than all
-    else that is done with them, and on a GPU's host only pinned memory is copied to at full speed.
-    """
-
-    def __init__(self) -> None:
-        self._held: dict[str, Tensor] = {}
-
-    def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> OnHost:
-        """Contiguous tensors on the host in these dtypes. Those that are so already are not
-        copied; the others are overwritten by the next call.
-
-        Args:
-            tensors: on any device. What has another dtype is converted where it is.
-        """
-        places, sources = Tensors(), Tensors()
-        for name, tensor in tensors.items():
-            source = tensor.detach()
-            if source.device.type == "cpu" and source.dtype == dtypes[name]:
-                places[name] = source.contiguous()
-                continue
-            places[name] = self._place(name, source, dtypes[name])
-            sources[name] = source.contiguous()
-        return OnHost(places, sources)
-
-    def _place(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
-        place = self._held.get(name)
-        if place is None or place.shape != like.shape or place.dtype != dtype:
-            is_on_gpu = like.device.type == "cuda"
-            place = torch.empty(like.shape, dtype=dtype, pin_memory=is_on_gpu)
-            self._held[name] = place
-        return place
-
 
 @dataclass(frozen=True, slots=True)
-class OnHost:
-    """Tensors on the host, some of them still to be filled."""
+class Outcome:
+    """What became of a candidate that passed the gate."""
 
-    places: Tensors
-    """All of them."""
-    sources: Tensors
-    """What is to be copied and converted."""
+    judgement: Judgement
+    """Its weights may turn out to be those of another version, and then it has not passed."""
+    published: Manifest | None
+    problem: OSError | None = None
+    """Why it could not be published."""
 
-    def make(self, name: str, start: int, end: int) -> None:
-        """Fill the bytes of a tensor between two offsets; waits for the device."""
-        source = self.sources.get(name)
-        if source is None:
-            return
-        place = self.places[name].view(-1)
-        at = slice(start // place.itemsize, end // place.itemsize)
-        values = source.reshape(-1)[at]
-        if values.device.type != "cpu":
-            values = values.to(place.dtype)  # half as many bytes to copy
-        place[at].copy_(values)
+
+@dataclass(slots=True)
+class Candidate:
+    """Where the present candidate is on its way, if there is one."""
+
+    beside: bool = False
+    """Updates go on meanwhile."""
+    model: nn.Module | None = None
+    """The weights that are judged and published; kept for the next candidate."""
+    judging: Judging | None = None
+    """Its figures are on their way."""
+    job: Future[Outcome] | None = None
+    """It has passed the gate, and is being published."""
+    step: int = 0
+    """Updates in its weights."""
+    began_s: float = 0.0
+    """``Pace.working_s`` then."""
+    judging_s: float = 0.0
+    """Seconds that judging it took, rests and publishing excepted."""
+    pool: ThreadPoolExecutor = field(
+        default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publisher")
+    )
+
+    @property
+    def is_busy(self) -> bool:
+        """There is a candidate whose outcome is not known yet."""
+        return self.judging is not None or self.job is not None
+
+    def take(self, average: nn.Module) -> nn.Module:
+        """The weights to judge, which do not change until its end: a copy, unless everything is
+        done at once."""
+        if not self.beside:
+            self.model = average
+        elif self.model is None:
+            self.model = copy.deepcopy(average)
+        else:
+            with torch.no_grad():
+                torch._foreach_copy_(_tensors_of(self.model), _tensors_of(average))
+        return self.model
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +91,8 @@ class Publisher:
     """Whether the store cannot be asked at present."""
     memory: HostCopies = field(default_factory=HostCopies)
     """Where candidates lie until they are published."""
+    candidate: Candidate = field(default_factory=Candidate)
+    """The present one."""
 
     def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
@@ -139,8 +129,7 @@ def sealed_tensors(tensors: Tensors, memory: HostCopies | None = None) -> Sealed
         memory: for those that must be copied; its next use overwrites them. ``None``: new memory.
     """
     on_host = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
-    laid_out = {name: (_TAGS[t.dtype], _bits_of(t)) for name, t in on_host.places.items()}
-    return seal(laid_out, on_host.make)
+    return seal(laid_out(on_host.places), on_host.make)
 
 
 def publish_version(
@@ -199,16 +188,13 @@ def is_same(trainable: Trainable[Any], model: nn.Module, other: nn.Module) -> bo
     return all(t.to(dtypes[n]).equal(theirs[n].to(dtypes[n])) for n, t in ours.items())
 
 
-def _bits_of(tensor: Tensor) -> NDArray[Any]:
-    """The memory of a contiguous tensor on the CPU; numpy has no bfloat16."""
-    is_brain = tensor.dtype == torch.bfloat16
-    found: NDArray[Any] = (tensor.view(torch.int16) if is_brain else tensor).numpy()
-    return found
-
-
 def _bundle_dtypes(tensors: Tensors) -> dict[str, torch.dtype]:
     is_small = sum(tensor.nbytes for tensor in tensors.values()) <= LARGEST_FLOAT32_BYTES
     return {
         name: tensor.dtype if is_small or not tensor.is_floating_point() else torch.bfloat16
         for name, tensor in tensors.items()
     }
+
+
+def _tensors_of(model: nn.Module) -> list[torch.Tensor]:
+    return [*model.parameters(), *model.buffers()]

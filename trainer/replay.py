@@ -6,9 +6,8 @@ counts how often each was trained on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -22,7 +21,8 @@ from policies.draws.catalog import draw_rule
 from policies.draws.interface import Places, Pool
 from policies.replay import Replay, add, is_held_out
 from trainer.packing import HeldPiece
-from trainer.rows import HeldSample, RowStore, pages_of
+from trainer.rows import HeldSample, RowStore
+from trainer.turns import Turns, num_pages_of
 
 _SHRINK = 0.9
 """Factor of the numbers of traces held while their rows do not fit into the store."""
@@ -33,70 +33,6 @@ _TRIES = 4
 """Draws that may fail in a row because the pieces that were drawn fit no batch within the caps."""
 
 Drawn = list[tuple[HeldSample, HeldPiece]]
-
-
-@dataclass(frozen=True, eq=False)
-class Turns:
-    """Training samples held, and how many batches each was in; for N samples with P pieces."""
-
-    samples: tuple[HeldSample, ...] = ()
-    """Recent ones first."""
-    visits: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[N]; ``Memory.draw`` counts in it."""
-    arrived: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    """[N] how many training samples had arrived before each."""
-
-    @classmethod
-    def of(
-        cls, samples: Iterable[HeldSample], visits: dict[str, int], arrived: dict[str, int]
-    ) -> Turns:
-        """Turns of these samples, whose visits and arrivals are known by key."""
-        held = tuple(samples)
-        return cls(
-            held,
-            np.array([visits.get(x.key, 0) for x in held], dtype=np.int64),
-            np.array([arrived.get(x.key, 0) for x in held], dtype=np.int64),
-        )
-
-    def arrivals(self) -> dict[str, int]:
-        """``arrived`` by key."""
-        return dict(zip((x.key for x in self.samples), self.arrived.tolist(), strict=True))
-
-    def by_key(self) -> dict[str, int]:
-        """Visits of the samples that had any."""
-        pairs = zip(self.samples, self.visits.tolist(), strict=True)
-        return {sample.key: n for sample, n in pairs if n}
-
-    @cached_property
-    def num_pieces(self) -> npt.NDArray[np.int64]:
-        """[N]."""
-        return np.array([len(x.pieces) for x in self.samples], dtype=np.int64)
-
-    @cached_property
-    def tenants(self) -> npt.NDArray[np.int64]:
-        """[N] number of each sample's tenant."""
-        return _numbered([x.tenant for x in self.samples])
-
-    @cached_property
-    def domains(self) -> npt.NDArray[np.int64]:
-        """[N] number of each sample's domain."""
-        return _numbered([x.domain for x in self.samples])
-
-    @cached_property
-    def surprise(self) -> npt.NDArray[np.float64]:
-        """[N]; NaN if unknown."""
-        return np.array([x.surprise for x in self.samples], dtype=np.float64)
-
-    @cached_property
-    def pieces(self) -> tuple[HeldPiece, ...]:
-        """[P] pieces of one sample after another."""
-        return tuple(piece for sample in self.samples for piece in sample.pieces)
-
-    @cached_property
-    def sizes(self) -> npt.NDArray[np.int64]:
-        """[2, P] rows with a loss, and positions, of ``pieces``."""
-        sizes = [(len(piece.rows), len(piece.slots)) for piece in self.pieces]
-        return np.array(sizes, dtype=np.int64).reshape(-1, 2).T
 
 
 @dataclass(slots=True)
@@ -161,14 +97,17 @@ class Memory:
     def drop_older(self, version: int) -> int:
         """Drop the training samples whose newest draft is of an older version. Rows that no update
         has seen count no longer as fresh. Returns how many samples they were."""
-        visits = self.turns.by_key()
-        gone = [x for x in self.samples() if x.version is not None and x.version < version]
-        if gone:
-            self.store.drop(gone)
-            self.replay = _without(self.replay, {x.key for x in gone})
-            self.turns = Turns.of(self.samples(), visits, self.turns.arrivals())
-            self.fresh_rows -= sum(x.num_loss_rows for x in gone if x.key not in visits)
-            self.num_stale += len(gone)
+        turns = self.turns
+        is_old = (turns.versions >= 0) & (turns.versions < version)
+        if not is_old.any():
+            return 0
+        gone = [turns.samples[place] for place in np.flatnonzero(is_old).tolist()]
+        unseen = np.flatnonzero(is_old & (turns.visits == 0)).tolist()
+        self.fresh_rows -= sum(turns.samples[place].num_loss_rows for place in unseen)
+        self.store.drop(gone)
+        self.replay = _without(self.replay, {x.key for x in gone})
+        self.turns = turns.chosen(np.flatnonzero(~is_old), (), 0)
+        self.num_stale += len(gone)
         return len(gone)
 
     def clear(self) -> int:
@@ -185,31 +124,58 @@ class Memory:
         """Take in what the replay mix keeps."""
         if self.store.num_free > _ROOMY * self.store.num_pages:
             self.room = min(1.0, self.room / _SHRINK)
-        self._hold(*self._mixed(self.replay, training, self.judges, judges))
-        new = {x.key: self.num_samples + at for at, x in enumerate(training)}
-        self.turns = Turns.of(self.samples(), self.turns.by_key(), self.turns.arrivals() | new)
+        num_held, num_judges = len(self.turns.samples), len(_all(self.judges))
+        places = self._mixed(
+            _places_of(self.replay),
+            range(num_held, num_held + len(training)),
+            _places_of(self.judges),
+            range(num_judges, num_judges + len(judges)),
+        )
+        self._hold(*places, training, judges)
         self.held_back = None
 
-    def _hold(self, replay: Replay[Any], held_out: Replay[Any]) -> None:
-        """Hold these mixes instead of the present ones; fewer traces of them if not all fit."""
-        before = [*_all(self.replay), *_all(self.judges)]
-        while not self._fits([*_all(replay), *_all(held_out)]):
+    def _hold(
+        self,
+        replay: Replay[int],
+        held_out: Replay[int],
+        training: Sequence[Sample],
+        judges: Sequence[Sample],
+    ) -> None:
+        """Hold these mixes instead of the present ones; fewer traces of them if not all fit.
+
+        Args:
+            replay: places in ``samples()`` and ``training`` behind them.
+            held_out: the same in the samples that judge and in ``judges``.
+        """
+        held = _all(self.judges)
+        pages = np.concatenate((self.turns.num_pages, _pages_of(training)))
+        judging_pages = _pages_of((*held, *judges))
+        while True:
+            taught = _Mix.of(replay, pages, [*self.turns.samples, *training], len(training))
+            judging = _Mix.of(held_out, judging_pages, [*held, *judges], len(judges))
+            if self._fits(taught, judging):
+                break
             self.room *= _SHRINK
             replay, held_out = self._mixed(replay, (), held_out, ())
-        kept = [*_all(replay), *_all(held_out)]
-        keys = {x.key for x in kept}
-        self.store.drop(x for x in before if x.key not in keys)
-        held = {x.key: x for x in kept if isinstance(x, HeldSample)}
-        held |= {x.key: x for x in self.store.put([x for x in kept if isinstance(x, Sample)])}
-        self.replay, self.judges = _in_store(replay, held), _in_store(held_out, held)
+        for mix in (taught, judging):
+            self.store.drop(mix.samples[place] for place in mix.leaving)
+        new = [(mix, place) for mix in (taught, judging) for place in mix.arriving]
+        uploaded = self.store.put([mix.samples[place] for mix, place in new])
+        for (mix, place), sample in zip(new, uploaded, strict=True):
+            mix.samples[place] = sample
+        num_held = len(self.turns.samples)
+        self.turns = self.turns.chosen(
+            taught.places, taught.samples[num_held:], arrived=self.num_samples
+        )
+        self.replay, self.judges = _taken(replay, taught), _taken(held_out, judging)
 
     def _mixed(
         self,
-        replay: Replay[Any],
-        training: Sequence[Sample],
-        held_out: Replay[Any],
-        judges: Sequence[Sample],
-    ) -> tuple[Replay[Any], Replay[Any]]:
+        replay: Replay[int],
+        training: Sequence[int],
+        held_out: Replay[int],
+        judges: Sequence[int],
+    ) -> tuple[Replay[int], Replay[int]]:
         """Both mixes with new samples, within the numbers of traces that fit."""
         s = self.settings
         recent, reservoir = (int(n * self.room) for n in (s.recent_traces, s.reservoir_traces))
@@ -231,14 +197,18 @@ class Memory:
             ),
         )
 
-    def _fits(self, wanted: Sequence[HeldSample | Sample]) -> bool:
-        """Raises ValueError if fewer traces would not help."""
-        pages = sum(len(x.pages) if isinstance(x, HeldSample) else pages_of(x) for x in wanted)
-        if not wanted or pages < self.store.num_pages:  # page 0 holds nothing
+    def _fits(self, *mixes: _Mix) -> bool:
+        """
+        Raises:
+            ValueError: they do not, and fewer traces would not help.
+        """
+        num = sum(len(mix.places) for mix in mixes)
+        pages = sum(mix.num_pages for mix in mixes)
+        if not num or pages < self.store.num_pages:  # page 0 holds nothing
             return True
-        if len(wanted) <= 3:
+        if num <= 3:
             raise ValueError(
-                f"{len(wanted)} traces take {pages} pages of hidden rows and the store has "
+                f"{num} traces take {pages} pages of hidden rows and the store has "
                 f"{self.store.num_pages}; raise trainer.memory_fraction, or trainer.memory_bytes "
                 f"on a CPU"
             )
@@ -284,7 +254,8 @@ class Memory:
         s = self.settings
         rule = draw_rule(s.draw)
         if s.max_tenant_share is None and s.max_domain_share is None:
-            return self._until_full(rule(self._pool(), s, random), random)
+            most = self.turns.most_within(s.batch_tokens)
+            return self._until_full(rule(self._pool(most), s, random), random)
         for _ in range(_TRIES):
             parts = self._within_caps(rule(self._pool(), s, random), random)
             if parts:
@@ -292,7 +263,7 @@ class Memory:
         self.held_back = self._why_no_batch()
         return []
 
-    def _pool(self) -> Pool:
+    def _pool(self, num_wanted: int | None = None) -> Pool:
         turns = self.turns
         return Pool(
             age_N=self.num_samples - 1 - turns.arrived,
@@ -303,6 +274,7 @@ class Memory:
             tenant_N=turns.tenants,
             domain_N=turns.domains,
             surprise_N=turns.surprise,
+            num_wanted=num_wanted,
         )
 
     def _until_full(self, places: Places, random: np.random.Generator) -> Drawn:
@@ -377,23 +349,15 @@ class Memory:
             ValueError: not a single sample fits into the store.
         """
 
-        def present(keys: Iterable[str]) -> tuple[Sample, ...]:
-            return tuple(found[key] for key in keys if key in found)
-
+        training, replay = _found(stored, ("recent", "reservoir", "num_left"), found)
+        names = ("held_out", "held_out_older", "held_out_left")
+        judges, held_out = _found(stored, names, found)
         self.store.drop([*_all(self.replay), *_all(self.judges)])
         self.room = stored["room"]
-        replay: Replay[Any] = Replay(
-            present(stored["recent"]), present(stored["reservoir"]), stored["num_left"]
-        )
-        judges: Replay[Any] = Replay(
-            present(stored["held_out"]),
-            present(stored["held_out_older"]),
-            stored["held_out_left"],
-        )
-        self.replay, self.judges = Replay(), Replay()
+        self.replay, self.judges, self.turns = Replay(), Replay(), Turns()
         if found:
             self.store.prepare(next(iter(found.values())))
-        self._hold(replay, judges)
+        self._hold(replay, held_out, training, judges)
         # Earlier checkpoints lack the next two; samples of unknown arrival count as the oldest.
         arrived = stored.get("arrivals", {})
         self.held_back = stored.get("held_back")
@@ -421,18 +385,67 @@ def _without(replay: Replay[HeldSample], keys: set[str]) -> Replay[HeldSample]:
     return Replay(recent, reservoir, replay.num_left)
 
 
-def _in_store(replay: Replay[Any], held: dict[str, HeldSample]) -> Replay[HeldSample]:
-    """The same mix of the samples as they are held."""
+def _places_of(replay: Replay[Any]) -> Replay[int]:
+    """The mix of the places in ``_all(replay)``."""
+    num_recent, num = len(replay.recent), len(replay.recent) + len(replay.reservoir)
+    return Replay((*range(num_recent),), (*range(num_recent, num),), replay.num_left)
+
+
+def _taken(replay: Replay[int], mix: _Mix) -> Replay[HeldSample]:
+    """The mix of the samples at these places."""
     recent, reservoir = (
-        tuple(held[x.key] for x in part) for part in (replay.recent, replay.reservoir)
+        tuple(map(mix.samples.__getitem__, part)) for part in (replay.recent, replay.reservoir)
     )
     return Replay(recent, reservoir, replay.num_left)
 
 
-def _numbered(names: Sequence[str]) -> npt.NDArray[np.int64]:
-    """Numbers from 0 instead of names."""
-    numbers = {name: at for at, name in enumerate(dict.fromkeys(names))}
-    return np.array([numbers[name] for name in names], dtype=np.int64)
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """Which samples are to be held, of those that are and of new ones behind them."""
+
+    places: npt.NDArray[np.int64]
+    samples: list[Any]
+    num_pages: int
+    """Of those to be held."""
+    leaving: list[int]
+    """Places of held ones that are not to be held any more."""
+    arriving: list[int]
+    """Places of new ones that are to be held."""
+
+    @classmethod
+    def of(
+        cls, replay: Replay[int], pages: npt.NDArray[np.int64], samples: list[Any], num_new: int
+    ) -> _Mix:
+        """
+        Args:
+            pages: of each sample.
+            num_new: how many of the samples are new.
+        """
+        places = np.array(_all(replay), dtype=np.int64)
+        num_held = len(samples) - num_new
+        leaves = np.ones(len(samples), dtype=np.bool_)
+        leaves[places] = False
+        return cls(
+            places,
+            samples,
+            int(pages[places].sum()),
+            np.flatnonzero(leaves[:num_held]).tolist(),
+            places[places >= num_held].tolist(),
+        )
+
+
+def _pages_of(samples: Sequence[HeldSample | Sample]) -> npt.NDArray[np.int64]:
+    return np.array([num_pages_of(one) for one in samples], dtype=np.int64)
+
+
+def _found(
+    stored: dict[str, Any], names: tuple[str, str, str], found: dict[str, Sample]
+) -> tuple[tuple[Sample, ...], Replay[int]]:
+    """The samples of a stored mix that are there, and the mix of their places."""
+    recent, reservoir = (
+        tuple(found[key] for key in stored[name] if key in found) for name in names[:2]
+    )
+    return (*recent, *reservoir), _places_of(Replay(recent, reservoir, stored[names[2]]))
 
 
 def _shortened(piece: HeldPiece, num_rows: int, random: np.random.Generator) -> HeldPiece:

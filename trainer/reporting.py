@@ -119,6 +119,7 @@ class Reporter:
         if now_s - self._status_s < self._every_s and values["state"] != "stopped":
             return
         self._status_s = now_s
+        parts = {f"trainer/time_{part}": share for part, share in values.get("time", {}).items()}
         payback = {f"payback/{name}": value for name, value in values["payback"].items()}
         self._figures(
             {
@@ -126,6 +127,7 @@ class Reporter:
                 "trainer/skipped": values["skipped"],
                 "trainer/version": values["version"],
                 "trainer/drift": values["drift"]["level"],
+                **parts,
                 **payback,
             }
         )

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from buffer.deletions import Owner
 from configs.schema import TrainerSettings
 from drafters.batch import TrainingBatch
-from drafters.samples import Piece, Sample, rows_with_loss, widen
+from drafters.samples import Sample, rows_with_loss, widen
 from specops.capture_pack import quantise
 from trainer.packing import HeldPiece, Ints, Packed
 
@@ -220,23 +221,26 @@ class RowStore:
         columns = self._columns
         assert columns is not None
         stored = [_as_stored(sample, columns) for sample in samples]
-        first = [first_position(sample) for sample in samples]
         captured = [_captured(sample) for sample in samples]
         at = [
-            own[sample.positions_N[keep].numpy() - start]
-            for sample, own, keep, start in zip(samples, slots, captured, first, strict=True)
+            own[sample.positions_N.numpy()[keep] - first_position(sample)]
+            for sample, own, keep in zip(samples, slots, captured, strict=True)
         ]
         where = self._to_device(torch.from_numpy(np.concatenate(at)).long())
-        kept = [_only(rows, keep) for (rows, _), keep in zip(stored, captured, strict=True)]
-        bits = [rows.view(columns.rows_CmH.dtype) for rows in kept]
+        bits = [
+            rows[keep].view(columns.rows_CmH.dtype)
+            for (rows, _), keep in zip(stored, captured, strict=True)
+        ]
         columns.rows_CmH.index_copy_(0, where, self._joined(bits))
         if columns.scale_Cm is not None:
-            scales = [_only(s, keep) for (_, s), keep in zip(stored, captured, strict=True)]
+            scales = [
+                s[keep] for (_, s), keep in zip(stored, captured, strict=True) if s is not None
+            ]
             columns.scale_Cm.index_copy_(0, where, self._joined(scales))
-        facts = self._joined([_facts_of(sample, self._num_facts) for sample in samples])
+        facts = np.concatenate([_facts_of(sample, self._num_facts) for sample in samples])
         places = [own[: _num_positions(sample)] for sample, own in zip(samples, slots, strict=True)]
         everywhere = self._to_device(torch.from_numpy(np.concatenate(places)).long())
-        columns.facts_C.index_copy_(0, everywhere, facts)
+        columns.facts_C.index_copy_(0, everywhere, self._to_device(torch.from_numpy(facts)))
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
         """Parts behind each other on the device, by way of one copy in pinned memory."""
@@ -288,56 +292,58 @@ def _slots_of(pages: Sequence[int]) -> Ints:
     return (starts + np.arange(PAGE, dtype=np.int32)).reshape(-1).astype(np.int32)
 
 
-def _captured(sample: Sample) -> Tensor:
-    """[N] bool: captured rows that a piece reads."""
+def _captured(sample: Sample) -> slice:
+    """Captured rows, of all N, that a piece reads."""
     first = first_position(sample)
-    stop = first + _num_positions(sample)
-    return (sample.positions_N >= first) & (sample.positions_N < stop)
+    bounds = sample.positions_N.numpy().searchsorted((first, first + _num_positions(sample)))
+    return slice(*bounds.tolist())
 
 
-def _only(rows: Tensor, keep: Tensor) -> Tensor:
-    """Rows that are kept; no copy if all are."""
-    return rows if bool(keep.all()) else rows[keep]
-
-
-def _as_stored(sample: Sample, columns: Columns) -> tuple[Tensor, Tensor]:
+def _as_stored(sample: Sample, columns: Columns) -> tuple[Tensor, Tensor | None]:
     """Rows and scales in the form of the store; it has the form of the first sample."""
-    no_scale = sample.rows.new_zeros(0)
     if sample.rows.dtype == columns.dtype:
-        rows, scale = sample.rows, no_scale if sample.scale is None else sample.scale
-        return rows.contiguous(), scale
+        return sample.rows, sample.scale
     wide = widen(sample.rows, sample.scale)
     if columns.scale_Cm is not None:
         return quantise(wide)
-    return wide.to(columns.dtype), no_scale
+    return wide.to(columns.dtype), None
 
 
-def _facts_of(sample: Sample, num_facts: int) -> Tensor:
+# In what follows numpy, not torch: each of torch's operations gives up the interpreter's lock, and
+# while the thread that reads traces works, it is had back after milliseconds.
+
+
+def _facts_of(sample: Sample, num_facts: int) -> Ints:
     """[T, num_facts] int32 of the positions that are stored."""
     first, num = first_position(sample), _num_positions(sample)
-    stop = first + num
-    facts = torch.zeros((num, num_facts), dtype=torch.int32)
-    facts[:, 0] = sample.token_ids_T[first:stop]
-    facts[:, 1] = torch.arange(first, stop)
-    facts[sample.positions_N[_captured(sample)] - first, 2] = 1
-    facts[:, 3:].view(torch.float32)[:, 0] = sample.temperature
-    weights = 1.0 if sample.weight_T is None else sample.weight_T[first:stop]
-    facts[:, 3:].view(torch.float32)[:, 1] = weights
+    at = slice(first, first + num)
+    facts = np.zeros((num, num_facts), dtype=np.int32)
+    facts[:, 0] = sample.token_ids_T.numpy()[at]
+    facts[:, 1] = np.arange(first, first + num)
+    facts[:, 2] = _known(sample)
+    reals = facts[:, 3:5].view(np.float32)
+    reals[:, 0] = sample.temperature
+    reals[:, 1] = 1.0 if sample.weight_T is None else sample.weight_T.numpy()[at]
     facts[:, 5] = sample.sampling.is_decided
     if num_facts > _NUM_FACTS:
         assert sample.outcome_T3 is not None, "whoever keeps outcomes asks for them"
-        facts[:, _NUM_FACTS:] = sample.outcome_T3[first:stop]
+        facts[:, _NUM_FACTS:] = sample.outcome_T3.numpy()[at]
     return facts
 
 
+def _known(sample: Sample) -> npt.NDArray[np.bool_]:
+    """[T] of the positions that are stored: the row was captured."""
+    known = np.zeros(_num_positions(sample), dtype=np.bool_)
+    known[sample.positions_N.numpy()[_captured(sample)] - first_position(sample)] = True
+    return known
+
+
 def _held(sample: Sample, slots: Ints, pages: tuple[int, ...]) -> HeldSample:
-    first = first_position(sample)
-    known = torch.zeros(_num_positions(sample), dtype=torch.bool)
-    known[sample.positions_N[_captured(sample)] - first] = True
+    first, known = first_position(sample), _known(sample)
     pieces = tuple(
         HeldPiece(
             slots[piece.start - first : piece.stop - first],
-            _loss_rows(known[piece.start - first : piece.stop - first], piece),
+            rows_with_loss(known[piece.start - first : piece.stop - first], piece),
         )
         for piece in sample.pieces
     )
@@ -351,8 +357,3 @@ def _held(sample: Sample, slots: Ints, pages: tuple[int, ...]) -> HeldSample:
         sample.surprise,
         sample.owner,
     )
-
-
-def _loss_rows(known: Tensor, piece: Piece) -> Ints:
-    rows: Ints = rows_with_loss(known, piece).numpy().astype(np.int32)
-    return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from trainer.checkpoint import write_checkpoint
+from trainer.host import HostCopies
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Saver:
         """
         self.root = root
         self._keep = keep
+        self.memory = HostCopies()
+        """Of the tensors of the checkpoint on its way."""
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[Saved] | None = None
         self._started_s = time.monotonic()
@@ -55,8 +58,12 @@ class Saver:
         """A checkpoint is being written, or its outcome was not asked for yet."""
         return self._job is not None
 
-    def start(self, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Begin to write a checkpoint of this state, which nobody changes any more."""
+    def start(self, state: Mapping[str, Any], tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Begin to write a checkpoint of this state, which nobody changes any more.
+
+        Args:
+            tensors: waits for them; asked on the thread that writes.
+        """
         assert self._job is None, "the last checkpoint was not asked for yet"
         self._started_s = time.monotonic()
         self._job = self._pool.submit(_save, self.root, state, tensors, self._keep)
@@ -69,11 +76,16 @@ class Saver:
         return saved
 
 
-def _save(root: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor], keep: int) -> Saved:
+def _save(
+    root: Path,
+    state: Mapping[str, Any],
+    tensors: Callable[[], Mapping[str, Tensor]],
+    keep: int,
+) -> Saved:
     started = time.monotonic()
     step, offsets = state["step"], state["offsets"]
     try:
-        path = write_checkpoint(root, state, tensors, keep)
+        path = write_checkpoint(root, state, tensors(), keep)
         num_bytes = sum(file.stat().st_size for file in path.iterdir())
     except OSError as problem:
         return Saved(step, offsets, "", 0, time.monotonic() - started, problem)

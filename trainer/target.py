@@ -94,6 +94,7 @@ def follow(trainer: Trainer, target: RunTarget) -> None:
             text=f"{error}. Traces of these weights are refused and counted",
         )
         return
+    trainer.end_candidate()
     trainer.settle()  # updates under way still belong to the former weights
     copy()
     trainer.intake.follow(target.fingerprint)

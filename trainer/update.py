@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,7 +23,7 @@ from targets.head import TargetHead
 from trainer.figures import Figures
 from trainer.group import Group
 from trainer.optimizers import Elsewhere, Optimizer, new_optimizer
-from trainer.packing import Packed
+from trainer.packing import Ints, Packed
 from trainer.rows import RowStore, index_of
 
 _IN_FLIGHT = 4
@@ -161,15 +162,14 @@ class UpdateProgram:
 
     def _upload(self, packed: Packed, lr: float) -> Tensor:
         """The index columns behind the bits of the learning rate, in the memory of their shape."""
-        rate = torch.tensor([lr], dtype=torch.float32).view(torch.int32)
-        values = torch.cat((rate, torch.from_numpy(packed.columns())))
-        if not self._use_graphs:
-            return self._staging.moved(values)
+        rate = np.array([lr], dtype=np.float32).view(np.int32)
+        values: Ints = np.concatenate((rate, packed.columns()))
         inbox = self._inbox.get(len(values))
         if inbox is None:
             inbox = torch.empty(len(values), dtype=torch.int32, device=self.store.device)
-            self._inbox[len(values)] = inbox
-        inbox.copy_(self._staging.moved(values))
+            if self._use_graphs:
+                self._inbox[len(values)] = inbox
+        self._staging.copy(values, inbox)
         return inbox
 
     def _update(self, columns: Tensor, packed: Packed) -> None:
@@ -214,12 +214,14 @@ class _Staging:
         self._buffers: list[tuple[Tensor, torch.cuda.Event]] = []
         self._next = 0
 
-    def moved(self, values: Tensor) -> Tensor:
-        """``values`` on the device. Waits while the host is too far ahead."""
+    def copy(self, values: Ints, into: Tensor) -> None:
+        """Copy ``values`` into as long a tensor on the device. Waits while the host is too far
+        ahead."""
         if self.device.type != "cuda":
-            return values.to(self.device)
+            into.copy_(torch.from_numpy(values))
+            return
         if len(self._buffers) < _IN_FLIGHT:
-            pinned = torch.empty(0, dtype=values.dtype, pin_memory=True)
+            pinned = torch.empty(0, dtype=into.dtype, pin_memory=True)
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._buffers.append((pinned, event))
         place = self._next % _IN_FLIGHT  # the newest one while their number grows
@@ -227,9 +229,8 @@ class _Staging:
         pinned, event = self._buffers[place]
         event.synchronize()
         if len(pinned) < len(values):
-            pinned = torch.empty(len(values), dtype=values.dtype, pin_memory=True)
+            pinned = torch.empty(len(values), dtype=into.dtype, pin_memory=True)
             self._buffers[place] = (pinned, event)
-        pinned[: len(values)].copy_(values)
-        moved = pinned[: len(values)].to(self.device, non_blocking=True)
+        pinned.numpy()[: len(values)] = values
+        into.copy_(pinned[: len(values)], non_blocking=True)
         event.record()
-        return moved

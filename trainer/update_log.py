@@ -1,4 +1,5 @@
-"""Updates on their way to the journal: one event tells of all updates of half a second."""
+"""What the journal and the status tell of updates: one event of all those of half a second, and
+where the time went."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ from typing import Any
 
 from trainer.figures import UpdateReport
 from trainer.rows import HeldSample
+from trainer.times import Times
 
 EVENT_EVERY_S = 0.5
 
@@ -24,6 +26,7 @@ class UpdateLog:
     busy_s: float = 0.0
     """Time that the updates took, without waiting for traces."""
     began_s: float = field(default_factory=time.monotonic)
+    times: Times = field(default_factory=Times)
     latest: dict[str, Any] = field(default_factory=dict)
     """Latest loss, alpha and gate figures, for the status."""
 

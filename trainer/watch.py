@@ -61,6 +61,8 @@ class RunStatus:
             ]
         if (sharing := _sharing(last.get("sharing"))) is not None:
             lines.append(f"sharing    {sharing}")
+        if (parts := _time(last.get("time"))) is not None:
+            lines.append(f"time       {parts}")
         if self.rows_per_s is not None:
             lines.insert(3, f"rows/s     {self.rows_per_s:.0f}")
         lines += [
@@ -286,6 +288,15 @@ def _sharing(found: Any) -> str | None:
         f"works {found['duty']:.0%} of the time while requests decode, which are slower by "
         f"{found['slowdown']:.0%} then; serving loses {found['loss']:.1%}"
     )
+
+
+def _time(found: Any) -> str | None:
+    """What the trainer spends its time on, the most first; ``None`` if that is unknown."""
+    if not isinstance(found, dict) or not all(isinstance(x, float) for x in found.values()):
+        return None
+    ordered = sorted(found.items(), key=lambda one: -one[1])
+    shown = [f"{name.replace('_', ' ')} {share:.0%}" for name, share in ordered if share >= 0.005]
+    return ", ".join(shown) or None
 
 
 def _gate(found: Any) -> str:

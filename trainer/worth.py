@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from buffer.records import Manifest
 from configs.schema import TrainerSettings
 from drafters.samples import Sample, Steps
@@ -121,15 +123,22 @@ class Worth:
         """A round's share of its step's time, and of what a plain step would have taken."""
         decode_s = plain_s = own_s = 0.0
         counts_R = (steps.is_own_R | (steps.draft_k_R == 0)) & (steps.batch_R > 0)
-        for batch, k in unique_pairs(steps.batch_R[counts_R], steps.draft_k_R[counts_R]):
+        pairs, which_R = unique_pairs(steps.batch_R[counts_R], steps.draft_k_R[counts_R])
+        rounds, tokens, own = (
+            np.bincount(which_R, weights, len(pairs)).tolist()
+            for weights in (
+                None,
+                1.0 + steps.num_accepted_R[counts_R],
+                steps.is_own_R[counts_R],
+            )
+        )
+        for place, (batch, k) in enumerate(pairs):
             each_s, plain_each_s = self.costs.step_s(batch, k), self.costs.step_s(batch, 0)
             if each_s is None or plain_each_s is None:
                 continue
-            these_R = counts_R & (steps.batch_R == batch) & (steps.draft_k_R == k)
-            num_tokens = int((1 + steps.num_accepted_R[these_R]).sum())
-            decode_s += each_s / batch * int(these_R.sum())
-            plain_s += plain_each_s / batch * num_tokens
-            own_s += each_s / batch * int((these_R & steps.is_own_R).sum())
+            decode_s += each_s / batch * rounds[place]
+            plain_s += plain_each_s / batch * tokens[place]
+            own_s += each_s / batch * own[place]
         self.payback.serve(decode_s, plain_s, own_s)
 
     def _rest(self, reason: str) -> None:

@@ -127,7 +127,7 @@ def gated(
 ) -> dict[str, Any]:
     """Judge a candidate on so many drawn sets of held-out traces; how often does it not pass?"""
     judge = world.judge(world.model())
-    ours, theirs = judge._measure(candidate, samples), judge._measure(judge.incumbent, samples)
+    ours, theirs = judge.measure(candidate, samples), judge.measure(judge.incumbent, samples)
     pairs = []
     for sample in samples:
         num = len(ours[sample.key].overlap)

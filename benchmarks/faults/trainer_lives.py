@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import trainer.loop
+import trainer.candidate
 import trainer.saver
 from buffer.backends import open_backend
 from buffer.bundles import BundleError
@@ -131,7 +131,7 @@ def observed(used: Used, phase: Phase) -> None:
     during(Trainer, "update", "update")
     during(Trainer, "judge_candidate", "gate")
     during(Trainer, "checkpoint", "checkpoint")
-    during(trainer.loop, "publish_version", "publication", after="gate")
+    during(trainer.candidate, "publish_version", "publication", after="gate")
     saver = trainer.saver
     around(saver, "write_checkpoint", lambda: phase.saves(True), lambda: phase.saves(False))
 

@@ -37,6 +37,9 @@ class Pool:
     """Number of its domain, from 0."""
     surprise_N: NDArray[np.float64]
     """See ``policies.draws.surprise``; NaN if unknown."""
+    num_wanted: int | None = None
+    """No batch takes more samples than these from the front of the order, so a rule may leave out
+    what is behind them; ``None``: any number may be taken."""
 
     def __len__(self) -> int:
         return len(self.age_N)
@@ -52,7 +55,8 @@ class DrawRule(Protocol):
     def __call__(
         self, pool: Pool, settings: TrainerSettings, random: np.random.Generator
     ) -> Places:
-        """Indices of samples in the order in which they are taken, each once."""
+        """Indices of samples in the order in which they are taken, each once: all of them, or the
+        first ``pool.num_wanted``."""
         ...
 
 

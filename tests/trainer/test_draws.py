@@ -23,6 +23,7 @@ from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB
 from trainer.dataset import Expected, cut, sample_of
 from trainer.replay import Memory, keys_in
 from trainer.rows import RowStore
+from trainer.turns import Turns
 
 TENANTS = ("big", "big", "big", "big", "big", "small", "other", "another")
 
@@ -75,6 +76,41 @@ def test_default_draws_are_those_of_before_rules_could_be_chosen() -> None:
     assert batches[7][:2] == [("p/1/17", 839, 32), ("p/1/18", 880, 32)]
     digest = hashlib.sha256(json.dumps(batches).encode()).hexdigest()
     assert digest == "2d7406a057b48269c95d7972b64d20eee74f2f2441e37fa13673444444424866"
+
+
+def test_a_batch_never_needs_more_samples_than_the_rule_is_asked_for() -> None:
+    """Of samples with long and short pieces; the shortest ones bound the number."""
+    memory, random = memory_of(batch_tokens=64), np.random.default_rng(3)
+    memory.take_in([sample(number) for number in range(40)])
+    most = memory.turns.most_within(64)
+    lengths = sorted(min(len(p.slots) for p in x.pieces) for x in memory.samples())
+    assert sum(lengths[: most - 1]) <= 64 < sum(lengths[:most])
+
+    for _ in range(100):
+        parts = memory.draw(random)
+        assert len(parts) < most
+        assert sum(len(p.slots) for _, p in parts) <= 64
+
+
+def test_what_is_known_of_samples_stays_theirs_as_others_come_and_go() -> None:
+    memory, random = memory_of(recent_traces=7, reservoir_traces=9), np.random.default_rng(3)
+    visits: dict[str, int] = {}
+    for start in range(0, 120, 8):
+        memory.take_in([sample(number) for number in range(start, start + 8)])
+        for _ in range(3):
+            for held, _ in memory.draw(random):
+                visits[held.key] = visits.get(held.key, 0) + 1
+        turns = memory.turns
+        assert turns.samples == memory.samples()
+        known = {key: n for key, n in visits.items() if key in {x.key for x in turns.samples}}
+        assert turns.by_key() == known
+        again = Turns.of(memory.samples(), turns.by_key(), turns.arrivals())
+        assert np.array_equal(again.facts, turns.facts)
+        assert np.array_equal(again.surprise, turns.surprise, equal_nan=True)
+        for numbers, name in ((turns.tenants, "tenant"), (turns.domains, "domain")):
+            names = [getattr(x, name) for x in turns.samples]
+            first = list(dict.fromkeys(names))
+            assert numbers.tolist() == [first.index(one) for one in names]
 
 
 CAPS: dict[str, dict[str, Any]] = {

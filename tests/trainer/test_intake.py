@@ -223,3 +223,23 @@ def test_an_intake_waits_for_a_service_that_is_away_and_goes_on(
     intake.close()
     told = (tmp_path / "trainer" / "log.jsonl").read_text()
     assert told.count('"buffer_away"') == told.count('"buffer_back"') == 1
+
+
+def test_a_trainer_with_enough_to_train_on_does_not_wait_for_a_batch_in_progress(
+    world: World, tmp_path: Path
+) -> None:
+    write_traces(tmp_path, many(world, 3))
+    intake = intake_of(world, tmp_path)
+    may_read, real = threading.Event(), intake._next_batch
+
+    def slow() -> Any:
+        may_read.wait(20)
+        return real()
+
+    intake._next_batch = slow  # type: ignore[method-assign]
+    intake.start()
+
+    assert intake.read(wait=False) == []
+    may_read.set()
+    assert len(intake.read()) == 3
+    intake.stop()

@@ -81,6 +81,9 @@ def test_learning_raises_tokens_per_step_version_by_version(world: World, tmp_pa
         assert len(manifest.policy["parent_acceptance"]) == 4
     assert published[-1]["version"] >= 2
     assert status(tmp_path)["state"] == "stopped"
+    time_of = status(tmp_path)["time"]
+    assert sum(time_of.values()) == pytest.approx(1)
+    assert all(time_of[part] > 0 for part in ("updates", "taking_in", "judging", "publishing"))
     assert updates[-1]["staleness"] == updates[-1]["version"]  # all rows are of version 0
 
 

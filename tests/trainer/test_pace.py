@@ -36,6 +36,7 @@ def test_after_candidates_that_failed_more_updates_are_waited_for() -> None:
     waits = []
     for refused in range(4):
         one.refused_in_row = refused
+        one.begin_judging()
         one.judged(None, None, 0.1)
         while not one.is_due():
             after(one, [0.3])
@@ -46,6 +47,7 @@ def test_after_candidates_that_failed_more_updates_are_waited_for() -> None:
 
 def test_the_next_candidate_is_waited_for_until_it_has_what_the_last_one_lacked() -> None:
     one = after(pace(), [0.3, 0.4, 0.4])
+    one.begin_judging()
     one.judged(0.004, 0.2, 0.0)
 
     assert not after(one, [0.45] * 3).is_due()  # 6 % more
@@ -54,6 +56,7 @@ def test_the_next_candidate_is_waited_for_until_it_has_what_the_last_one_lacked(
 
 def test_judging_takes_no_more_than_its_share_of_the_time() -> None:
     one = after(pace(gate_share=0.1), [0.3])
+    one.begin_judging()
     one.judged(None, None, 5.0)
     after(one, [0.9] * 5)
     assert not one.is_due()

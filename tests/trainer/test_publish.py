@@ -6,7 +6,8 @@ import torch
 from safetensors.torch import load
 
 from trainer import publish
-from trainer.publish import HostCopies, sealed_tensors
+from trainer.host import HostCopies
+from trainer.publish import sealed_tensors
 
 
 def tensors(fill, device="cpu"):

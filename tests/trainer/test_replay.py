@@ -11,8 +11,9 @@ from policies.replay import is_held_out
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, settings_for
 from trainer.dataset import Expected, sample_of
-from trainer.replay import Memory, Turns, keys_in
+from trainer.replay import Memory, keys_in
 from trainer.rows import PAGE, RowStore
+from trainer.turns import Turns
 
 
 def samples_of(world: World) -> list[Sample]:

@@ -203,3 +203,11 @@ def test_a_trainer_on_another_host_is_not_signalled(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert f"is process {os.getpid()} on elsewhere, and this is" in result.stderr
+
+
+def test_where_the_time_goes_is_shown_with_the_most_first(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "trainer")
+    journal.status({**STATUS, "time": {"other": 0.001, "taking_in": 0.2, "updates": 0.799}})
+    assert "time       updates 80%, taking in 20%\n" in ask("status", tmp_path).stdout
+    journal.status(STATUS)
+    assert "time " not in ask("status", tmp_path).stdout

@@ -126,6 +126,22 @@ def test_each_sample_is_drawn_once_and_the_same_with_the_same_state(name: str, c
     assert orders == [rule(pool, settings, again).tolist() for _ in range(5)]
 
 
+@pytest.mark.parametrize("wanted", [1, 7, 40, 99, 100, 200])
+def test_the_front_of_an_order_is_the_same_whatever_is_left_out_behind_it(wanted: int) -> None:
+    numbers = np.random.default_rng(1)
+    columns = {
+        "visits_N": numbers.integers(0, 5, 100),
+        "num_pieces_N": numbers.integers(1, 4, 100),
+    }
+    whole, front = pool_of(100, **columns), pool_of(100, **columns, num_wanted=wanted)
+    rule, one, other = draw_rule("turns"), np.random.default_rng(4), np.random.default_rng(4)
+
+    for _ in range(20):
+        order = rule(front, TrainerSettings(), one)
+        assert order.tolist() == rule(whole, TrainerSettings(), other)[:wanted].tolist()
+    assert one.bit_generator.state == other.bit_generator.state
+
+
 def test_an_unknown_rule_is_named_with_the_nearest_known() -> None:
     with pytest.raises(SettingsError, match=r"trainer\.draw 'recent' is unknown.*'recency'"):
         draw_rule("recent")
