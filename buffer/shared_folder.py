@@ -36,6 +36,7 @@ from buffer.files import (
     write_parts,
 )
 from buffer.manifest import TENSORS, VERSION_NAME
+from buffer.mapped_files import MappedFiles
 from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
@@ -68,6 +69,9 @@ class SharedFolder:
         self._held: Path | None = None
         self._prepared: tuple[str, Sealed] | None = None
         """Name and content of a file that lies in the folder ``_aside``."""
+        self._mapped = MappedFiles()
+        self._lent: memoryview | None = None
+        """Memory of a file that lies in the folder ``_aside``."""
         self._problem = Lasting()
 
     def path(self) -> Path | None:
@@ -109,21 +113,47 @@ class SharedFolder:
             remove_abandoned(self._memory)
             return path
 
+    def lend(self, name: str, num_bytes: int) -> memoryview | None:
+        """Memory of one file of the version that ``put`` will get next; ``None`` if it cannot be
+        had. One publisher at a time."""
+        self._lent, aside = None, self._begun(name)
+        if aside is not None:
+            try:
+                self._lent = self._mapped.of(aside / name, num_bytes)
+            except OSError:  # ``put`` says so, if it lasts
+                shutil.rmtree(aside, ignore_errors=True)
+        return self._lent
+
     def prepare(self, name: str, content: Sealed) -> None:
-        """Write one file of the version that ``put`` will get next. One publisher at a time."""
+        """Write one file of the version that ``put`` will get next, unless it was made in the
+        memory of ``lend``. One publisher at a time."""
+        lent, self._lent = self._lent, None
+        if lent is None or content.place is not lent:
+            aside = self._begun(name)
+            if aside is None:
+                return
+            try:
+                overwrite_parts(aside / name, content.parts, OWNER_FILE)
+            except OSError:  # ``put`` says so, if it lasts
+                shutil.rmtree(aside, ignore_errors=True)
+                return
+        self._prepared = name, content
+
+    def _begun(self, name: str) -> Path | None:
+        """The folder of the next version, with a file in it to be overwritten, if there is one;
+        ``None`` if memory cannot be used."""
         self._prepared = None
         path = self.hold()
         if path is None:
-            return
+            return None
         self.clear_leftovers()
         aside = path / _aside()
         try:
             self._take_spare(path, aside, name)
-            overwrite_parts(aside / name, content.parts, OWNER_FILE)
         except OSError:  # ``put`` says so, if it lasts
             shutil.rmtree(aside, ignore_errors=True)
-            return
-        self._prepared = name, content
+            return None
+        return aside
 
     def put(self, version: int, files: Mapping[str, Content | Sealed]) -> bool:
         """Show a version, whole or not at all, and remove the others. One publisher at a time.

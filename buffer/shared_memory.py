@@ -74,6 +74,9 @@ class SharedWeights(FolderWeights):
             self._store_missing()
         return epoch
 
+    def lend(self, num_bytes: int) -> memoryview | None:
+        return self._shared.lend(TENSORS, num_bytes)
+
     def prepare(self, content: Sealed) -> None:
         self._shared.prepare(TENSORS, content)
 

@@ -27,7 +27,7 @@ from trainer.intake import Intake
 from trainer.journal import Journal
 from trainer.learner import MAX_SKIPS, Learner
 from trainer.pace import Pace
-from trainer.publish import Publisher, bundle_content, is_same, publish_version
+from trainer.publish import Publisher, is_same, publish_version
 from trainer.replay import Memory, keys_in
 from trainer.saver import Saver
 from trainer.start import newest_drafter
@@ -243,8 +243,7 @@ class Trainer:
         judgement = judge.judge(learner.average, memory.held_out, memory.held_out_older, speed)
         if not judgement.verdict.passed:
             return judgement, None
-        content = bundle_content(learner.trainable, learner.average, self.publisher.memory)
-        self.publisher.store.prepare(content)  # while its digest is computed
+        content = self.publisher.content_of(learner.trainable, learner.average)
         try:
             found = self.publisher.version_with(content)
         except ServiceAwayError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from buffer.bundles import BundleError
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.sealed import Content, Sealed, digest_of, seal
+from buffer.sealed import CHUNK_BYTES, Content, Sealed, digest_of, seal, seal_in
+from buffer.tensors import tensor_layout
 from buffer.weights_store import WeightsStore
 from configs.logs import Outage
 from drafters.trainable import Trainable
@@ -42,6 +43,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+        self._pinned: Tensor | None = None
 
     def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> OnHost:
         """Contiguous tensors on the host in these dtypes. Those that are so already are not
@@ -60,6 +62,18 @@ class HostCopies:
             sources[name] = source.contiguous()
         return OnHost(places, sources)
 
+    def at(self, places: Tensors, tensors: Mapping[str, Tensor]) -> OnHost:
+        """All tensors in memory of somebody else, which is not pinned.
+
+        Args:
+            places: contiguous tensors on the host, in the dtypes that are wanted.
+            tensors: as many, on any device.
+        """
+        sources = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        if any(one.device.type == "cuda" for one in sources.values()) and self._pinned is None:
+            self._pinned = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        return OnHost(places, sources, self._pinned)
+
     def _place(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         place = self._held.get(name)
         if place is None or place.shape != like.shape or place.dtype != dtype:
@@ -77,6 +91,9 @@ class OnHost:
     """All of them."""
     sources: Tensors
     """What is to be copied and converted."""
+    pinned: Tensor | None = None
+    """A chunk through which values come from a GPU, [CHUNK_BYTES] uint8; ``None``: they are copied
+    at once."""
 
     def make(self, name: str, start: int, end: int) -> None:
         """Fill the bytes of a tensor between two offsets; waits for the device."""
@@ -88,6 +105,8 @@ class OnHost:
         values = source.reshape(-1)[at]
         if values.device.type != "cpu":
             values = values.to(place.dtype)  # half as many bytes to copy
+            if self.pinned is not None:
+                values = self.pinned[: values.nbytes].view(values.dtype).copy_(values)
         place[at].copy_(values)
 
 
@@ -103,6 +122,17 @@ class Publisher:
     """Whether the store cannot be asked at present."""
     memory: HostCopies = field(default_factory=HostCopies)
     """Where candidates lie until they are published."""
+
+    def content_of(self, trainable: Trainable[Any], model: nn.Module) -> Sealed:
+        """A drafter's tensors as they are published, in memory that the next call overwrites. The
+        store has begun to write them."""
+        return self.content_with(trainable.bundle_tensors(model))
+
+    def content_with(self, tensors: Tensors) -> Sealed:
+        """``content_of`` for the tensors themselves."""
+        content = sealed_tensors(tensors, self.memory, self.store.lend)
+        self.store.prepare(content)  # while its digest is computed
+        return content
 
     def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
@@ -125,22 +155,42 @@ class Publisher:
         return (max(same), any(v in denied for v in same)) if same else None
 
 
-def bundle_content(
-    trainable: Trainable[Any], model: nn.Module, memory: HostCopies | None = None
+def bundle_content(trainable: Trainable[Any], model: nn.Module) -> Sealed:
+    """A drafter's tensors as they are published, in memory of their own."""
+    return sealed_tensors(trainable.bundle_tensors(model))
+
+
+def sealed_tensors(
+    tensors: Tensors,
+    memory: HostCopies | None = None,
+    lend: Callable[[int], memoryview | None] | None = None,
 ) -> Sealed:
-    """A drafter's tensors as they are published."""
-    return sealed_tensors(trainable.bundle_tensors(model), memory)
-
-
-def sealed_tensors(tensors: Tensors, memory: HostCopies | None = None) -> Sealed:
     """Tensors, on any device, as they are published.
 
     Args:
         memory: for those that must be copied; its next use overwrites them. ``None``: new memory.
+        lend: memory for the whole file, see ``WeightsStore.lend``.
     """
-    on_host = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
-    laid_out = {name: (_TAGS[t.dtype], _bits_of(t)) for name, t in on_host.places.items()}
-    return seal(laid_out, on_host.make)
+    memory, dtypes = memory or HostCopies(), _bundle_dtypes(tensors)
+    shapes = {name: (_TAGS[dtypes[name]], tuple(one.shape)) for name, one in tensors.items()}
+    layout = tensor_layout(shapes)
+    place = None if lend is None else lend(layout.num_bytes)
+    if place is None:
+        on_host = memory.of(tensors, dtypes)
+        laid_out = {name: (_TAGS[t.dtype], _bits_of(t)) for name, t in on_host.places.items()}
+        return seal(laid_out, on_host.make)
+    places = {
+        name: _tensor_in(place[one.start : one.end], dtypes[name], one.shape)
+        for name, one in layout.tensors.items()
+    }
+    return seal_in(place, layout, memory.at(places, tensors).make)
+
+
+def _tensor_in(place: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in memory of so many bytes."""
+    if not len(place):  # torch takes no buffer without bytes
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(place, dtype=dtype).view(shape)
 
 
 def publish_version(

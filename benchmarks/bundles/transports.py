@@ -44,7 +44,7 @@ from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
 from configs.schema import TrainerSettings
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
-from trainer.publish import Publisher, sealed_tensors
+from trainer.publish import Publisher
 
 SOURCE = "python -m benchmarks.bundles.transports"
 URLS = ("log:", "shm:", "fsspec:file://{folder}/objects")
@@ -79,8 +79,7 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
             parameter.mul_(0.99)
         stamps, began_s = {"stepped": time.monotonic()}, time.process_time()
         tensors = {name: one.data for name, one in model.named_parameters()}
-        content = sealed_tensors(tensors, publisher.memory)
-        store.prepare(content)
+        content = publisher.content_with(tensors)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         published = store.publish(manifest, {TENSORS: content}, publisher.epoch)
