@@ -4,6 +4,7 @@
     /dev/shm/slipstream-<name>/<version>/ a bundle, written aside and renamed
     /dev/shm/slipstream-<name>/.spare/    the one before, whose memory the next one takes over
     /dev/shm/slipstream-<name>/.users     every process that uses the folder holds a lock on it
+    /dev/shm/slipstream-<name>/.watchers  every server that waits for versions holds a lock on it
 
 The system frees such memory only when somebody removes the files. A killed process cannot, but its
 lock ends with it: whoever leaves last removes the folder, and whoever begins to use one removes
@@ -37,6 +38,7 @@ from buffer.files import (
 )
 from buffer.manifest import TENSORS, VERSION_NAME
 from buffer.mapped_files import MappedFiles
+from buffer.reader_locks import is_read, read_lock, wait_for_readers
 from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
@@ -46,7 +48,7 @@ MEMORY = Path("/dev/shm")
 PREFIX = "slipstream-"
 NAME_FILE = "SHM_NAME"
 """In the weights store; a new store in the same place has another name."""
-_USERS, _ROOT, _SPARE = ".users", ".root", ".spare"
+_USERS, _WATCHERS, _ROOT, _SPARE = ".users", ".watchers", ".root", ".spare"
 _NUM_NAME = 16
 _IN_MOVED_TO, _IN_NONBLOCK, _IN_CLOEXEC = 0x80, 0o4000, 0o2000000
 _LISTEN_MS = 500
@@ -204,6 +206,12 @@ class SharedFolder:
         with contextlib.suppress(FileNotFoundError):
             (path / str(version)).rename(path / _SPARE)
 
+    def wait_for_readers(self, version: int) -> None:
+        """Wait a moment while servers of this host read a version."""
+        path = self.path()
+        if path is not None and is_read(path / _WATCHERS):
+            wait_for_readers(path / str(version))
+
     def remove(self, version: int) -> None:
         """Hide a version in one step, then delete it; who is reading it reads it to its end."""
         path = self.path()
@@ -224,6 +232,8 @@ class SharedFolder:
         path = self.hold()
         if path is None:
             return lambda: None
+        with contextlib.suppress(OSError):
+            os.close(open_regular(path / _WATCHERS, os.O_RDWR | os.O_CREAT, OWNER_FILE))
         ended = threading.Event()
         thread = threading.Thread(
             target=self._listen, args=(path, notify, ended), name="versions", daemon=True
@@ -249,10 +259,11 @@ class SharedFolder:
             notify()  # for what came before
             waiting = select.poll()
             waiting.register(heard, select.POLLIN)
-            while not ended.is_set():
-                if waiting.poll(_LISTEN_MS):
-                    os.read(heard, 1 << 16)
-                    notify()
+            with read_lock(path / _WATCHERS):
+                while not ended.is_set():
+                    if waiting.poll(_LISTEN_MS):
+                        os.read(heard, 1 << 16)
+                        notify()
         finally:
             os.close(heard)
 

@@ -103,11 +103,17 @@ class OnHost:
         place = self.places[name].view(-1)
         at = slice(start // place.itemsize, end // place.itemsize)
         values = source.reshape(-1)[at]
-        if values.device.type != "cpu":
-            values = values.to(place.dtype)  # half as many bytes to copy
-            if self.pinned is not None:
-                values = self.pinned[: values.nbytes].view(values.dtype).copy_(values)
-        place[at].copy_(values)
+        if values.device.type == "cpu":
+            place[at].copy_(values)
+        else:
+            self.fill(place[at], values)
+
+    def fill(self, place: Tensor, values: Tensor) -> None:
+        """Copy values of a GPU, at most a chunk."""
+        values = values.to(place.dtype)  # half as many bytes to copy
+        if self.pinned is not None:
+            values = self.pinned[: values.nbytes].view(values.dtype).copy_(values)
+        place.copy_(values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -392,10 +392,7 @@ def test_what_no_reader_would_give_is_at_no_location(open_buffer, limits):
         (record,) = open_buffer().open_record_reader().read(1)
         name, at = record.writer, record.location
         strange = [
-            *(
-                (name, text)
-                for text in ("nowhere", "", "-1", "9", "7-9", "999999-0", f"{at} ")
-            ),
+            *((name, text) for text in ("nowhere", "", "-1", "9", "7-9", "999999-0", f"{at} ")),
             *((text, at) for text in ("../elsewhere", "w0", "", "unknown")),
         ]
 
