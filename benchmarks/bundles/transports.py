@@ -126,7 +126,12 @@ def swap_next(
 
 
 def measure(url: str, num_bytes: int, num_swaps: int, idle_s: float = 0.0) -> dict[str, Any]:
-    """Swaps by one way; the first one, for which memory is taken, apart."""
+    """Swaps by one way; the first one, for which memory is taken, apart.
+
+    Args:
+        idle_s: longest wait for free cores, of all swaps together.
+    """
+    until_s = time.monotonic() + idle_s
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="transports-") as name:
@@ -146,7 +151,8 @@ def measure(url: str, num_bytes: int, num_swaps: int, idle_s: float = 0.0) -> di
             plain, was_idle = list[dict[str, float]](), list[bool]()
             for version in range(first + 1, first + num_swaps + 2):
                 plain.append(yardsticks(size))
-                was_idle.append(wait_until_idle(idle_s))
+                is_first = version == first + 1
+                was_idle.append(not is_first and wait_until_idle(until_s - time.monotonic()))
                 ours.send("publish")
                 began_s = time.process_time()
                 by_server = swap_next(store, weights, version, heard)
@@ -200,7 +206,7 @@ def main(
     gb: Annotated[float, typer.Option(help="10**9 bytes of the bundle")] = 0.8,
     urls: Annotated[str, typer.Option(help="buffer.url of each way")] = ",".join(URLS),
     swaps: Annotated[int, typer.Option(min=1, help="measured, after a first one")] = 3,
-    idle_s: Annotated[float, typer.Option(help="longest wait for free cores, each swap")] = 0.0,
+    idle_s: Annotated[float, typer.Option(help="longest wait for free cores, each way")] = 0.0,
     publish: Annotated[bool, typer.Option(help="write rows/swap.json, too")] = False,
     out: Out = RESULTS / "transports.json",
 ) -> None:
