@@ -125,13 +125,12 @@ def swap_next(
     return stamps
 
 
-def measure(url: str, num_bytes: int, num_swaps: int, idle_s: float = 0.0) -> dict[str, Any]:
+def measure(url: str, num_bytes: int, num_swaps: int, until_s: float) -> dict[str, Any]:
     """Swaps by one way; the first one, for which memory is taken, apart.
 
     Args:
-        idle_s: longest wait for free cores, of all swaps together.
+        until_s: monotonic time until which each swap waits for free cores.
     """
-    until_s = time.monotonic() + idle_s
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="transports-") as name:
@@ -206,14 +205,15 @@ def main(
     gb: Annotated[float, typer.Option(help="10**9 bytes of the bundle")] = 0.8,
     urls: Annotated[str, typer.Option(help="buffer.url of each way")] = ",".join(URLS),
     swaps: Annotated[int, typer.Option(min=1, help="measured, after a first one")] = 3,
-    idle_s: Annotated[float, typer.Option(help="longest wait for free cores, each way")] = 0.0,
+    idle_s: Annotated[float, typer.Option(help="longest wait for free cores, in all")] = 0.0,
     publish: Annotated[bool, typer.Option(help="write rows/swap.json, too")] = False,
     out: Out = RESULTS / "transports.json",
 ) -> None:
     """Measure each way."""
     found: list[dict[str, Any]] = []
+    until_s = time.monotonic() + idle_s
     for url in urls.split(","):
-        found.append(measure(url, int(gb * 1e9), swaps, idle_s))
+        found.append(measure(url, int(gb * 1e9), swaps, until_s))
         after = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["median_after_s"].items())
         busy = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["processor_s"].items())
         plain = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["yardsticks_s"].items())
