@@ -65,7 +65,7 @@ from serving.service import Service
 from serving.swap.flat_weights import Staged
 from serving.swap.in_force import WeightsInForce
 from targets.device import pick_device
-from trainer.publish import Publisher, bundle_content
+from trainer.publish import Publisher
 
 SOURCE = "python -m benchmarks.swap"
 URLS = ("log:", "shm:", "fsspec:file://{folder}/objects")
@@ -98,8 +98,7 @@ def train(orders: Connection, url: str, run_dir: Path) -> None:
             for parameter in model.parameters():
                 parameter.mul_(0.9999)
         stamps = {"stepped": time.monotonic()}
-        content = bundle_content(learns, model)
-        store.prepare(content)
+        content = publisher.content_of(learns, model)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         manifest = replaced(parent, version=parent.version + 1, parent=parent.version, files={})

@@ -6,7 +6,7 @@ from __future__ import annotations
 import bisect
 import contextlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from buffer.deletions import Deleted, Deletions, Ends, digest_of, now_ms, owner_
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
+    Location,
     Offsets,
     Payload,
     Record,
@@ -36,6 +37,7 @@ from buffer.kafka_link import (
     parse_url,
     reason_of,
 )
+from buffer.kafka_located import records_at
 from buffer.kafka_reader import KafkaReader
 from buffer.kafka_unreadable import list_unreadable
 from buffer.kafka_weights import KafkaWeights
@@ -71,6 +73,10 @@ class KafkaBackend(Backend):
         if group is not None:
             check_group(group)
         return KafkaReader(self._link, offsets, group)
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload]:
+        with kafka_errors(f"{self._link.address.location} cannot be read"):
+            return records_at(self._link, locations)
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         link = self._link

@@ -57,26 +57,35 @@ def held_ends(
 
 
 def fetch_at(
-    consumer: KafkaConsumer, partition: TopicPartition, offsets: Sequence[int], timeout_s: float
+    consumer: KafkaConsumer,
+    partition: TopicPartition,
+    offsets: Sequence[int],
+    timeout_s: float,
+    *,
+    end: int | None = None,
 ) -> Iterator[Any]:
-    """Messages at these offsets; ends early where one is gone.
+    """Messages at these offsets, without those that are gone.
 
     Args:
         consumer: used by nobody else meanwhile.
         partition: an existing one.
         offsets: ascending.
         timeout_s: longest time without an answer, seconds.
+        end: one past the newest message; ``None``: as the brokers name it.
 
     Raises:
         KafkaError: the brokers do not answer.
     """
     consumer.assign([partition])
     begin = consumer.beginning_offsets([partition])[partition]
-    end = consumer.end_offsets([partition])[partition]
+    if end is None:
+        end = consumer.end_offsets([partition])[partition]
     at = -1
     ready: deque[Any] = deque()
     for offset in offsets:
-        if not begin <= offset < end:
+        if offset < begin:
+            continue
+        if offset >= end:
             return
         while ready and ready[0].offset < offset:
             ready.popleft()
@@ -85,9 +94,10 @@ def fetch_at(
                 consumer.seek(partition, offset)
             ready.extend(_poll_one(consumer, partition, timeout_s))
             at = ready[-1].offset + 1 if ready else -1
-        if not ready or ready[0].offset != offset:
-            return
-        yield ready.popleft()
+            if not ready:  # evicted meanwhile, and perhaps more
+                begin = consumer.beginning_offsets([partition])[partition]
+        if ready and ready[0].offset == offset:
+            yield ready.popleft()
 
 
 def wait_until_shown(is_shown: Callable[[], bool], timeout_s: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 import time
 import weakref
@@ -34,17 +33,13 @@ from buffer.deletions import Deletions, DeletionWatch
 from buffer.interface import MAX_READ_BYTES, Location, Offsets, Record, RecordReader
 from buffer.kafka_claims import KafkaClaims
 from buffer.kafka_deletions import DeletionLog
-from buffer.kafka_fetch import fetch_at, held_ends
+from buffer.kafka_fetch import held_ends
 from buffer.kafka_group import Membership, Place, places_of
-from buffer.kafka_link import PARTS_HEADER, KafkaLink, close_consumer, kafka_errors
+from buffer.kafka_link import KafkaLink, close_consumer, kafka_errors
+from buffer.kafka_parts import KafkaParts, writer_of
 from buffer.seen import Identity
-from buffer.small_json import parse_small_json
 
 log = logging.getLogger(__name__)
-
-MAX_RECORD_BYTES = 1 << 30
-_MOST_REFERENCE_BYTES = 8 << 20
-"""Longer records in pieces are not believed."""
 
 _AT_ONCE = 64  # messages of one poll
 _POLL_MS = 50
@@ -55,7 +50,6 @@ _REJOIN = (
     RebalanceInProgressError,
     UnknownMemberIdError,
 )
-_WRITER = re.compile(rb"[A-Za-z0-9._-]{1,128}")
 
 
 @dataclass(slots=True)
@@ -96,7 +90,7 @@ class KafkaReader(RecordReader):
         self._seen: defaultdict[int, _Seen] = defaultdict(_Seen)
         """What is known of each partition."""
         self._consumer: KafkaConsumer | None = None
-        self._pieces = _Pieces(link)
+        self._parts = KafkaParts(link)
         self._deletions = DeletionWatch(Deletions if shows_deleted else DeletionLog(link).follow)
         self.on_deleted: Callable[[int, int], None] | None = None
         """Told partition and offset of each record that is passed over because it was deleted."""
@@ -211,7 +205,7 @@ class KafkaReader(RecordReader):
         with self._lock:
             consumer, self._consumer = self._consumer, None
             self._ready.clear()
-            self._pieces.close()
+            self._parts.close()
             if self._claims is not None:
                 self._claims.close()
             if consumer is not None:
@@ -371,9 +365,7 @@ class KafkaReader(RecordReader):
         numbers = self._readable()
         number = numbers[self._turn % len(numbers)]
         message = self._ready[number][0]
-        payload = message.value
-        if PARTS_HEADER in message.headers:
-            payload = self._pieces.read(message)
+        payload = self._parts.record_of(message)
         self._ready[number].popleft()
         if message.offset < self._places[number].next:  # Kafka has begun this partition anew
             self._has_begun_anew(number, message.offset)
@@ -391,8 +383,7 @@ class KafkaReader(RecordReader):
             if self.on_deleted is not None:
                 self.on_deleted(number, message.offset)
             return None
-        writer = message.key if _WRITER.fullmatch(message.key or b"") else b"unknown"
-        return Record(payload, writer.decode(), f"{number}-{message.offset}")
+        return Record(payload, writer_of(message), f"{number}-{message.offset}")
 
 
 def _stay(reader: weakref.ref[KafkaReader], closed: threading.Event) -> None:
@@ -400,55 +391,3 @@ def _stay(reader: weakref.ref[KafkaReader], closed: threading.Event) -> None:
     while not closed.wait(_STAY_EVERY_S) and (found := reader()) is not None:
         found.stay()
         del found
-
-
-class _Pieces:
-    """Joins the pieces of large records."""
-
-    def __init__(self, link: KafkaLink) -> None:
-        self._link = link
-        self._consumer: KafkaConsumer | None = None
-
-    def read(self, message: Any) -> bytes | None:
-        """The record that a message stands for; ``None`` if not all of it is there.
-
-        Raises:
-            KafkaError: the brokers do not answer.
-        """
-        where = _decode_reference(message.value)
-        if where is None:
-            return None
-        number, offsets, num_bytes = where
-        if self._consumer is None:
-            self._consumer = self._link.consumer(
-                self, auto_offset_reset="none", check_crcs=False, max_partition_fetch_bytes=4 << 20
-            )
-        partition = TopicPartition(self._link.topic("parts"), number)
-        if number not in (self._consumer.partitions_for_topic(partition.topic) or ()):
-            return None
-        found = [
-            one.value
-            for one in fetch_at(self._consumer, partition, offsets, self._link.options.timeout_s)
-            if one.key == message.key
-        ]
-        whole = b"".join(found)
-        return whole if len(found) == len(offsets) and len(whole) == num_bytes else None
-
-    def close(self) -> None:
-        if self._consumer is not None:
-            close_consumer(self._consumer)
-
-
-def _decode_reference(content: bytes | None) -> tuple[int, list[int], int] | None:
-    """Partition and offsets of the pieces, and bytes of the whole; ``None`` if it is no reference
-    that one of our writers would make."""
-    try:
-        stored = parse_small_json(content or b"", _MOST_REFERENCE_BYTES)
-    except ValueError:
-        return None
-    match stored:
-        case {"partition": int(number), "offsets": [*offsets], "num_bytes": int(num_bytes)}:
-            ascending = all(type(one) is int for one in offsets) and offsets == sorted(set(offsets))
-            if number >= 0 and ascending and 0 < num_bytes <= MAX_RECORD_BYTES:
-                return number, offsets, num_bytes
-    return None

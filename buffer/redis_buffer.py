@@ -7,7 +7,7 @@ for what is guaranteed and what the server's configuration adds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from buffer.deletions import Deleted, Deletions, now_ms
 from buffer.interface import (
     MAX_UNREADABLE_BYTES,
     Backend,
+    Location,
     Offsets,
     Payload,
     Report,
@@ -27,6 +28,7 @@ from buffer.interface import (
 from buffer.redis_client import RedisClient
 from buffer.redis_deletion import delete_from_redis, read_deletions, undelete_in_redis
 from buffer.redis_eviction import RedisEvictor
+from buffer.redis_fetch import records_at
 from buffer.redis_member import RedisMember
 from buffer.redis_reader import RedisReader
 from buffer.redis_stats import read_stats
@@ -63,6 +65,13 @@ class RedisBuffer(Backend):
         if group is None:
             return RedisReader(self._client(), offsets)
         return RedisMember(self._client(), group, offsets)
+
+    def fetch(self, locations: Collection[Location]) -> dict[Location, Payload]:
+        client = self._client()
+        try:
+            return records_at(client, locations)
+        finally:
+            client.close()
 
     def keep_unreadable(self, name: str, payload: Payload) -> None:
         client = self._client()

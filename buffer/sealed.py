@@ -18,7 +18,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from buffer.records import FileDigest
-from buffer.tensors import FiniteScan, TensorParts, tensor_parts
+from buffer.tensors import FiniteScan, TensorLayout, TensorParts, placed_parts, tensor_parts
 
 CHUNK_BYTES = 4 << 20
 """Bytes read, digested and looked at at a time. Each costs the interpreter lock four times, for
@@ -48,13 +48,22 @@ class Sealed:
     A reader finds both by itself.
     """
 
-    def __init__(self, laid_out: TensorParts, make: Make | None = None) -> None:
+    def __init__(
+        self,
+        laid_out: TensorParts,
+        make: Make | None = None,
+        *,
+        place: memoryview | None = None,
+    ) -> None:
         """
         Args:
             laid_out: tensors lie where their owner has them, who must not change them until they
                 are published: a copy would cost memory for them.
             make: see ``seal``.
+            place: see ``seal_in``.
         """
+        self.place = place
+        """Memory that holds all of it, if it was lent for that."""
         self.parts = tuple(laid_out.parts)
         """Its bytes, in order."""
         self._num_bytes = laid_out.num_bytes
@@ -100,6 +109,16 @@ def seal(tensors: Mapping[str, tuple[str, NDArray[Any]]], make: Make | None = No
             arrays are contiguous then. ``None``: all are filled.
     """
     return Sealed(tensor_parts(tensors), make)
+
+
+def seal_in(place: memoryview, layout: TensorLayout, make: Make) -> Sealed:
+    """A file in memory that a weights store lends for it, see ``WeightsStore.lend``.
+
+    Args:
+        place: as many bytes as the file has.
+        make: see ``seal``; fills this memory.
+    """
+    return Sealed(placed_parts(layout, place), make, place=place)
 
 
 def piece_bytes_of(num_bytes: int) -> int | None:

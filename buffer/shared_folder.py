@@ -4,6 +4,7 @@
     /dev/shm/slipstream-<name>/<version>/ a bundle, written aside and renamed
     /dev/shm/slipstream-<name>/.spare/    the one before, whose memory the next one takes over
     /dev/shm/slipstream-<name>/.users     every process that uses the folder holds a lock on it
+    /dev/shm/slipstream-<name>/.watchers  every server that waits for versions holds a lock on it
 
 The system frees such memory only when somebody removes the files. A killed process cannot, but its
 lock ends with it: whoever leaves last removes the folder, and whoever begins to use one removes
@@ -36,6 +37,8 @@ from buffer.files import (
     write_parts,
 )
 from buffer.manifest import TENSORS, VERSION_NAME
+from buffer.mapped_files import MappedFiles
+from buffer.reader_locks import is_read, read_lock, wait_for_readers
 from buffer.sealed import Content, Sealed, parts_of
 from configs.logs import Lasting
 
@@ -45,7 +48,7 @@ MEMORY = Path("/dev/shm")
 PREFIX = "slipstream-"
 NAME_FILE = "SHM_NAME"
 """In the weights store; a new store in the same place has another name."""
-_USERS, _ROOT, _SPARE = ".users", ".root", ".spare"
+_USERS, _WATCHERS, _ROOT, _SPARE = ".users", ".watchers", ".root", ".spare"
 _NUM_NAME = 16
 _IN_MOVED_TO, _IN_NONBLOCK, _IN_CLOEXEC = 0x80, 0o4000, 0o2000000
 _LISTEN_MS = 500
@@ -68,6 +71,9 @@ class SharedFolder:
         self._held: Path | None = None
         self._prepared: tuple[str, Sealed] | None = None
         """Name and content of a file that lies in the folder ``_aside``."""
+        self._mapped = MappedFiles()
+        self._lent: memoryview | None = None
+        """Memory of a file that lies in the folder ``_aside``."""
         self._problem = Lasting()
 
     def path(self) -> Path | None:
@@ -109,21 +115,47 @@ class SharedFolder:
             remove_abandoned(self._memory)
             return path
 
+    def lend(self, name: str, num_bytes: int) -> memoryview | None:
+        """Memory of one file of the version that ``put`` will get next; ``None`` if it cannot be
+        had. One publisher at a time."""
+        self._lent, aside = None, self._begun(name)
+        if aside is not None:
+            try:
+                self._lent = self._mapped.of(aside / name, num_bytes)
+            except OSError:  # ``put`` says so, if it lasts
+                shutil.rmtree(aside, ignore_errors=True)
+        return self._lent
+
     def prepare(self, name: str, content: Sealed) -> None:
-        """Write one file of the version that ``put`` will get next. One publisher at a time."""
+        """Write one file of the version that ``put`` will get next, unless it was made in the
+        memory of ``lend``. One publisher at a time."""
+        lent, self._lent = self._lent, None
+        if lent is None or content.place is not lent:
+            aside = self._begun(name)
+            if aside is None:
+                return
+            try:
+                overwrite_parts(aside / name, content.parts, OWNER_FILE)
+            except OSError:  # ``put`` says so, if it lasts
+                shutil.rmtree(aside, ignore_errors=True)
+                return
+        self._prepared = name, content
+
+    def _begun(self, name: str) -> Path | None:
+        """The folder of the next version, with a file in it to be overwritten, if there is one;
+        ``None`` if memory cannot be used."""
         self._prepared = None
         path = self.hold()
         if path is None:
-            return
+            return None
         self.clear_leftovers()
         aside = path / _aside()
         try:
             self._take_spare(path, aside, name)
-            overwrite_parts(aside / name, content.parts, OWNER_FILE)
         except OSError:  # ``put`` says so, if it lasts
             shutil.rmtree(aside, ignore_errors=True)
-            return
-        self._prepared = name, content
+            return None
+        return aside
 
     def put(self, version: int, files: Mapping[str, Content | Sealed]) -> bool:
         """Show a version, whole or not at all, and remove the others. One publisher at a time.
@@ -174,6 +206,12 @@ class SharedFolder:
         with contextlib.suppress(FileNotFoundError):
             (path / str(version)).rename(path / _SPARE)
 
+    def wait_for_readers(self, version: int) -> None:
+        """Wait a moment while servers of this host read a version."""
+        path = self.path()
+        if path is not None and is_read(path / _WATCHERS):
+            wait_for_readers(path / str(version))
+
     def remove(self, version: int) -> None:
         """Hide a version in one step, then delete it; who is reading it reads it to its end."""
         path = self.path()
@@ -194,6 +232,8 @@ class SharedFolder:
         path = self.hold()
         if path is None:
             return lambda: None
+        with contextlib.suppress(OSError):
+            os.close(open_regular(path / _WATCHERS, os.O_RDWR | os.O_CREAT, OWNER_FILE))
         ended = threading.Event()
         thread = threading.Thread(
             target=self._listen, args=(path, notify, ended), name="versions", daemon=True
@@ -219,10 +259,11 @@ class SharedFolder:
             notify()  # for what came before
             waiting = select.poll()
             waiting.register(heard, select.POLLIN)
-            while not ended.is_set():
-                if waiting.poll(_LISTEN_MS):
-                    os.read(heard, 1 << 16)
-                    notify()
+            with read_lock(path / _WATCHERS):
+                while not ended.is_set():
+                    if waiting.poll(_LISTEN_MS):
+                        os.read(heard, 1 << 16)
+                        notify()
         finally:
             os.close(heard)
 

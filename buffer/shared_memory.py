@@ -1,6 +1,6 @@
 """Versions through the memory of one host, ``shm:`` or ``shm:?traces=URL``.
 
-A version is shown in memory first, so that servers load it while the disk still writes, and is
+A version is shown in memory first, so that servers load it before the disk is written, and is
 published once it is on the disk, too: memory is the faster way, and the disk the one that always
 works. Whoever cannot use the memory, in another container or on another host, takes the version
 from the disk. Only the newest version is in memory, see ``shared_folder.py``.
@@ -30,6 +30,7 @@ from buffer.bundles import (
 from buffer.files import read_regular, write_atomically
 from buffer.folder_weights import HIGHEST, FolderWeights, lines_in
 from buffer.manifest import MANIFEST, TENSORS
+from buffer.reader_locks import read_lock
 from buffer.records import Manifest
 from buffer.sealed import Content, Sealed
 from buffer.shared_folder import MEMORY, SharedFolder
@@ -74,6 +75,9 @@ class SharedWeights(FolderWeights):
             self._store_missing()
         return epoch
 
+    def lend(self, num_bytes: int) -> memoryview | None:
+        return self._shared.lend(TENSORS, num_bytes)
+
     def prepare(self, content: Sealed) -> None:
         self._shared.prepare(TENSORS, content)
 
@@ -86,7 +90,11 @@ class SharedWeights(FolderWeights):
     def read_into(
         self, host: HostBuffer, version: int, expected: ExpectedTensors | None = None
     ) -> BundleInBuffer:
-        return self._from_either(version, lambda path: read_bundle_into(host, path, expected))
+        def read(path: Path) -> BundleInBuffer:
+            with read_lock(path):
+                return read_bundle_into(host, path, expected)
+
+        return self._from_either(version, read)
 
     def change_mark(self, version: int) -> tuple[int, int]:
         """As ``FolderWeights.change_mark``; from memory only until the disk has the version."""
@@ -112,6 +120,9 @@ class SharedWeights(FolderWeights):
         # Its number is taken first, so that not even a power cut brings it back.
         write_atomically(self.root / HIGHEST, f"{version}\n".encode())
         is_shown = self._shared.put(version, files)
+        if is_shown:
+            # Writing 0.8 GB to a disk takes a core for a second or two, and a server needs it now.
+            self._shared.wait_for_readers(version)
         try:
             super()._write(version, files)
         except OSError:

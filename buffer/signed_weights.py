@@ -59,6 +59,9 @@ class SignedWeights(WeightsStore):
     def take_over(self) -> int:
         return self._store.take_over()
 
+    def lend(self, num_bytes: int) -> memoryview | None:
+        return self._store.lend(num_bytes)
+
     def prepare(self, content: Sealed) -> None:
         self._store.prepare(content)
 

@@ -83,32 +83,62 @@ class TensorParts:
         return sum(map(len, self.parts))
 
 
-def tensor_parts(
-    tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str] | None = None
-) -> TensorParts:
-    """Lay out a safetensors file: name -> (dtype tag, array that holds its bits). Contiguous arrays
-    are not copied.
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """A safetensors file without its values."""
+
+    head: bytes
+    """Length of the header, and the header."""
+    tensors: dict[str, TensorInfo]
+    """In the order of the file."""
+    num_bytes: int
+    """Of the whole file."""
+
+
+def tensor_layout(
+    shapes: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None
+) -> TensorLayout:
+    """Lay out a safetensors file: name -> (dtype tag, shape).
 
     Not done with the safetensors package, because its low-level call takes bytes in one release and
     memory addresses in the next, its numpy call supports neither BF16 nor F8_E4M3, and its torch
     call copies every tensor three times.
     """
-    ordered = sorted(tensors.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0]))
+    ordered = sorted(shapes.items(), key=lambda item: (-ITEM_BYTES[item[1][0]], item[0]))
     header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     spans, end = dict[str, tuple[int, int]](), 0
-    for name, (dtype, array) in ordered:
-        start, end = end, end + array.nbytes
+    for name, (dtype, shape) in ordered:
+        start, end = end, end + math.prod(shape) * ITEM_BYTES[dtype]
         spans[name] = (start, end)
-        header[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [start, end]}
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin on 8 bytes, as the format recommends
     head = len(text).to_bytes(8, "little") + text
-    arrays = [np.ascontiguousarray(array).reshape(-1).view(np.uint8) for _, (_, array) in ordered]
     infos = {
-        name: TensorInfo(dtype, tuple(array.shape), *(len(head) + at for at in spans[name]))
-        for name, (dtype, array) in ordered
+        name: TensorInfo(dtype, tuple(shape), *(len(head) + at for at in spans[name]))
+        for name, (dtype, shape) in ordered
     }
-    return TensorParts([memoryview(head), *(array.data for array in arrays)], infos)
+    return TensorLayout(head, infos, len(head) + end)
+
+
+def tensor_parts(
+    tensors: Mapping[str, tuple[str, NDArray[Any]]], metadata: Mapping[str, str] | None = None
+) -> TensorParts:
+    """A safetensors file as ``tensor_layout`` lays it out: name -> (dtype tag, array that holds its
+    bits). Contiguous arrays are not copied."""
+    shapes = {name: (dtype, tuple(array.shape)) for name, (dtype, array) in tensors.items()}
+    layout = tensor_layout(shapes, metadata)
+    arrays = (np.ascontiguousarray(tensors[name][1]) for name in layout.tensors)
+    parts = [array.reshape(-1).view(np.uint8).data for array in arrays]
+    return TensorParts([memoryview(layout.head), *parts], layout.tensors)
+
+
+def placed_parts(layout: TensorLayout, place: memoryview) -> TensorParts:
+    """A safetensors file in memory that was lent for it, which has room for all of it: the header
+    is written, the values may still be missing."""
+    place[: len(layout.head)] = layout.head
+    parts = [place[info.start : info.end] for info in layout.tensors.values()]
+    return TensorParts([place[: len(layout.head)], *parts], layout.tensors)
 
 
 def join_tensors(

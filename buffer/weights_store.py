@@ -55,6 +55,21 @@ class WeightsStore(Protocol):
         """
         ...
 
+    def lend(self, num_bytes: int) -> memoryview | None:
+        """Memory for the tensors of the next version, which need not be copied if they are made
+        in it: see ``sealed.seal_in``. Give what was made to ``prepare``, and publish it before the
+        next ``lend``, whose memory may be the same.
+
+        Only the one that publishes may call it.
+
+        Args:
+            num_bytes: size of the file.
+
+        Returns:
+            ``None``: the store has none, or cannot get so much.
+        """
+        return None
+
     def prepare(self, content: Sealed) -> None:
         """Begin to write the tensors of the next version, which ``publish`` will probably get,
         where nobody looks for them yet. Saves time in stores whose first step is to copy them;

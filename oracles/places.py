@@ -136,6 +136,7 @@ _NO_COMMIT = "Tansu lists no group that has not committed"
 _LACKS: dict[Kind, dict[str, str]] = {
     "tansu": {
         "test_the_oldest_records_are_evicted_and_counted": _NO_DELETION,
+        "test_an_evicted_record_is_found_no_more": _NO_DELETION,
         "test_records_are_evicted_at_their_ttl_even_if_nothing_is_appended": _NO_DELETION,
         "test_what_is_evicted_before_it_was_committed_is_lost_and_counted": _NO_DELETION,
         "test_a_trace_that_was_evicted_before_it_was_committed_may_be_sent_again": _NO_DELETION,

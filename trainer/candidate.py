@@ -23,7 +23,7 @@ from buffer.sealed import Sealed
 from policies.gate import GateVerdict
 from trainer.fitted_policy import fitted_policy
 from trainer.gate import GATE_DRAFT_K, Judgement
-from trainer.publish import Outcome, bundle_content, is_same, publish_version
+from trainer.publish import Outcome, is_same, publish_version
 from trainer.times import Part
 
 if TYPE_CHECKING:
@@ -124,8 +124,7 @@ def _published(
     After weights were restored they may be those of a version, which no margin makes a new one."""
     learner, publisher = trainer.learner, trainer.publisher
     with _own_stream(learner.store.device):
-        content = bundle_content(learner.trainable, model, publisher.memory)
-        publisher.store.prepare(content)  # while its digest is computed
+        content = publisher.content_of(learner.trainable, model)
         verdict = _known_already(trainer, model, content)
         if verdict is not None:
             return Outcome(replace(judgement, verdict=verdict), None)

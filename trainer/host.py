@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from buffer.sealed import CHUNK_BYTES
+
 Tensors = dict[str, Tensor]
 
 TAGS = {
@@ -27,6 +29,7 @@ class HostCopies:
 
     def __init__(self) -> None:
         self._held: dict[str, Tensor] = {}
+        self._pinned: Tensor | None = None
 
     def of(self, tensors: Mapping[str, Tensor], dtypes: Mapping[str, torch.dtype]) -> OnHost:
         """Contiguous tensors on the host in these dtypes. Those that are so already are not
@@ -44,6 +47,18 @@ class HostCopies:
             places[name] = self._place(name, source, dtypes[name])
             sources[name] = source.contiguous()
         return OnHost(places, sources)
+
+    def at(self, places: Tensors, tensors: Mapping[str, Tensor]) -> OnHost:
+        """All tensors in memory of somebody else, which is not pinned.
+
+        Args:
+            places: contiguous tensors on the host, in the dtypes that are wanted.
+            tensors: as many, on any device.
+        """
+        sources = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        if any(one.device.type == "cuda" for one in sources.values()) and self._pinned is None:
+            self._pinned = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=True)
+        return OnHost(places, sources, self._pinned)
 
     def _place(self, name: str, like: Tensor, dtype: torch.dtype) -> Tensor:
         place = self._held.get(name)
@@ -77,6 +92,9 @@ class OnHost:
     """All of them."""
     sources: Tensors
     """What is to be copied and converted."""
+    pinned: Tensor | None = None
+    """A chunk through which values come from a GPU, [CHUNK_BYTES] uint8; ``None``: they are copied
+    at once."""
 
     def make(self, name: str, start: int, end: int) -> None:
         """Fill the bytes of a tensor between two offsets; waits for the device."""
@@ -86,9 +104,17 @@ class OnHost:
         place = self.places[name].view(-1)
         at = slice(start // place.itemsize, end // place.itemsize)
         values = source.reshape(-1)[at]
-        if values.device.type != "cpu":
-            values = values.to(place.dtype)  # half as many bytes to copy
-        place[at].copy_(values)
+        if values.device.type == "cpu":
+            place[at].copy_(values)
+        else:
+            self.fill(place[at], values)
+
+    def fill(self, place: Tensor, values: Tensor) -> None:
+        """Copy values of a GPU, at most a chunk."""
+        values = values.to(place.dtype)  # half as many bytes to copy
+        if self.pinned is not None:
+            values = self.pinned[: values.nbytes].view(values.dtype).copy_(values)
+        place.copy_(values)
 
 
 @dataclass(frozen=True, slots=True)

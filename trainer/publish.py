@@ -5,23 +5,24 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from buffer.bundles import BundleError
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
-from buffer.sealed import Content, Sealed, digest_of, seal
+from buffer.sealed import Content, Sealed, digest_of, seal, seal_in
+from buffer.tensors import tensor_layout
 from buffer.weights_store import WeightsStore
 from configs.logs import Outage
 from drafters.trainable import Trainable
 from trainer.gate import Judgement, Judging
-from trainer.host import HostCopies, Tensors, laid_out
+from trainer.host import TAGS, HostCopies, Tensors, laid_out
 
 LARGEST_FLOAT32_BYTES = 256 << 20
 """Larger bundles are written as bfloat16, the dtype that a GPU serves. Smaller ones stay float32,
@@ -94,6 +95,17 @@ class Publisher:
     candidate: Candidate = field(default_factory=Candidate)
     """The present one."""
 
+    def content_of(self, trainable: Trainable[Any], model: nn.Module) -> Sealed:
+        """A drafter's tensors as they are published, in memory that the next call overwrites. The
+        store has begun to write them."""
+        return self.content_with(trainable.bundle_tensors(model))
+
+    def content_with(self, tensors: Tensors) -> Sealed:
+        """``content_of`` for the tensors themselves."""
+        content = sealed_tensors(tensors, self.memory, self.store.lend)
+        self.store.prepare(content)  # while its digest is computed
+        return content
+
     def version_with(self, content: Content | Sealed) -> tuple[int, bool] | None:
         """The version that holds these tensors, and whether it was rolled back; ``None``: none
         does.
@@ -115,21 +127,41 @@ class Publisher:
         return (max(same), any(v in denied for v in same)) if same else None
 
 
-def bundle_content(
-    trainable: Trainable[Any], model: nn.Module, memory: HostCopies | None = None
+def bundle_content(trainable: Trainable[Any], model: nn.Module) -> Sealed:
+    """A drafter's tensors as they are published, in memory of their own."""
+    return sealed_tensors(trainable.bundle_tensors(model))
+
+
+def sealed_tensors(
+    tensors: Tensors,
+    memory: HostCopies | None = None,
+    lend: Callable[[int], memoryview | None] | None = None,
 ) -> Sealed:
-    """A drafter's tensors as they are published."""
-    return sealed_tensors(trainable.bundle_tensors(model), memory)
-
-
-def sealed_tensors(tensors: Tensors, memory: HostCopies | None = None) -> Sealed:
     """Tensors, on any device, as they are published.
 
     Args:
         memory: for those that must be copied; its next use overwrites them. ``None``: new memory.
+        lend: memory for the whole file, see ``WeightsStore.lend``.
     """
-    on_host = (memory or HostCopies()).of(tensors, _bundle_dtypes(tensors))
-    return seal(laid_out(on_host.places), on_host.make)
+    memory, dtypes = memory or HostCopies(), _bundle_dtypes(tensors)
+    shapes = {name: (TAGS[dtypes[name]], tuple(one.shape)) for name, one in tensors.items()}
+    layout = tensor_layout(shapes)
+    place = None if lend is None else lend(layout.num_bytes)
+    if place is None:
+        on_host = memory.of(tensors, dtypes)
+        return seal(laid_out(on_host.places), on_host.make)
+    places = {
+        name: _tensor_in(place[one.start : one.end], dtypes[name], one.shape)
+        for name, one in layout.tensors.items()
+    }
+    return seal_in(place, layout, memory.at(places, tensors).make)
+
+
+def _tensor_in(place: memoryview, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """A tensor in memory of so many bytes."""
+    if not len(place):  # torch takes no buffer without bytes
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(place, dtype=dtype).view(shape)
 
 
 def publish_version(

@@ -2,6 +2,7 @@
 
     python -m benchmarks.bundles.transports                     # a minute or two on two cores
     python -m benchmarks.bundles.transports --gb 0.1 --urls log:,shm:
+    python -m benchmarks.bundles.transports --idle-s 300    # each swap begins on free cores
 
 ``benchmarks.swap`` measures the same in a server that decodes, which takes a machine that is fast
 enough for such a drafter. Here a loop stands for the swapper: it waits for a version as a server
@@ -11,7 +12,8 @@ and publishes. ``swapped`` is when the weights are in force; the first token fol
 The processor time of both, writing to the disk included, tells what a loaded machine hides, and so
 do two yardsticks that are taken just before each swap, on one thread: copying as many bytes in
 memory that is warm, and their SHA-256. Every way digests twice, at both ends, on up to four threads
-each.
+each. With ``--idle-s``, each swap waits until the machine has nothing else to do; the result says
+how many did begin so.
 
 ``{folder}`` in a URL is a new folder. Writes ``benchmarks/results/transports.json`` and, with
 ``--publish``, ``rows/swap.json``.
@@ -37,6 +39,7 @@ import torch
 import typer
 from torch import nn
 
+from benchmarks.harness.idle import wait_until_idle
 from benchmarks.harness.results import RESULTS, Out, Row, at_most, say, write_result, write_rows
 from buffer.backends import open_backend
 from buffer.manifest import TENSORS
@@ -44,7 +47,7 @@ from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
 from configs.schema import TrainerSettings
 from serving.swap.flat_weights import Expected, FlatWeights, load_bundle
-from trainer.publish import Publisher, sealed_tensors
+from trainer.publish import Publisher
 
 SOURCE = "python -m benchmarks.bundles.transports"
 URLS = ("log:", "shm:", "fsspec:file://{folder}/objects")
@@ -79,8 +82,7 @@ def train(orders: Connection, url: str, run_dir: Path, num_bytes: int) -> None:
             parameter.mul_(0.99)
         stamps, began_s = {"stepped": time.monotonic()}, time.process_time()
         tensors = {name: one.data for name, one in model.named_parameters()}
-        content = sealed_tensors(tensors, publisher.memory)
-        store.prepare(content)
+        content = publisher.content_with(tensors)
         stamps["encoded"] = time.monotonic()
         assert publisher.version_with(content) is None
         published = store.publish(manifest, {TENSORS: content}, publisher.epoch)
@@ -123,8 +125,12 @@ def swap_next(
     return stamps
 
 
-def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
-    """Swaps by one way; the first one, for which memory is taken, apart."""
+def measure(url: str, num_bytes: int, num_swaps: int, until_s: float) -> dict[str, Any]:
+    """Swaps by one way; the first one, for which memory is taken, apart.
+
+    Args:
+        until_s: monotonic time until which each swap waits for free cores.
+    """
     torch.set_num_threads(1)
     context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory(prefix="transports-") as name:
@@ -141,9 +147,11 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
             end = store.watch(heard.set)
             weights = FlatWeights(Wide(num_bytes, torch.bfloat16))
             swaps, busy = list[dict[str, float]](), list[dict[str, float]]()
-            plain = list[dict[str, float]]()
+            plain, was_idle = list[dict[str, float]](), list[bool]()
             for version in range(first + 1, first + num_swaps + 2):
                 plain.append(yardsticks(size))
+                is_first = version == first + 1
+                was_idle.append(not is_first and wait_until_idle(until_s - time.monotonic()))
                 ours.send("publish")
                 began_s = time.process_time()
                 by_server = swap_next(store, weights, version, heard)
@@ -163,6 +171,7 @@ def measure(url: str, num_bytes: int, num_swaps: int) -> dict[str, Any]:
     return {
         "url": url,
         "load": os.getloadavg()[0],
+        "num_idle": sum(was_idle[1:]),
         "bytes": size,
         "median_after_s": {k: statistics.median(one[k] for one in later) for k in later[0]},
         "yardsticks_s": {k: statistics.median(one[k] for one in plain[1:]) for k in plain[0]},
@@ -181,7 +190,9 @@ def _answer(orders: Connection) -> Any:
 def rows_of(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
     for one in found:
         what = f"bundle of {one['bytes'] / 1e9:.2f} GB by {one['url']}, nothing decodes"
-        what += f", load {one['load']:.0f} on {os.cpu_count()} cores"
+        is_idle = one["num_idle"] == len(one["after_s"])
+        what += ", " if is_idle else f", load {one['load']:.0f} on "
+        what += f"{os.cpu_count()} {'free cores' if is_idle else 'cores'}"
         measure, seconds = "optimiser step to weights in force, s", one["median_after_s"]["swapped"]
         goal = SAME_HOST_S if one["url"].startswith("shm:") else FILES_S
         yield at_most(what, measure, seconds, goal if one["bytes"] >= BIG_BYTES else None)
@@ -194,13 +205,15 @@ def main(
     gb: Annotated[float, typer.Option(help="10**9 bytes of the bundle")] = 0.8,
     urls: Annotated[str, typer.Option(help="buffer.url of each way")] = ",".join(URLS),
     swaps: Annotated[int, typer.Option(min=1, help="measured, after a first one")] = 3,
+    idle_s: Annotated[float, typer.Option(help="longest wait for free cores, in all")] = 0.0,
     publish: Annotated[bool, typer.Option(help="write rows/swap.json, too")] = False,
     out: Out = RESULTS / "transports.json",
 ) -> None:
     """Measure each way."""
     found: list[dict[str, Any]] = []
+    until_s = time.monotonic() + idle_s
     for url in urls.split(","):
-        found.append(measure(url, int(gb * 1e9), swaps))
+        found.append(measure(url, int(gb * 1e9), swaps, until_s))
         after = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["median_after_s"].items())
         busy = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["processor_s"].items())
         plain = ", ".join(f"{k} {s:.2f}" for k, s in found[-1]["yardsticks_s"].items())

@@ -206,3 +206,5 @@ def test_a_record_over_the_limit_of_a_message_is_split_and_comes_back_in_its_pla
     records = open_buffer().open_record_reader().read(10)
     assert numbers(records) == list(range(6))
     assert [len(one.payload) for one in records] == [100, 50_000, 7000, 7681, 20_000, 8]
+    wanted = {(one.writer, one.location): one.payload for one in records[1:5]}
+    assert open_buffer().fetch(wanted) == wanted

@@ -139,6 +139,11 @@ def test_records_of_the_last_batch_count_though_the_broker_names_an_end_inside_o
         again.close()
         assert "lost records" not in caplog.text
 
+        records = buffer.open_record_reader().read(100)
+        wanted = {(one.writer, one.location): one.payload for one in records[1::9]}
+        beyond = records[0].writer, "0-100"
+        assert buffer.fetch([*wanted, beyond]) == wanted
+
 
 def test_a_broker_that_forgot_everything_hides_no_new_record_and_no_count(tmp_path, limits):
     """A trainer that restarts then brings the place that it had before."""

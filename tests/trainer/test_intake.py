@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,12 @@ from typing import Any
 import pytest
 
 from buffer.backends import open_backend
-from buffer.interface import ServiceAwayError
+from buffer.codec import encode_trace
+from buffer.interface import ServiceAwayError, TraceLimits
 from buffer.traces import TraceReader
 from drafters.samples import Sample
+from oracles.kafka_brokers import running_broker
+from oracles.redis_servers import RedisServer, valkey_binary
 from tests.trainer.conftest import World
 from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, write_traces
 from trainer.dataset import Expected
@@ -23,8 +27,10 @@ from trainer.journal import Journal
 from trainer.target import TargetWatch
 
 
-def intake_of(world: World, run_dir: Path, offsets: dict[str, Any] | None = None) -> Intake:
-    reader = TraceReader(open_backend("log:", run_dir), offsets)
+def intake_of(
+    world: World, run_dir: Path, offsets: dict[str, Any] | None = None, *, url: str = "log:"
+) -> Intake:
+    reader = TraceReader(open_backend(url, run_dir), offsets)
     expected = Expected(world.fingerprint, LAYER_IDS, HIDDEN, VOCAB)
     return Intake(reader, expected, 64, Journal(run_dir / "trainer"), TargetWatch(run_dir))
 
@@ -113,18 +119,38 @@ class NotReadThrough(TraceReader):
         raise AssertionError("the log was read from its beginning")
 
 
+LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 28, ttl_s=1e6, sync_interval_s=0.0)
+GONE = {"log": "000099-0", "redis": "9999", "kafka": "0-9999"}
+"""Locations without a record."""
+
+
+@pytest.fixture(params=["log", "redis", "kafka"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "log":
+        yield "log:"
+    elif request.param == "redis":
+        server = RedisServer(valkey_binary())
+        yield f"{server.url}?run=intake"
+        server.close()
+    else:
+        with running_broker("tansu", tmp_path / "broker") as broker:
+            yield f"kafka://{broker.address}/intake?partitions=1"
+
+
 def test_traces_are_found_where_they_are_and_not_by_reading_the_log(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, url: str
 ) -> None:
-    write_traces(tmp_path, many(world, 200))
-    first = intake_of(world, tmp_path)
+    with open_backend(url, tmp_path).open_trace_writer(LIMITS) as writer:
+        for trace in many(world, 200):
+            writer.append(encode_trace(trace))
+    first = intake_of(world, tmp_path, url=url)
     got = [key for _ in range(5) for key in keys(first.read())]
     wanted = set(got[3::40])
     locations = first.locations(wanted)
     assert locations.keys() == wanted
-    evicted, gone = got[3], {got[3]: (locations[got[3]][0], "000099-0")}
+    evicted, gone = got[3], {got[3]: (locations[got[3]][0], GONE[url.partition(":")[0]])}
 
-    again, backend = intake_of(world, tmp_path), open_backend("log:", tmp_path)
+    again, backend = intake_of(world, tmp_path, url=url), open_backend(url, tmp_path)
     assert again.find(wanted, NotReadThrough(backend), locations).keys() == wanted
     assert again.locations(wanted) == locations  # for its own checkpoints
     found = again.find(wanted, NotReadThrough(backend), locations | gone)

@@ -357,25 +357,74 @@ def test_a_killed_server_loses_nothing_that_was_acknowledged(place, limits):
     assert (reader.counts.damaged, reader.counts.evicted_unread) == (0, 0)
 
 
-def test_records_are_found_again_at_their_locations(open_buffer, limits):
-    backend = open_buffer()
-    with backend.open_trace_writer(limits) as writer:
-        for number in range(30):
+def fetched(backend, locations):
+    """What is stored at these locations."""
+    found = backend.fetch(locations)
+    if found is None:
+        pytest.skip("this backend finds records only by reading all of them")
+    return {location: bytes(payload) for location, payload in found.items()}
+
+
+@pytest.mark.parametrize("step", [1, 4, 13])
+def test_records_are_found_again_at_their_locations(open_buffer, limits, step):
+    sizes = [20 + 977 * (i % 5) for i in range(60)]
+    with (
+        open_buffer().open_trace_writer(limits) as first,
+        open_buffer().open_trace_writer(limits) as second,
+    ):
+        for number, size in enumerate(sizes):
+            (first, second)[number % 3 == 0].append(payload(number, size))
+        first.sync()
+        second.sync()
+        records = open_buffer().open_record_reader().read(100)
+        assert len(records) == len(sizes)
+        wanted = {(one.writer, one.location): bytes(one.payload) for one in records[3::step]}
+
+        assert fetched(open_buffer(), wanted.keys()) == wanted
+        assert fetched(open_buffer(), []) == {}
+
+
+def test_what_no_reader_would_give_is_at_no_location(open_buffer, limits):
+    with open_buffer().open_trace_writer(limits) as writer:
+        for number in range(3):
             writer.append(payload(number))
         writer.sync()
-        records = backend.open_record_reader().read(100)
-        first = records[0]
-        wanted = {(one.writer, one.location): bytes(one.payload) for one in records[3:30:4]}
-        strange = [(first.writer, "nowhere"), ("../elsewhere", first.location), ("w0", "000001-0")]
+        (record,) = open_buffer().open_record_reader().read(1)
+        name, at = record.writer, record.location
+        strange = [
+            *((name, text) for text in ("nowhere", "", "-1", "9", "7-9", "999999-0", f"{at} ")),
+            *((text, at) for text in ("../elsewhere", "w0", "", "unknown")),
+        ]
 
-        found = open_buffer().fetch([*wanted, *strange])
-        if found is None:
-            pytest.skip("this backend finds records only by reading all of them")
+        assert fetched(open_buffer(), [(name, at), *strange]).keys() == {(name, at)}
 
-        assert {location: bytes(stored) for location, stored in found.items()} == wanted
-        at_first = first.writer, first.location
-        assert backend.fetch([at_first]).keys() == {at_first}
+
+def test_a_large_record_is_found_again_between_small_ones(open_buffer, limits):
+    with open_buffer().open_trace_writer(limits) as writer:
+        for number, size in ((0, 20), (1, 300_000), (2, 20)):
+            writer.append(payload(number, size))
+        writer.sync()
+        record = open_buffer().open_record_reader().read(3)[1]
+        at = record.writer, record.location
+
+        assert fetched(open_buffer(), [at]) == {at: payload(1, 300_000)}
+
+
+def test_an_evicted_record_is_found_no_more(open_buffer, limits):
+    backend = open_buffer()
+    with backend.open_trace_writer(limits) as writer:
+        writer.append(payload(0))
+        writer.append(payload(1, 20_000))
+        writer.sync()
+        first, *_ = open_buffer().open_record_reader().read(2)
+        at = first.writer, first.location
+        assert fetched(backend, [at]).keys() == {at}
         for number in range(2 * limits.max_bytes // 20_000):
             writer.append(payload(number, 20_000))
             writer.tend()
-        assert backend.fetch([at_first]) == {}  # it was evicted
+        writer.sync()
+        newest = [
+            (one.writer, one.location) for one in open_buffer().open_record_reader().read(99)
+        ][-1]
+
+        assert fetched(backend, [at, newest]).keys() == {newest}
