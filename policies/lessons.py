@@ -146,6 +146,8 @@ class Lessons:
 
     def learn_gathered(self) -> None:
         """Learn from the steps of a rest that was not learned from yet."""
+        if not self._rest.gathered.num_steps:
+            return
         gathered, self._rest.gathered = self._rest.gathered, Gathered()
         if gathered.rounds:
             self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)

@@ -133,4 +133,4 @@ def test_plain_decoding_is_tried_where_an_index_drafts_in_every_step():
     choice = chooser.weigh(seen, chooser.footing(usual, "suffix", {}))
     assert choice.base == "none"
     assert choice.arm == ("suffix", 1)
-    assert PLAIN_ARM in {option.arm for option in explorer.options(seen, choice)}
+    assert PLAIN_ARM in {option.arm for option, _ in explorer.options(seen, choice)}
