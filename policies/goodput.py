@@ -221,7 +221,7 @@ class GoodputPolicy:
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         self._settle()
-        is_paid = self._explorer.more != PLAIN_ARM
+        is_paid = self._explorer.more != "none"
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
@@ -386,7 +386,7 @@ class GoodputPolicy:
         # A look is expensive while plain decoding is the base: what it found is not left unused,
         # unless looks are made at every step, or a drafter has caught up for nothing else.
         finds = looked and choice.arm[0] in self._kinds.needing
-        is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
+        is_kept = finds and self._rest.is_plain and self._explorer.more == "none"
         if is_kept:  # whether looks pay is asked below
             self._note_look()
         may_explore = not is_kept or self._rest.pays or goes_on
@@ -463,6 +463,6 @@ class GoodputPolicy:
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
-        if self._rest.is_plain and more[1] and choice.has(more):
-            return Stretch(more, _MORE_STEPS, nothing), nothing
+        if self._rest.is_plain and more != "none" and more in choice.values:
+            return Stretch(choice.best_of(more), _MORE_STEPS, nothing), nothing
         return None, nothing

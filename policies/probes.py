@@ -160,13 +160,13 @@ class Explorer:
             self._ledger.charge(Purpose.ARM, cost_s, most_owed=self._most_owed_s)
 
     @property
-    def more(self) -> Arm:
-        """The arm of which more may follow at no charge: the last stretch of its drafter has paid
-        for itself, whatever was predicted. Plain decoding if there is none.
+    def more(self) -> str:
+        """The drafter of which more may follow at no charge: its last stretch has paid for itself,
+        whatever was predicted. ``none`` if there is none.
 
         Estimates that remember a long time without use would take many stretches to follow.
         """
-        return PLAIN_ARM if self._gained == "none" else (self._gained, 1)
+        return self._gained
 
     def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
