@@ -240,6 +240,7 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
     see = obs(drafters=("eagle3", "second"), matches=None)
     made._steps.drafter = "none"
     assert made.plan(see).drafter == "eagle3"
+    made._settle()
     made._steps.drafter, made._chooser.base = "none", "none"
     assert made.plan(replace(see, pending_rows={"eagle3": 80_000})).drafter != "eagle3"
 

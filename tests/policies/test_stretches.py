@@ -94,10 +94,10 @@ def test_steps_that_lose_end_it(on_trial):
 def test_what_gained_after_coming_back_goes_on_at_no_charge(on_trial):
     explorer, _, _ = on_trial
     note(explorer, -9.0, catches_up=True)
-    assert explorer.more == PLAIN_ARM
+    assert explorer.more == "none"
     note(explorer, 0.6)
     note(explorer, 0.6)
-    assert explorer.more == ("eagle3", 1)
+    assert explorer.more == "eagle3"
 
 
 def test_stretches_beside_plain_decoding_do_not_make_a_drafter_look_interrupted():
