@@ -43,6 +43,9 @@ from policies.weighed import Basis, Made, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
+_LENGTH_STEPS = 8
+"""Steps of a stretch of the base at another K; the first ones say nothing of its time. Where every
+step is planned, because matches are looked up for it, none repeats the one before."""
 _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
@@ -366,7 +369,13 @@ class GoodputPolicy:
         if footing.alone < footing.plain or not self._needs_no_look(blind[0]):
             # It is not the best arm of all, or is none of those that are asked for.
             blind = best_of(choice.values, self._needs_no_look) or PLAIN_ARM
-        options = self._explorer.options(seen, choice)
+        if obs.matches is None and choice.arm[0] in self._kinds.neural:
+            begin_s = self._switches.fresh(choice.arm[0]) * seen.plain_s
+            options = self._explorer.options(
+                seen, choice, num_steps=_LENGTH_STEPS, begin_s=begin_s
+            )
+        else:
+            options = self._explorer.options(seen, choice)
         return Weighed(basis, seen, choice, options, blind, choice.best_draft)
 
     @property

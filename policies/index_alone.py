@@ -21,8 +21,6 @@ _MOST_LOOKS = 128
 """Looks that are remembered."""
 _SPACED_GAIN, _DENSE_GAIN = 0.05, 0.01
 """Weight of a new look: of one made now and then, and of one that follows another at once."""
-_DOUBT = 1.0
-"""Standard errors by which it must be faster."""
 _LEAST_ROWS = 24
 """Requests that must have been looked at before the rival is believed: a match is luck."""
 
@@ -115,14 +113,14 @@ class IndexAlone:
         errors = tokens - more - (steps - longer) * self._tokens / self._steps
         self.error = math.sqrt(float(weights**2 @ errors**2)) / self._steps
 
-    def lead(self, cost: float) -> float:
-        """Speed relative to plain decoding alone that is proved; 1 while too few requests were
-        looked at.
+    def lead(self, cost: float, *, doubt: float = 0.0) -> float:
+        """Speed relative to plain decoding alone; 1 while too few requests were looked at.
 
         Args:
             cost: time of a look at every step, in plain steps.
+            doubt: standard errors that are taken off.
         """
         if self._num_rows < _LEAST_ROWS:
             return 1.0
         self.appraise()
-        return max(self._tokens / (self._steps + cost) - _DOUBT * self.error, 1.0)
+        return max(self._tokens / (self._steps + cost) - doubt * self.error, 1.0)

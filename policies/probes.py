@@ -269,16 +269,28 @@ class Explorer:
         self._lost_steps = 0.0
         return Stretch(one.arm, one.num_steps, propensity)
 
-    def options(self, seen: Forecast, choice: Choice) -> list[Priced]:
+    def options(
+        self, seen: Forecast, choice: Choice, *, num_steps: int = 1, begin_s: float = 0.0
+    ) -> list[Priced]:
         """The stretches that could begin, whatever they lose, in the order of their arms; nothing
-        changes."""
+        changes.
+
+        Args:
+            num_steps: of a stretch of the base at another K.
+            begin_s: seconds that it takes to begin and to end.
+        """
         (drafter, k), base, values, speed = choice.arm, choice.base, choice.values, choice.speed
         most, found, neural = values[drafter][k], [], self._neural
         for kind in sorted(values):
             by_k = values[kind]
+            if kind == drafter == base and k:
+                ones = _lengths(kind, k, seen.max_k, num_steps)
+                step_s = num_steps / speed
+                found += [(one, (most - by_k[at]) * step_s + begin_s) for one, at in ones]
+                continue
             if kind == drafter:
-                ones = _lengths(kind, k, seen.max_k) if k else ()
-                priced = [(one, (most - by_k[length]) / speed) for one, length in ones]
+                ones = _lengths(kind, k, seen.max_k, 1) if k else ()
+                priced = [(one, (most - by_k[at]) / speed) for one, at in ones]
             elif kind == "none":
                 one = Option(PLAIN_ARM, self._haste, 1, Purpose.ARM)
                 priced = [(one, (most - by_k[0]) / speed)]
@@ -322,13 +334,15 @@ class Explorer:
 
 
 @cache
-def _lengths(drafter: str, k: int, most_k: int) -> tuple[tuple[Option, int], ...]:
+def _lengths(
+    drafter: str, k: int, most_k: int, num_steps: int
+) -> tuple[tuple[Option, int], ...]:
     """Other K of the drafter in use that are worth a try, as options and as numbers."""
     weights = {most_k: 1.0, min(k + 2, most_k): 1.0}
     weights |= {min(k + 1, most_k): 2.0, max(k - 1, 1): 2.0}
     own = Purpose.LENGTH
     others = sorted(weights.keys() - {k})
-    return tuple((Option((drafter, one), weights[one], 1, own), one) for one in others)
+    return tuple((Option((drafter, one), weights[one], num_steps, own), one) for one in others)
 
 
 @cache

@@ -126,6 +126,10 @@ class World:
     """Seconds for each row that it then computes."""
     copy_s: float = 0.0
     """Seconds by which copying other weights lengthens the next step, whoever drafts in it."""
+    fresh_share: float = 0.0
+    """Share by which drafting steps are longer that follow another arm,"""
+    fresh_steps: int = 1
+    """and so many steps in all: what repeats is faster on real machines."""
     text_tokens: int = 290
     """Rows of a request that are computed again where former weights come back."""
     slowdown: float = 1.0
@@ -238,6 +242,8 @@ class Simulation:
         self._rng = random.Random(seed)
         self._step = 0
         self._last_drafter = "none"
+        self._last_arm, self._num_alike = ("none", 0), 0
+        """The last decision, and the steps in a row that it was made before."""
         self._missing: list[int] = []
         """Rows of each request that the neural drafters lack."""
         self._is_copied = False
@@ -303,6 +309,11 @@ class Simulation:
             tokens[hard] += world.expected(kind, match, hard, k) if k else 1.0
         step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s + seen * world.hidden_look_s * world.batch
+        is_again = self._last_arm == (drafter, k)
+        self._num_alike = self._num_alike + 1 if is_again else 0
+        self._last_arm = drafter, k
+        if k and self._num_alike < world.fresh_steps:
+            step_s *= 1 + world.fresh_share
         own = world.rows_of(drafter)
         is_neural = bool(own)
         caught_up = 0

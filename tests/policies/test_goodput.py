@@ -246,7 +246,7 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
 
 
 @pytest.mark.parametrize(
-    ("cold_s", "least"), [(0.0, 1.15), (0.004, 1.08), (0.012, 0.96), (0.03, 0.955)]
+    ("cold_s", "least"), [(0.0, 1.15), (0.004, 1.08), (0.012, 0.98), (0.03, 0.97)]
 )
 def test_interrupting_a_drafter_pays_for_coming_back(cold_s, least):
     """Speed relative to the drafter alone, with an index that is better in three of ten steps."""

@@ -171,6 +171,6 @@ def test_computing_ahead_without_a_look_lets_nothing_fade_that_is_known_of_an_in
             found[outcome.rows.matches is not None, index._faded_at == before] += 1
 
     made.observe = observe_and_compare
-    Simulation(made, 8).run(SMALL, 900)
+    Simulation(made, 8).run(SMALL, 700)
     assert found[True, True] > 5, "after looks"
     assert not found[True, False] and not found[False, False]
