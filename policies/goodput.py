@@ -286,8 +286,8 @@ class GoodputPolicy:
             self._steps.untried[drafter] = self._steps.clock_s
 
     def figures(self) -> dict[str, Any]:
-        """JSON-ready state."""
-        self._settle()
+        """JSON-ready state. Any thread may ask, so that nothing is settled here: it may be that of
+        one step before."""
         return {
             "kind": "goodput",
             "base": self._chooser.base,

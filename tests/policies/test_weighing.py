@@ -135,7 +135,7 @@ def test_what_was_computed_ahead_changes_no_decision(seed, has_index):
 @pytest.mark.parametrize("world", [SMALL, replace(SMALL, eagle=(0.1,) * 8)], ids=["good", "poor"])
 def test_when_what_was_planned_is_noted_changes_no_decision(world):
     """Most of what a plan has chosen is noted when its outcome comes, and always before the next
-    question: figures are asked for after each plan here, or never."""
+    question: one comes right after each plan here, or none."""
 
     def decided(*, asks: bool) -> list[object]:
         made = GoodputPolicy(context(DRAFTERS), explore=0.05, half_life_rounds=200, margin=1.01)
@@ -145,7 +145,7 @@ def test_when_what_was_planned_is_noted_changes_no_decision(world):
         def plan_and_ask(obs):
             decision = plan(obs)
             if asks:
-                made.figures()
+                made.wants_matches()
             return decision
 
         made.plan = plan_and_ask
