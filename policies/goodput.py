@@ -44,8 +44,8 @@ from policies.weighed import Basis, Made, Weighed
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
 _LENGTH_STEPS = 8
-"""Steps of a stretch of the base at another K; the first ones say nothing of its time. Where every
-step is planned, because matches are looked up for it, none repeats the one before."""
+"""Steps of a stretch of the base at another K where the first ones say nothing of its time. Where
+they do, and where every step is planned because matches are looked up for it, one is enough."""
 _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
@@ -369,13 +369,10 @@ class GoodputPolicy:
         if footing.alone < footing.plain or not self._needs_no_look(blind[0]):
             # It is not the best arm of all, or is none of those that are asked for.
             blind = best_of(choice.values, self._needs_no_look) or PLAIN_ARM
-        if obs.matches is None and choice.arm[0] in self._kinds.neural:
-            begin_s = self._switches.fresh(choice.arm[0]) * seen.plain_s
-            options = self._explorer.options(
-                seen, choice, num_steps=_LENGTH_STEPS, begin_s=begin_s
-            )
-        else:
-            options = self._explorer.options(seen, choice)
+        num_steps, begin_s = 1, 0.0
+        if obs.matches is None and (fresh := self._switches.fresh(choice.arm[0])):
+            num_steps, begin_s = _LENGTH_STEPS, fresh * seen.plain_s
+        options = self._explorer.options(seen, choice, num_steps=num_steps, begin_s=begin_s)
         return Weighed(basis, seen, choice, options, blind, choice.best_draft)
 
     @property

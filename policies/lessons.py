@@ -212,7 +212,8 @@ class Lessons:
         if self._num_alike < FRESH_STEPS:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             self._switches.observe_fresh(drafter, step_s - usual_s, plain_s)
-            return
+            if self._switches.fresh(drafter):
+                return
         if k and drafter not in self._kinds.neural:
             k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)

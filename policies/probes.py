@@ -334,9 +334,7 @@ class Explorer:
 
 
 @cache
-def _lengths(
-    drafter: str, k: int, most_k: int, num_steps: int
-) -> tuple[tuple[Option, int], ...]:
+def _lengths(drafter: str, k: int, most_k: int, num_steps: int) -> tuple[tuple[Option, int], ...]:
     """Other K of the drafter in use that are worth a try, as options and as numbers."""
     weights = {most_k: 1.0, min(k + 2, most_k): 1.0}
     weights |= {min(k + 1, most_k): 2.0, max(k - 1, 1): 2.0}

@@ -9,9 +9,9 @@ former weights, all rows are computed again. That belongs to the exchange of wei
 step of drafting. Booked as the time of its draft, it would make drafts seem as dear as the few
 steps between two exchanges; so it is spread over all steps of the server, drafted or not.
 
-The first steps at another K take longer, too, than those that repeat it. As the time of that K they
-would make every K seem dearer than the one in use; so they are timed apart, and a stretch of
-another K pays for its first steps and for those after it.
+The first steps at another K may take longer than those that repeat it. As the time of that K they
+would make every K seem dearer than the one in use. Whether they do is seen where the one in use
+comes back; then they are timed apart, and a stretch of another K pays for changing there and back.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ _TAKEN_OVER = 2
 
 
 FRESH_STEPS = 2
-"""Steps of a drafter at another K than before that are timed apart: what repeats is faster (K = 5
-alone took 3.0 ms on an H200 and K = 3 in a row 2.0), and K in use is the one that repeats."""
+"""Steps of a drafter at another K than before that are timed apart where they take longer: what
+repeats is faster (K = 5 alone took 3.0 ms on an H200 and K = 3 in a row 2.0)."""
 _FRESH_GAIN = 0.02
-_PROOF = 2.0
+_PROOF = 4.0
 """Square of the standard errors by which these must take longer before it counts; beyond that it
 counts the more the clearer it is (James-Stein)."""
 
@@ -94,9 +94,9 @@ class SwitchCosts:
 
     def fresh(self, drafter: str) -> float:
         """Time that a stretch of another K takes to begin and to end, in plain steps, as far as
-        that is clear."""
-        own = self._fresh[drafter]
-        if own.mean <= 0:
+        that is clear; otherwise 0."""
+        own = self._fresh.get(drafter)
+        if own is None or own.mean <= 0:
             return 0.0
         squares = own.mean**2 * own.weight / max(own.variance, 1e-9)
         return 2 * FRESH_STEPS * own.mean * max(1 - _PROOF / squares, 0.0)
