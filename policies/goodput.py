@@ -71,6 +71,10 @@ class _Steps:
         when they did."""
         self.clock_s = 0.0
         """Time of all steps."""
+        self.made: Made | None = None
+        """The last plan, until ``_settle``,"""
+        self.look: Weighed | None = None
+        """and what its look found, if it had one."""
 
     def note(self, decision: Decision) -> Decision:
         self.drafter = decision.drafter
@@ -129,10 +133,6 @@ class GoodputPolicy:
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: Weighed | None = None
         """and all that it weighs, if its requests are alike too."""
-        self._made: Made | None = None
-        """The last plan, until ``_settle``,"""
-        self._look: Weighed | None = None
-        """and what its look found, if it had one."""
         self._picker = Picker(
             context.mixes, self._acceptance, explore, context.seed, kinds.matching
         )
@@ -315,7 +315,7 @@ class GoodputPolicy:
         if ahead is None or obs.matches != basis.obs.matches or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
-        self._made = Made(ahead, self._steps.drafter, obs.matches is not None)
+        self._steps.made = Made(ahead, self._steps.drafter, obs.matches is not None)
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
@@ -386,7 +386,7 @@ class GoodputPolicy:
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
-        self._look = weighed if looked else None
+        self._steps.look = weighed if looked else None
         stretch, propensity = None, 1.0
         goes_on = self._explorer.under_way is not None
         # A look is expensive while plain decoding is the base: what it found is not left unused,
@@ -411,7 +411,7 @@ class GoodputPolicy:
     def _settle(self) -> None:
         """Note what the last plan has chosen. That is for when the device works; nothing is asked
         of the policy before it is done."""
-        made, self._made = self._made, None
+        made, self._steps.made = self._steps.made, None
         if made is None:
             return
         self._note_look()
@@ -429,7 +429,7 @@ class GoodputPolicy:
 
     def _note_look(self) -> None:
         """Note what the look of the last plan has found."""
-        weighed, self._look = self._look, None
+        weighed, self._steps.look = self._steps.look, None
         if weighed is None:
             return
         seen = weighed.seen

@@ -136,6 +136,6 @@ def test_what_saves_time_goes_on_at_the_best_k():
         made._ledger.clear(purpose)
         made._ledger.charge(purpose, 1.0)  # nothing else begins
     decision = made.plan(replace(server._seen(WORLD, None), pending_rows={"eagle3": 10**6}))
-    assert made._made.weighed.choice.base == "none"
+    assert made._steps.made.weighed.choice.base == "none"
     assert (decision.drafter, decision.reason) == ("eagle3", "probe")
-    assert decision.draft_k == made._made.weighed.choice.best_of("eagle3")[1] > 2
+    assert decision.draft_k == made._steps.made.weighed.choice.best_of("eagle3")[1] > 2
