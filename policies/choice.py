@@ -49,7 +49,8 @@ class Footing(NamedTuple):
     plain_worth: float
     """Tokens that this speed makes in a plain step, switching included."""
     worth: dict[str, list[float]]
-    """[K + 1] by drafter that may propose: in a step of its arms."""
+    """[K + 1] by drafter that may propose: in a step of its arms. Infinite at 0, which no drafter
+    has."""
     neural: Set[str]
     """Drafters among these that must catch up."""
 
@@ -168,7 +169,7 @@ class Chooser:
         charges = self._charges(base, outline, fresh, catch_up_s, return_s)
         least = speed if base != "none" else speed * self._margin
         worth = {
-            drafter: [(s + charges[drafter]) * least for s in seconds]
+            drafter: [math.inf, *[(s + charges[drafter]) * least for s in seconds[1:]]]
             for drafter, seconds in outline.seconds.items()
         }
         plain_worth = (outline.plain_s + charges["none"]) * speed
@@ -183,12 +184,12 @@ class Chooser:
             looked: matches of this step are known.
         """
         base = footing.base
-        values = {"none": [seen.batch - footing.plain_worth]}
+        best, arm = seen.batch - footing.plain_worth, PLAIN_ARM
+        values = {"none": [best]}
         for drafter, tokens in seen.tokens.items():
-            by_k = list(map(sub, tokens, footing.worth[drafter]))
-            by_k[0] = -math.inf
-            values[drafter] = by_k
-        arm = best_of(values) or PLAIN_ARM
+            by_k = values[drafter] = list(map(sub, tokens, footing.worth[drafter]))
+            if (here := max(by_k)) > best:
+                best, arm = here, (drafter, by_k.index(here))
         if arm == PLAIN_ARM and footing.alone < footing.plain:
             # In doubt a base goes on drafting: a step without it would tell nothing.
             most = max(values[base])

@@ -39,10 +39,13 @@ from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
 from policies.switching import FEW_ROWS, SwitchCosts
 from policies.versions import VersionMemory
-from policies.weighed import Basis, Weighed
+from policies.weighed import Basis, Made, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
+_LENGTH_STEPS = 8
+"""Steps of a stretch of the base at another K where the first ones say nothing of its time. Where
+they do, and where every step is planned because matches are looked up for it, one is enough."""
 _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
@@ -68,6 +71,10 @@ class _Steps:
         when they did."""
         self.clock_s = 0.0
         """Time of all steps."""
+        self.made: Made | None = None
+        """The last plan, until ``_settle``,"""
+        self.look: Weighed | None = None
+        """and what its look found, if it had one."""
 
     def note(self, decision: Decision) -> Decision:
         self.drafter = decision.drafter
@@ -165,6 +172,7 @@ class GoodputPolicy:
     def rest(self) -> Decision | None:
         """The base, for some steps after a plan, unless looks at matches pay; plain decoding, until
         the last plan is paid for."""
+        self._settle()
         if (stretch := self._explorer.under_way) is not None:
             decision = self._stretching(stretch)
             if decision is not None:
@@ -206,6 +214,7 @@ class GoodputPolicy:
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
+        self._settle()
         return bool(self._kinds.matching) and (not self._kinds.neural or self._rest.wants_look())
 
     def match_values(self, drafter: str) -> list[float] | None:
@@ -214,7 +223,8 @@ class GoodputPolicy:
 
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
-        is_paid = self._explorer.more != PLAIN_ARM
+        self._settle()
+        is_paid = self._explorer.more != "none"
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
@@ -228,6 +238,7 @@ class GoodputPolicy:
     def observe(self, outcome: Outcome) -> None:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
+        self._settle()
         self._steps.clock_s += outcome.step_s
         if (batch := self._rest.learn_looks()) is not None:
             tokens, seconds = self._forecaster.needing_match(batch)
@@ -261,11 +272,11 @@ class GoodputPolicy:
             self._explorer.note_doubt(self._forecaster.doubt(self._steps.best, batch))
         if obs is not None and obs.batch == batch:
             self._basis = self._based(obs, obs.longest(self._forecaster.max_draft))
-            if not looks:
-                self._ahead = self._weigh(obs, self._basis)
+            self._ahead = self._weigh(obs, self._basis)
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """Start from what is known of this drafter's version; that of others is untouched."""
+        self._settle()
         self._lessons.learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
         for mix, members in self._picker.mixes.items():
@@ -278,7 +289,8 @@ class GoodputPolicy:
             self._steps.untried[drafter] = self._steps.clock_s
 
     def figures(self) -> dict[str, Any]:
-        """JSON-ready state."""
+        """JSON-ready state. Any thread may ask, so that nothing is settled here: it may be that of
+        one step before."""
         return {
             "kind": "goodput",
             "base": self._chooser.base,
@@ -303,13 +315,10 @@ class GoodputPolicy:
         if basis is None or not basis.is_for(obs, max_k, fresh):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
-        if ahead is None or obs.matches is not None or obs.caps != basis.obs.caps:
+        if ahead is None or obs.matches != basis.obs.matches or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
         seen, choice = ahead.seen, ahead.choice
-        look_s = 0.0 if obs.matches is None else self._rest.look_share * seen.plain_s
-        self._chooser.take(choice, seen, self._steps.drafter, look_s)
-        if obs.matches is not None and self._needs_no_look(choice.arm[0]):
-            self._forecaster.note_mix(seen)
+        self._steps.made = Made(ahead, self._steps.drafter, obs.matches is not None)
         self._steps.best = ahead.draft
         (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
         tokens, seconds = seen.arm((drafter, k))
@@ -357,11 +366,17 @@ class GoodputPolicy:
     def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
         """Compare the arms of a step; nothing but what is remembered of the batch changes."""
         seen = self._forecaster.forecast(obs, basis.outline)
-        choice = self._chooser.weigh(seen, basis.footing, looked=obs.matches is not None)
-        return Weighed(
-            basis, seen, choice, self._explorer.options(seen, choice),
-            best_of(choice.values, self._needs_no_look) or PLAIN_ARM, choice.best_draft,
-        )  # fmt: skip
+        footing = basis.footing
+        choice = self._chooser.weigh(seen, footing, looked=obs.matches is not None)
+        blind = choice.arm
+        if footing.alone < footing.plain or not self._needs_no_look(blind[0]):
+            # It is not the best arm of all, or is none of those that are asked for.
+            blind = best_of(choice.values, self._needs_no_look) or PLAIN_ARM
+        num_steps, begin_s = 1, 0.0
+        if obs.matches is None and (fresh := self._switches.fresh(choice.arm[0])):
+            num_steps, begin_s = _LENGTH_STEPS, fresh * seen.plain_s
+        options = self._explorer.options(seen, choice, num_steps=num_steps, begin_s=begin_s)
+        return Weighed(basis, seen, choice, options, blind, choice.best_draft)
 
     @property
     def _plain_lead(self) -> float:
@@ -374,16 +389,15 @@ class GoodputPolicy:
         seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
-        if looked and self._kinds.matching:
-            self._rest.note_matches(seen.rows, seen.batch, is_planned=True)
-        if looked:
-            self._rest.note_find(choice.loss_s(blind) / seen.plain_s)
+        self._steps.look = weighed if looked else None
         stretch, propensity = None, 1.0
         goes_on = self._explorer.under_way is not None
         # A look is expensive while plain decoding is the base: what it found is not left unused,
         # unless looks are made at every step, or a drafter has caught up for nothing else.
         finds = looked and choice.arm[0] in self._kinds.needing
-        is_kept = finds and self._rest.is_plain and self._explorer.more == PLAIN_ARM
+        is_kept = finds and self._rest.is_plain and self._explorer.more == "none"
+        if is_kept:  # whether looks pay is asked below
+            self._note_look()
         may_explore = not is_kept or self._rest.pays or goes_on
         if may_explore and not goes_on and self._steps.untried:
             stretch = self._trial(seen, choice)
@@ -395,12 +409,36 @@ class GoodputPolicy:
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
-            outline, glance = weighed.basis.outline, None
-            if looked and seen.is_whole:
-                matching = [kind for kind in self._kinds.matching if kind in outline.expected]
-                glance = Glance(outline, choice, blind, matching) if matching else None
-            self._rest.begin(blind, glance)
         return choice.arm, propensity, "goodput" if choice.arm[1] else "plain"
+
+    def _settle(self) -> None:
+        """Note what the last plan has chosen. That is for when the device works; nothing is asked
+        of the policy before it is done."""
+        made, self._steps.made = self._steps.made, None
+        if made is None:
+            return
+        self._note_look()
+        basis, seen, choice, _, blind, _ = made.weighed
+        look_s = self._rest.look_share * seen.plain_s if made.looked else 0.0
+        self._chooser.take(choice, seen, made.before, look_s)
+        if made.looked and self._needs_no_look(choice.arm[0]):
+            self._forecaster.note_mix(seen)
+        if self._rest.is_resting:
+            known, glance = basis.outline.expected, None
+            if made.looked and seen.is_whole:
+                matching = [kind for kind in self._kinds.matching if kind in known]
+                glance = Glance(basis.outline, choice, blind, matching) if matching else None
+            self._rest.begin(blind, glance)
+
+    def _note_look(self) -> None:
+        """Note what the look of the last plan has found."""
+        weighed, self._steps.look = self._steps.look, None
+        if weighed is None:
+            return
+        seen = weighed.seen
+        if self._kinds.matching:
+            self._rest.note_matches(seen.rows, seen.batch, is_planned=True)
+        self._rest.note_find(weighed.choice.loss_s(weighed.blind) / seen.plain_s)
 
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind
@@ -434,6 +472,6 @@ class GoodputPolicy:
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
-        if self._rest.is_plain and more[1] and choice.has(more):
-            return Stretch(more, _MORE_STEPS, nothing), nothing
+        if self._rest.is_plain and more != "none" and more in choice.values:
+            return Stretch(choice.best_of(more), _MORE_STEPS, nothing), nothing
         return None, nothing

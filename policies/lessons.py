@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 from policies.acceptance import AcceptanceModel
 from policies.choice import Chooser
+from policies.forecast import PLAIN_ARM
 from policies.interface import Outcome
 from policies.ledger import Ledger
 from policies.picks import Kinds
 from policies.probes import Explorer
 from policies.rest import Gathered, Rest, count_rows
 from policies.step_time import StepTimes
-from policies.switching import SwitchCosts
+from policies.switching import FRESH_STEPS, SwitchCosts
 
 _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
@@ -66,6 +67,9 @@ class Lessons:
         self._ledger = ledger
         self.drafter = "none"
         """That of the last step observed."""
+        self._arm, self._num_alike = PLAIN_ARM, FRESH_STEPS
+        """Arm of the last step, and steps in a row before it that had the same one; as many as
+        needed for those that are not fresh by nature."""
 
     def learn(self, outcome: Outcome) -> None:
         """Take in a step."""
@@ -81,6 +85,7 @@ class Lessons:
             )
         if self._kinds.matching and not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._compare_look(outcome, plain_s)
+        self._count_alike(outcome)
         is_alike = outcome.decision.drafter == self.drafter and not outcome.num_caught_up
         # No policy is asked for requests that allow no drafts. Nor do they pay for what it learns.
         was_planned = outcome.decision.policy and outcome.decision.reason != "rest"
@@ -100,6 +105,16 @@ class Lessons:
             elif outcome.decision.draft_k:
                 self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
         self.drafter = outcome.decision.drafter
+
+    def _count_alike(self, outcome: Outcome) -> None:
+        """Count steps in a row of one K. Where another drafter was in use before, the first step
+        catches up; where each step looks at matches, none repeats the one before."""
+        before, self._arm = self._arm, (outcome.decision.drafter, outcome.decision.draft_k)
+        if self._arm == before:
+            self._num_alike += 1
+            return
+        is_own = self._arm[0] == before[0] in self._kinds.neural
+        self._num_alike = 0 if is_own and outcome.rows.matches is None else FRESH_STEPS
 
     def _compare_look(self, outcome: Outcome, plain_s: float) -> None:
         """Compare the time of a step with and without a look, in arms that need none."""
@@ -148,6 +163,8 @@ class Lessons:
 
     def learn_gathered(self) -> None:
         """Learn from the steps of a rest that was not learned from yet."""
+        if not self._rest.gathered.num_steps:
+            return
         gathered, self._rest.gathered = self._rest.gathered, Gathered()
         if gathered.rounds:
             self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
@@ -194,6 +211,11 @@ class Lessons:
             usual_s = self._times.arm_times(drafter, batch)[k - 1]
             self._switches.observe_forced(step_s - usual_s, plain_s)
             return
+        if self._num_alike < FRESH_STEPS:
+            usual_s = self._times.arm_times(drafter, batch)[k - 1]
+            self._switches.observe_fresh(drafter, step_s - usual_s, plain_s)
+            if self._switches.fresh(drafter):
+                return
         if k and drafter not in self._kinds.neural:
             k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)

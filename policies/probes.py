@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence, Set
+from functools import cache
 from typing import NamedTuple
 
 from policies.choice import Choice
@@ -62,10 +63,12 @@ class Option(NamedTuple):
     arm: Arm
     weight: float
     num_steps: int
-    loss_s: float
-    """Seconds that it is predicted to lose; it switches once."""
     purpose: Purpose
     """That pays for it."""
+
+
+Priced = tuple[Option, float]
+"""With the seconds that it is predicted to lose; it switches once."""
 
 
 class Explorer:
@@ -157,13 +160,13 @@ class Explorer:
             self._ledger.charge(Purpose.ARM, cost_s, most_owed=self._most_owed_s)
 
     @property
-    def more(self) -> Arm:
-        """The arm of which more may follow at no charge: the last stretch of its drafter has paid
-        for itself, whatever was predicted. Plain decoding if there is none.
+    def more(self) -> str:
+        """The drafter of which more may follow at no charge: its last stretch has paid for itself,
+        whatever was predicted. ``none`` if there is none.
 
         Estimates that remember a long time without use would take many stretches to follow.
         """
-        return PLAIN_ARM if self._gained == "none" else (self._gained, 1)
+        return self._gained
 
     def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
@@ -209,7 +212,7 @@ class Explorer:
         self._haste = min(max(1.0, doubt / _DOUBT), _MOST_HASTE)
 
     def draw(
-        self, options: Sequence[Option], choice: Choice, num_since: int
+        self, options: Sequence[Priced], choice: Choice, num_since: int
     ) -> tuple[Stretch | None, float]:
         """A stretch to begin now, or ``None``; and the probability of ``None``.
 
@@ -220,15 +223,16 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        own_s, other_s = self._ledger.balance(Purpose.LENGTH), self._ledger.balance(Purpose.ARM)
-        affordable: list[Option] = []
+        of_length = Purpose.LENGTH
+        own_s, other_s = self._ledger.balance(of_length), self._ledger.balance(Purpose.ARM)
+        affordable: list[Priced] = []
         total = weighted_steps = wanted_s = 0.0
-        for one in options:
-            _, weight, num_steps, loss_s, purpose = one
+        for priced in options:
+            (_, weight, num_steps, purpose), loss_s = priced
             if loss_s > wanted_s:
                 wanted_s = loss_s
-            if loss_s <= (own_s if purpose is Purpose.LENGTH else other_s):
-                affordable.append(one)
+            if loss_s <= (own_s if purpose is of_length else other_s):
+                affordable.append(priced)
                 total += weight
                 weighted_steps += weight * num_steps
         self._ledger.wanted_s = wanted_s
@@ -238,8 +242,13 @@ class Explorer:
         chance = min(self._explore * self._haste * num_since / mean_steps, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
-        one = self._rng.choices(affordable, weights=[one.weight for one in affordable])[0]
-        return self._begin(one, choice, chance * one.weight / total), 1 - chance
+        at, reached = self._rng.random() * total, 0.0
+        for priced in affordable:
+            reached += priced[0].weight
+            if at < reached:
+                break
+        one, loss_s = priced
+        return self._begin(one, loss_s, choice, chance * one.weight / total), 1 - chance
 
     def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
         """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
@@ -247,41 +256,50 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None
         self._ledger.forgive(Purpose.ARM)
-        return self._begin(self._option(arm, 1.0, choice, choice.loss_s(arm)), choice, 1.0)
+        of_arm = Option(arm, 1.0, 1, Purpose.ARM)
+        one, loss_s = self._priced(of_arm, choice, choice.loss_s(arm))
+        return self._begin(one, loss_s, choice, 1.0)
 
-    def _begin(self, one: Option, choice: Choice, propensity: float) -> Stretch:
+    def _begin(self, one: Option, loss_s: float, choice: Choice, propensity: float) -> Stretch:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
         else:
-            self._ledger.charge(one.purpose, one.loss_s)
+            self._ledger.charge(one.purpose, loss_s)
         self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
         self._lost_steps = 0.0
         return Stretch(one.arm, one.num_steps, propensity)
 
-    def options(self, seen: Forecast, choice: Choice) -> list[Option]:
-        """The stretches that could begin, whatever they lose; nothing changes."""
-        (drafter, k), weights = choice.arm, {}
-        if k:
-            most_k = seen.max_k
-            weights[drafter, most_k] = weights[drafter, min(k + 2, most_k)] = 1.0
-            weights[drafter, min(k + 1, most_k)] = weights[drafter, max(k - 1, 1)] = 2.0
-        values, speed, base = choice.values, choice.speed, choice.base
-        if k or base != "none":  # an index may draft in every step beside no base
-            weights[PLAIN_ARM] = self._haste
-        for idle in seen.seconds:
-            if idle != drafter:
-                weights[choice.best_of(idle)] = 2.0
-        weights.pop(choice.arm, None)
-        most, found = values[drafter][k], []
-        of_length, of_arm, neural = Purpose.LENGTH, Purpose.ARM, self._neural
-        for arm in sorted(weights):
-            kind, length = arm
-            loss_s = (most - values[kind][length]) / speed
-            if length and (kind == base or kind not in neural):
-                purpose = of_length if kind == drafter else of_arm
-                found.append(Option(arm, weights[arm], 1, loss_s, purpose))
+    def options(
+        self, seen: Forecast, choice: Choice, *, num_steps: int = 1, begin_s: float = 0.0
+    ) -> list[Priced]:
+        """The stretches that could begin, whatever they lose, in the order of their arms; nothing
+        changes.
+
+        Args:
+            num_steps: of a stretch of the base at another K.
+            begin_s: seconds that it takes to begin and to end.
+        """
+        (drafter, k), base, values, speed = choice.arm, choice.base, choice.values, choice.speed
+        most, found, neural = values[drafter][k], [], self._neural
+        for kind in sorted(values):
+            by_k = values[kind]
+            if kind == drafter == base and k:
+                ones = _lengths(kind, k, seen.max_k, num_steps)
+                step_s = num_steps / speed
+                found += [(one, (most - by_k[at]) * step_s + begin_s) for one, at in ones]
+                continue
+            if kind == drafter:
+                ones = _lengths(kind, k, seen.max_k, 1) if k else ()
+                priced = [(one, (most - by_k[at]) / speed) for one, at in ones]
+            elif kind == "none":
+                one = Option(PLAIN_ARM, self._haste, 1, Purpose.ARM)
+                priced = [(one, (most - by_k[0]) / speed)]
             else:
-                found.append(self._option(arm, weights[arm], choice, loss_s))
+                best = max(by_k)
+                priced = [(_other(kind, by_k.index(best)), (most - best) / speed)]
+            if kind == "none" or (kind != base and kind in neural):
+                priced = [self._priced(one, choice, loss_s) for one, loss_s in priced]
+            found += priced
         return found
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
@@ -291,17 +309,9 @@ class Explorer:
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
 
-    def _length(self, arm: Arm, choice: Choice, loss_s: float) -> int:
-        """Steps of a stretch of plain decoding or of an idle drafter."""
-        switch_s = choice.charges_s[arm[0]]
-        step_s = max(loss_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
-        least = _TRIAL_STEPS if self._is_on_trial(arm, choice) else _LEAST_STRETCH
-        longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
-        usual = max(_USUAL_STRETCH, least)
-        return min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
-
-    def _option(self, arm: Arm, weight: float, choice: Choice, first_s: float) -> Option:
-        """A stretch of an arm, with what it is predicted to lose: it switches once.
+    def _priced(self, one: Option, choice: Choice, first_s: float) -> Priced:
+        """A stretch of plain decoding or of a drafter that is not the base, with its steps and what
+        it is predicted to lose: it switches once.
 
         What is charged by what it does lose counts as at most a plain step: a prediction that is
         far too high would postpone for thousands of steps the only thing that can correct it.
@@ -309,14 +319,31 @@ class Explorer:
         Args:
             first_s: what its first step loses.
         """
-        drafter, k = arm
-        is_own = k > 0 and drafter == choice.arm[0]
-        purpose = Purpose.LENGTH if is_own else Purpose.ARM
-        is_idle = drafter in self._neural and drafter != choice.base
-        if k and not is_idle:
-            return Option(arm, weight, 1, first_s, purpose)
-        num_steps = self._length(arm, choice, first_s)
-        loss_s = first_s * num_steps - choice.charges_s[arm[0]] * (num_steps - 1)
-        if self._is_on_trial(arm, choice):
+        arm, weight, _, purpose = one
+        on_trial = self._is_on_trial(arm, choice)
+        switch_s = choice.charges_s[arm[0]]
+        step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
+        least = _TRIAL_STEPS if on_trial else _LEAST_STRETCH
+        longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
+        usual = max(_USUAL_STRETCH, least)
+        num_steps = min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
+        loss_s = first_s * num_steps - switch_s * (num_steps - 1)
+        if on_trial:
             loss_s = min(loss_s, choice.plain_s)
-        return Option(arm, weight, num_steps, loss_s, purpose)
+        return Option(arm, weight, num_steps, purpose), loss_s
+
+
+@cache
+def _lengths(drafter: str, k: int, most_k: int, num_steps: int) -> tuple[tuple[Option, int], ...]:
+    """Other K of the drafter in use that are worth a try, as options and as numbers."""
+    weights = {most_k: 1.0, min(k + 2, most_k): 1.0}
+    weights |= {min(k + 1, most_k): 2.0, max(k - 1, 1): 2.0}
+    own = Purpose.LENGTH
+    others = sorted(weights.keys() - {k})
+    return tuple((Option((drafter, one), weights[one], num_steps, own), one) for one in others)
+
+
+@cache
+def _other(drafter: str, k: int) -> Option:
+    """A step of a drafter that is not in use."""
+    return Option((drafter, k), 2.0, 1, Purpose.ARM)

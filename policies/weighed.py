@@ -13,7 +13,7 @@ from typing import NamedTuple
 from policies.choice import Choice, Footing
 from policies.forecast import Arm, Forecast, Outline
 from policies.interface import StepObs
-from policies.probes import Option
+from policies.probes import Priced
 
 
 class Basis(NamedTuple):
@@ -48,9 +48,19 @@ class Weighed(NamedTuple):
     basis: Basis
     seen: Forecast
     choice: Choice
-    options: list[Option]
+    options: list[Priced]
     """Stretches that could begin."""
     blind: Arm
     """The best arm that needs no look at matches."""
     draft: Arm
     """The best arm that drafts; plain decoding if none can."""
+
+
+class Made(NamedTuple):
+    """A plan that was made."""
+
+    weighed: Weighed
+    before: str
+    """The drafter of the decision before."""
+    looked: bool
+    """Matches were known."""

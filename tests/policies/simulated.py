@@ -9,6 +9,7 @@ seconds of the arms that it chose, so that short runs compare closely.
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -125,6 +126,10 @@ class World:
     """Seconds for each row that it then computes."""
     copy_s: float = 0.0
     """Seconds by which copying other weights lengthens the next step, whoever drafts in it."""
+    fresh_share: float = 0.0
+    """Share by which drafting steps are longer that follow another arm,"""
+    fresh_steps: int = 1
+    """and so many steps in all: what repeats is faster on real machines."""
     text_tokens: int = 290
     """Rows of a request that are computed again where former weights come back."""
     slowdown: float = 1.0
@@ -220,6 +225,8 @@ class World:
 class Totals:
     tokens: float = 0.0
     seconds: float = 0.0
+    by_difficulty: Counter[float] = field(default_factory=Counter)
+    """These tokens by difficulty of the requests."""
 
     @property
     def speed(self) -> float:
@@ -235,6 +242,8 @@ class Simulation:
         self._rng = random.Random(seed)
         self._step = 0
         self._last_drafter = "none"
+        self._last_arm, self._num_alike = ("none", 0), 0
+        """The last decision, and the steps in a row that it was made before."""
         self._missing: list[int] = []
         """Rows of each request that the neural drafters lack."""
         self._is_copied = False
@@ -264,13 +273,14 @@ class Simulation:
         totals = Totals()
         for _ in range(steps):
             decision, rows, tokens, seconds = self._decode(world)
-            totals.tokens += tokens
+            totals.tokens += sum(tokens.values())
             totals.seconds += seconds
+            totals.by_difficulty.update(tokens)
             if on_step:
                 on_step(decision, rows)
         return totals
 
-    def _decode(self, world: World) -> tuple[Decision, RowOutcomes, float, float]:
+    def _decode(self, world: World) -> tuple[Decision, RowOutcomes, dict[float, float], float]:
         rng = self._rng
         self._admit(world)
         matches = world.matches(rng)
@@ -294,14 +304,16 @@ class Simulation:
             matches if seen else None,
             who if decision.picks else None,
         )
-        tokens = float(world.batch)
-        if k:
-            tokens = sum(
-                world.expected(kind, match, hard, k)
-                for kind, match, hard in zip(who, matches, self._difficulty, strict=True)
-            )
+        tokens = dict.fromkeys(self._difficulty, 0.0)
+        for kind, match, hard in zip(who, matches, self._difficulty, strict=True):
+            tokens[hard] += world.expected(kind, match, hard, k) if k else 1.0
         step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s + seen * world.hidden_look_s * world.batch
+        is_again = self._last_arm == (drafter, k)
+        self._num_alike = self._num_alike + 1 if is_again else 0
+        self._last_arm = drafter, k
+        if k and self._num_alike < world.fresh_steps:
+            step_s *= 1 + world.fresh_share
         own = world.rows_of(drafter)
         is_neural = bool(own)
         caught_up = 0
@@ -387,18 +399,27 @@ def draw(hazards: Sequence[float], rng: random.Random) -> int:
     return accepted
 
 
-def fixed_speed(world: World, drafter: str, k: int) -> float:
-    """Expected tokens per second of a fixed arm over requests of equal length."""
-    usual = [
-        sum(
+def fixed_speed(
+    world: World, drafter: str, k: int, tokens: Mapping[float, float] | None = None
+) -> float:
+    """Expected tokens per second of a fixed arm.
+
+    Args:
+        tokens: that were decoded, by difficulty of the requests: the arm decodes the same, so that
+            the luck of a run with its requests is no figure of its policy. ``None``: as many of
+            each difficulty.
+    """
+    tokens = tokens or dict.fromkeys(world.difficulties, 1.0)
+    row_steps = 0.0
+    for hard, number in tokens.items():
+        each = sum(
             rows.share * (world.expected(drafter, match, hard, k) if k else 1.0)
             for match, rows in world.kinds_of_rows.items()
         )
-        for hard in world.difficulties
-    ]
-    tokens = len(usual) / sum(1 / each for each in usual)
+        row_steps += number / each
     look_s = world.look_s + world.hidden_look_s * world.batch if drafter == "suffix" else 0.0
-    return world.batch * tokens / (world.seconds(drafter, k)[0] + world.noise.mean_late_s + look_s)
+    step_s = world.seconds(drafter, k)[0] + world.noise.mean_late_s + look_s
+    return world.batch * sum(tokens.values()) / row_steps / step_s
 
 
 def arms(world: World) -> Iterator[tuple[str, int]]:
@@ -409,10 +430,15 @@ def arms(world: World) -> Iterator[tuple[str, int]]:
             yield drafter, k
 
 
-def best_fixed_speed(*worlds: World) -> float:
-    """Tokens per second of the best fixed arm, over worlds with equally many tokens each."""
+def best_fixed_speed(*worlds: World, tokens: Sequence[Mapping[float, float]] = ()) -> float:
+    """Tokens per second of the best fixed arm, over worlds with equally many tokens each.
+
+    Args:
+        tokens: of each world, as in ``fixed_speed``; empty: as many of each difficulty.
+    """
+    each = list(zip(worlds, tokens, strict=True)) if tokens else [(one, None) for one in worlds]
     return max(
-        len(worlds) / sum(1 / fixed_speed(world, *arm) for world in worlds)
+        len(worlds) / sum(1 / fixed_speed(world, *arm, tokens=own) for world, own in each)
         for arm in arms(worlds[0])
     )
 

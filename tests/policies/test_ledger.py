@@ -100,8 +100,8 @@ def test_what_was_spent_on_a_drafter_of_no_use_is_within_its_parts(batch):
         # Plans that a stretch needs are counted and not owed: its drafts have led to them.
         took = spent[purpose.name.lower()]
         # Where an index interrupts now and then, its first balance buys another length or two.
-        assert 0.5 * part * SHARE <= took <= 2 * part * SHARE + 1e-5
-    assert sum(spent.values()) <= 1.25 * SHARE  # 1.1 on the average of seeds
+        assert 0.5 * part * SHARE <= took <= 1.8 * part * SHARE + 1e-5
+    assert sum(spent.values()) <= 1.1 * SHARE
     lost = 1 - 12_000 * batch / fixed_speed(world, "none", 0) / seconds
     assert sum(spent.values()) == pytest.approx(lost, rel=0.3)
 

@@ -94,10 +94,10 @@ def test_steps_that_lose_end_it(on_trial):
 def test_what_gained_after_coming_back_goes_on_at_no_charge(on_trial):
     explorer, _, _ = on_trial
     note(explorer, -9.0, catches_up=True)
-    assert explorer.more == PLAIN_ARM
+    assert explorer.more == "none"
     note(explorer, 0.6)
     note(explorer, 0.6)
-    assert explorer.more == ("eagle3", 1)
+    assert explorer.more == "eagle3"
 
 
 def test_stretches_beside_plain_decoding_do_not_make_a_drafter_look_interrupted():
@@ -133,4 +133,4 @@ def test_plain_decoding_is_tried_where_an_index_drafts_in_every_step():
     choice = chooser.weigh(seen, chooser.footing(usual, "suffix", {}))
     assert choice.base == "none"
     assert choice.arm == ("suffix", 1)
-    assert PLAIN_ARM in {option.arm for option in explorer.options(seen, choice)}
+    assert PLAIN_ARM in {option.arm for option, _ in explorer.options(seen, choice)}

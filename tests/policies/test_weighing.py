@@ -132,6 +132,29 @@ def test_what_was_computed_ahead_changes_no_decision(seed, has_index):
     assert decided(forgets=False) == decided(forgets=True)
 
 
+@pytest.mark.parametrize("world", [SMALL, replace(SMALL, eagle=(0.1,) * 8)], ids=["good", "poor"])
+def test_when_what_was_planned_is_noted_changes_no_decision(world):
+    """Most of what a plan has chosen is noted when its outcome comes, and always before the next
+    question: one comes right after each plan here, or none."""
+
+    def decided(*, asks: bool) -> list[object]:
+        made = GoodputPolicy(context(DRAFTERS), explore=0.05, half_life_rounds=200, margin=1.01)
+        made.calibrate(world.profile())
+        found, plan = [], made.plan
+
+        def plan_and_ask(obs):
+            decision = plan(obs)
+            if asks:
+                made.wants_matches()
+            return decision
+
+        made.plan = plan_and_ask
+        Simulation(made, 1).run(world, 500, lambda one, _: found.append((one, one.note)))
+        return found
+
+    assert decided(asks=False) == decided(asks=True)
+
+
 def test_computing_ahead_without_a_look_lets_nothing_fade_that_is_known_of_an_index():
     """What is known of an idle drafter fades when somebody asks for it, so that asking for what
     cannot propose would alter later decisions."""
@@ -148,6 +171,6 @@ def test_computing_ahead_without_a_look_lets_nothing_fade_that_is_known_of_an_in
             found[outcome.rows.matches is not None, index._faded_at == before] += 1
 
     made.observe = observe_and_compare
-    Simulation(made, 8).run(SMALL, 900)
+    Simulation(made, 8).run(SMALL, 700)
     assert found[True, True] > 5, "after looks"
     assert not found[True, False] and not found[False, False]
