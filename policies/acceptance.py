@@ -379,10 +379,11 @@ class AcceptanceModel:
         self.batch = 1
         """Requests of the last step."""
 
-    def tick(self, num_rounds: int) -> None:
-        """Advance the clock by rounds that the engine did in one step, with any drafter or none."""
-        self._clock += num_rounds
-        self.batch = num_rounds
+    def tick(self, batch: int, num_steps: int = 1) -> None:
+        """Advance the clock by the rounds that the engine did in some steps, each of so many
+        requests, with any drafter or none."""
+        self._clock += batch * num_steps
+        self.batch = batch
 
     def observe(self, drafter: str, step: ByBucket, batch: int) -> None:
         """Take in the rounds of one step, by bucket.

@@ -67,12 +67,21 @@ class Lessons:
         self._ledger = ledger
         self.drafter = "none"
         """That of the last step observed."""
+        self._resting: list[Outcome] = []
+        """Steps of a rest that were not taken in yet."""
         self._arm, self._num_alike = PLAIN_ARM, FRESH_STEPS
         """Arm of the last step, and steps in a row before it that had the same one; as many as
         needed for those that are not fresh by nature."""
 
     def learn(self, outcome: Outcome) -> None:
-        """Take in a step."""
+        """Take in a step. Of a rest, several are taken in at a time: learning from each would take
+        the host as long as committing it."""
+        if self._goes_on(outcome):
+            self._resting.append(outcome)
+            if len(self._resting) >= _TIMED_STEPS:
+                self._learn_rest()
+            return
+        self._learn_rest()
         self._acceptance.tick(outcome.batch)
         self._switches.stepped()
         plain_s = self._times.plain_s(outcome.batch)
@@ -105,6 +114,37 @@ class Lessons:
             elif outcome.decision.draft_k:
                 self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
         self.drafter = outcome.decision.drafter
+
+    def _goes_on(self, outcome: Outcome) -> bool:
+        """Whether a step that nobody planned did what those before it did, and found nothing."""
+        decision = outcome.decision
+        return (
+            (decision.reason == "rest" or not decision.policy)
+            and (decision.drafter, decision.draft_k) == self._arm
+            and decision.drafter == self.drafter
+            and decision.drafter not in self._kinds.needing
+            and outcome.rows.matches is None
+            and not outcome.num_caught_up
+            and outcome.batch == self._acceptance.batch
+            and not self._rest.owes_a_plan
+        )
+
+    def _learn_rest(self) -> None:
+        """Take in the steps that ``_goes_on`` told of, all of them of one arm and batch."""
+        if not (resting := self._resting):
+            return
+        self._resting = []
+        batch, num_steps = self._acceptance.batch, len(resting)
+        self._acceptance.tick(batch, num_steps)
+        self._switches.stepped(num_steps)
+        plain_s = self._times.plain_s(batch)
+        self._ledger.pay_off(sum([one.step_s for one in resting]) / plain_s)
+        self._num_alike += num_steps
+        for outcome in resting:
+            is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
+            if is_timed and self._kinds.matching:
+                self._compare_look(outcome, plain_s)
+            self._gather(outcome)
 
     def _count_alike(self, outcome: Outcome) -> None:
         """Count steps in a row of one K. Where another drafter was in use before, the first step
@@ -163,6 +203,7 @@ class Lessons:
 
     def learn_gathered(self) -> None:
         """Learn from the steps of a rest that was not learned from yet."""
+        self._learn_rest()
         if not self._rest.gathered.num_steps:
             return
         gathered, self._rest.gathered = self._rest.gathered, Gathered()

@@ -156,6 +156,11 @@ class Rest:
         return self._costs[False].mean / self._num_steps(self._costs[False].mean)
 
     @property
+    def owes_a_plan(self) -> bool:
+        """What the last plan took is not known yet."""
+        return self._plan.looked is not None
+
+    @property
     def may_plan(self) -> bool:
         """Another plan is paid for."""
         return not self.is_plain or self._ledger.affords(Purpose.PLAN)

@@ -101,9 +101,9 @@ class SwitchCosts:
         squares = own.mean**2 * own.weight / max(own.variance, 1e-9)
         return 2 * FRESH_STEPS * own.mean * max(1 - _PROOF / squares, 0.0)
 
-    def stepped(self) -> None:
-        """A step has ended."""
-        self._steps_since += 1
+    def stepped(self, num_steps: int = 1) -> None:
+        """Steps have ended."""
+        self._steps_since += num_steps
 
     def observe_forced(self, excess_s: float, plain_s: float) -> None:
         """Take in a step that had to catch up although its drafter drafted in the one before.

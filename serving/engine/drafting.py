@@ -94,6 +94,7 @@ class Drafting:
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
         self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
+        self._every = frozenset(self._ordinary.kinds)
         self._offers: dict[frozenset[str], _Offer] = {}
         self._ranking = _Ranking(hosts)
         self._num_choosing = 0
@@ -141,12 +142,11 @@ class Drafting:
         if not self._num_choosing:
             return None
         choices = [s.request.drafters for s in batch if s.request.max_draft != 0]
-        chosen = [choice for choice in choices if choice is not None]
-        if not chosen:
+        chosen = set(choices)  # few are different; a set knows its hash
+        if chosen <= {None}:
             return None
-        if len(chosen) < len(choices):
-            chosen.append(frozenset(self._ordinary.kinds))
-        return frozenset.intersection(*chosen)
+        allowed = [self._every if choice is None else choice for choice in chosen]
+        return allowed[0] if len(allowed) == 1 else frozenset.intersection(*allowed)
 
     def _offer(self, choice: frozenset[str] | None) -> _Offer:
         if choice is None:
