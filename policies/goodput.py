@@ -428,7 +428,7 @@ class GoodputPolicy:
             if made.looked and seen.is_whole:
                 matching = [kind for kind in self._kinds.matching if kind in known]
                 glance = Glance(basis.outline, choice, blind, matching) if matching else None
-            self._rest.begin(blind, glance)
+            self._rest.begin(blind, glance, looks=bool(self._kinds.matching))
 
     def _note_look(self) -> None:
         """Note what the look of the last plan has found."""
