@@ -5,13 +5,12 @@
 
 Scenarios vary the drafter's acceptance, the batch, scatter and tails of step times, errors of the
 start-up profile, prompts that leave steps untimed, swaps, an index beside the drafter, what
-planning itself takes, and a trainer on the same GPU. Figures
-are speeds relative to the best fixed arm of the scenario, K = 0 to 8, in hindsight and on the same
-requests: ``settled``
-after the first 500 steps (20 after a swap to a version that comes with its figures), ``whole`` from
-the first step. ``vs_plain`` is relative to plain decoding, from the first step. ``swaps`` are
-steps from a swap on until the mean speed of the next 40 is 0.95 of the best fixed arm of the new
-version.
+planning itself takes, steps that are faster where they repeat the one before, and a trainer on the
+same GPU. Figures are speeds relative to the best fixed arm of the scenario, K = 0 to 8, in
+hindsight and on the same requests: ``settled`` after the first 500 steps (20 after a swap to a
+version that comes with its figures), ``whole`` from the first step. ``vs_plain`` is relative to
+plain decoding, from the first step. ``swaps`` are steps from a swap on until the mean speed of the
+next 40 is 0.95 of the best fixed arm of the new version.
 
 The engine is that of ``tests/policies/simulated.py``; one core, no GPU. Writes
 ``policy_simulation.json`` and ``rows/policy_simulation.json`` in ``benchmarks/results``.

@@ -9,7 +9,6 @@ done with it, by what is known of the index.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from typing import NamedTuple
 
@@ -58,8 +57,6 @@ class IndexAlone:
         self._is_due = False
         """They are not appraised yet."""
         self._tokens = self._steps = 1.0
-        self.error = 0.0
-        """Standard error of their quotient: how many requests have a match at a time is luck."""
 
     def note(self, rows: Floats, batch: int, *, is_dense: bool) -> float:
         """Take in a look.
@@ -105,22 +102,17 @@ class IndexAlone:
         values = each - steps * speed
         best = values.argmax(axis=1)
         looks = np.arange(len(best))
-        pays = values[looks, best] > 1.0 - speed
-        tokens, steps = pays * (each[looks, best] - 1.0), pays * (steps[best] - 1.0)
-        more, longer = float(weights @ tokens), float(weights @ steps)
-        self._tokens, self._steps = 1.0 + more, 1.0 + longer
-        # Of their quotient, to first order.
-        errors = tokens - more - (steps - longer) * self._tokens / self._steps
-        self.error = math.sqrt(float(weights**2 @ errors**2)) / self._steps
+        pays = weights * (values[looks, best] > 1.0 - speed)
+        self._tokens = 1.0 + float(pays @ (each[looks, best] - 1.0))
+        self._steps = 1.0 + float(pays @ (steps[best] - 1.0))
 
-    def lead(self, cost: float, *, doubt: float = 0.0) -> float:
+    def lead(self, cost: float) -> float:
         """Speed relative to plain decoding alone; 1 while too few requests were looked at.
 
         Args:
             cost: time of a look at every step, in plain steps.
-            doubt: standard errors that are taken off.
         """
         if self._num_rows < _LEAST_ROWS:
             return 1.0
         self.appraise()
-        return max(self._tokens / (self._steps + cost) - doubt * self.error, 1.0)
+        return max(self._tokens / (self._steps + cost), 1.0)

@@ -48,8 +48,6 @@ _MOST_OWED = 3.0
 """Plain steps' worth of time that looks may owe beside plain steps, however much they promise, and
 that one plan leaves owed at most: the first one of a server may take twenty, and would keep an
 index silent for twenty thousand steps."""
-_DOUBT = 1.0
-"""Standard errors by which plain decoding with an index must be faster than a drafter."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
@@ -150,9 +148,7 @@ class Rest:
         """Speed of plain decoding, with an index where looks pay, relative to plain decoding."""
         if not self._pays(is_plain=True):
             return 1.0
-        # A drafter is left for it beyond doubt: whatever varies by chance is high now and then.
-        doubt = 0.0 if self.is_plain else _DOUBT
-        return self.index_alone.lead(self._look_cost(is_plain=True), doubt=doubt)
+        return self.index_alone.lead(self._look_cost(is_plain=True))
 
     @property
     def overhead(self) -> float:
