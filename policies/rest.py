@@ -38,9 +38,8 @@ _MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
 """While drafting pays: most steps without a plan, and least and most steps without a look at
 matches where looking at every step does not pay."""
 _LEAST_SILENT, _MANY_SILENT = 8, 16
-"""Steps that a plan holds for at least, once neither drafts nor looks paid in so many plans in a row,
-even if the host has time for another at every step: it takes that time from a server's other
-threads."""
+"""Steps that a plan holds for at least once neither drafts nor looks paid in so many plans in a row,
+even if the host has time for a plan at every step: that time is taken from other threads."""
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
@@ -74,6 +73,8 @@ class _Steps:
     """Those that ``rested`` has not told of,"""
     saved: float = 0.0
     """and plain steps' worth of time that looks alone have saved in these."""
+    silent_plans: int = 0
+    """Plans in a row by which nothing pays."""
 
 
 class Rest:
@@ -98,8 +99,8 @@ class Rest:
         drafts and beside plain decoding."""
         self.index_alone = IndexAlone()
         self.look_time = LookTime()
-        self.num_unlooked = self._num_silent = 0
-        """Steps since the last look, and plans in a row that found nothing to pay."""
+        self.num_unlooked = 0
+        """Steps since the last look."""
         self.left = 0
         self.arm: Arm = PLAIN_ARM
         """What is done meanwhile."""
@@ -286,8 +287,9 @@ class Rest:
         self.arm = arm
         num_steps = self._num_steps(self._costs[False].mean) if self._costs[False].mean else 0
         is_silent = self.is_plain and glance is None and not (looks and self.pays)
-        self._num_silent = self._num_silent + 1 if is_silent else 0
-        self.left = max(num_steps, _LEAST_SILENT if self._num_silent > _MANY_SILENT else 0)
+        self._steps.silent_plans = self._steps.silent_plans + 1 if is_silent else 0
+        is_known = self._steps.silent_plans > _MANY_SILENT
+        self.left = max(num_steps, _LEAST_SILENT if is_known else 0)
 
     def take(self) -> Arm:
         """The arm of a step without a plan."""
