@@ -169,9 +169,8 @@ def _read(checkpoint: Checkpoint) -> Imported:
         checkpoint.expect(TARGET_NORM, (config.hidden_size,))
         tensors["target_norm.weight"] = checkpoint.read(TARGET_NORM)
     else:
-        tensors["target_norm.weight"] = (
-            _final_norm(checkpoint, config.hidden_size) + order.norm_offset
-        )
+        theirs = _final_norm(checkpoint, config.hidden_size)
+        tensors["target_norm.weight"] = _off_zero(theirs, order)
     return Imported("mtp", config.to_json(), tensors)
 
 
@@ -267,7 +266,7 @@ def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[st
     """The tensors of a bundle, without ``target_norm``."""
     layer, attention, read = order.layer, f"{order.layer}self_attn.", checkpoint.read
     norms = _norm_names(config, order)
-    tensors = {f"{k}.weight": read(f"{v}.weight") + order.norm_offset for k, v in norms.items()}
+    tensors = {f"{k}.weight": _off_zero(read(f"{v}.weight"), order) for k, v in norms.items()}
     products = _product_names(order)
     tensors |= {f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in products.items()}
     names = [f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up")]
@@ -284,6 +283,16 @@ def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[st
         biases = [f"{attention}{x}_proj.bias" for x in "qkv"]
         tensors["attention.qkv_proj.bias"] = joined_rows(checkpoint, biases)
     return tensors
+
+
+def _off_zero(weight: Tensor, order: Order) -> Tensor:
+    """A norm's weight as it multiplies. In bfloat16, 1 + weight would lose most of the weight."""
+    return weight.float() + order.norm_offset if order.norm_offset else weight
+
+
+def _around_zero(weight: Tensor, order: Order, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``_off_zero``, for a file of ``dtype``."""
+    return (weight.float() - order.norm_offset).to(dtype) if order.norm_offset else weight
 
 
 def _norm_names(config: MtpConfig, order: Order) -> dict[str, str]:
@@ -319,9 +328,9 @@ def to_carrier(
     A reduced vocabulary is left out: it is no part of a head in these layouts.
     """
     c = MtpConfig.from_json(config)
-    order = _numbered(ORDERS[c.order], target.num_layers)
+    order, dtype = _numbered(ORDERS[c.order], target.num_layers), tensors["proj.weight"].dtype
     out = {
-        f"{theirs}.weight": tensors[f"{ours}.weight"] - order.norm_offset
+        f"{theirs}.weight": _around_zero(tensors[f"{ours}.weight"], order, dtype)
         for ours, theirs in _norm_names(c, order).items()
     }
     products = _product_names(order)
