@@ -22,6 +22,7 @@ from drafters.formats.checkpoint import (
     Checkpoint,
     joined_rows,
     read_checkpoint,
+    read_config,
     rope_theta_of,
 )
 from drafters.formats.published import Imported, TargetTable
@@ -340,7 +341,7 @@ def to_carrier(
     out |= dict(zip(names, gate_up, strict=True))
     out |= _attention_parts(c, tensors, f"{order.layer}self_attn.")
     out[TARGET_NORM] = tensors["target_norm.weight"]
-    given = read_checkpoint(target.folder).config
+    given = read_config(target.folder)
     text = given.get("text_config") or given
     text[order.count] = 1
     return given, out

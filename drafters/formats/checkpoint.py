@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 FLOATING = {"F64", "F32", "F16", "BF16"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -152,27 +153,75 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder; only the headers of its tensors are read.
 
     Raises:
-        FormatError: no config, no safetensors files, or a damaged one.
+        FormatError: no config, no safetensors files, or a damaged one; or two files hold a tensor
+            and no index names one of them.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{folder / CONFIG} must hold a JSON object")
+    config = read_config(folder)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         found = f", only {pickles[0]}, which may hold code and is not loaded" if pickles else ""
         raise FormatError(f"{folder} has no *.safetensors file{found}; convert it to safetensors")
+    return Checkpoint(folder, config, _files_of(folder, paths))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        FormatError: there is none, or it is no JSON object.
+    """
+    return _read_object(folder / CONFIG)
+
+
+def _files_of(folder: Path, paths: list[Path]) -> dict[str, Path]:
+    """File of each tensor: where several hold it, the one that the index names."""
+    indexed = _indexed(folder)
     files: dict[str, Path] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path} is no sound safetensors file: {error}") from None
-    return Checkpoint(folder, config, files)
+        for name in _names_in(path):
+            first = files.setdefault(name, path)
+            if first is path:
+                continue
+            if indexed.get(name) not in (first.name, path.name):
+                raise FormatError(
+                    f"{folder}: {name} is in {first.name} and in {path.name}, and no {_INDEX} "
+                    f"says which counts; move the other file away"
+                )
+            files[name] = first if indexed[name] == first.name else path
+    for name, file in indexed.items():
+        if name in files and files[name].name != file:
+            raise FormatError(f"{folder}: {_INDEX} names {file} for {name}, which is elsewhere")
+    return files
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is no sound safetensors file: {error}") from None
+
+
+def _indexed(folder: Path) -> dict[str, Any]:
+    """Tensor -> name of its file, as the index says; empty without one."""
+    path = folder / _INDEX
+    if not path.is_file():
+        return {}
+    named = _read_object(path).get("weight_map")
+    if not isinstance(named, dict):
+        raise FormatError(f"{path} has no weight_map")
+    return named
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} must hold a JSON object")
+    return value
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:

@@ -21,7 +21,12 @@ from buffer.fingerprint import target_fingerprint
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.sealed import plain
-from drafters.formats.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from drafters.formats.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+)
 from drafters.trainable import trainable
 from targets.head import load_target_head
 
@@ -111,7 +116,7 @@ def load_target_table(name: str, folder: Path) -> TargetTable:
         ValueError: see ``load_target_head``.
     """
     head = load_target_head(folder, torch.device("cpu"), torch.float32)
-    given = read_checkpoint(folder).config
+    given = read_config(folder)
     architectures = tuple(given.get("architectures") or ())
     stored_VH = head.embed_VH / (head.embed_scale or 1.0)
     return TargetTable(name, folder, head.config, architectures, stored_VH)

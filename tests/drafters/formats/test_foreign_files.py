@@ -163,6 +163,37 @@ def test_a_file_that_ends_early_is_named(sound, tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_refused_unless_an_index_says_which_counts(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for file, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"fc.weight": torch.tensor([value])}, tmp_path / f"{file}.safetensors")
+
+    def with_index(file):
+        text = json.dumps({"weight_map": {"fc.weight": f"{file}.safetensors"}})
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        return read_checkpoint(tmp_path)
+
+    with pytest.raises(FormatError, match=r"fc.weight is in a.safetensors and in b.safetensors"):
+        read_checkpoint(tmp_path)
+    assert with_index("a").read("fc.weight") == 1
+    assert with_index("b").read("fc.weight") == 2
+    with pytest.raises(FormatError, match=r"fc.weight is in a.safetensors and in b.safetensors"):
+        with_index("c")
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"names b.safetensors for fc.weight, which is elsewhere"):
+        with_index("b")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(FormatError, match=r"index.json has no weight_map"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_config_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+
+    with pytest.raises(FormatError, match=r"config\.json cannot be read"):
+        read_checkpoint(tmp_path)
+
+
 def places(config, above=()):
     """Paths of all values of a config, at any depth of objects."""
     for key, value in config.items():
