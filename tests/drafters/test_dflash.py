@@ -70,7 +70,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_
     weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
     engine = make_engine(
         model, kind="dflash", weights=weights, policy=FixedPolicy("dflash", num_draft),
-        suffix=False, prefill_chunk=7, fused_drafter=fused,
+        suffix=False, prefill_chunk=7, fused_drafter=fused, max_draft=5,
     )  # fmt: skip
     drafter = engine.drafting.neural["dflash"].drafter
     assert drafter.is_fused == fused
@@ -155,6 +155,17 @@ def test_anchors_are_drawn_anew_among_rows_with_a_loss_and_blocks_have_any_lengt
     lengths = _lengths(torch.zeros(1000), 16, generator)
     assert set(lengths.tolist()) == set(range(2, 17))
     assert 400 < int((lengths == 16).sum()) < 600
+
+
+def test_longer_drafts_than_a_block_holds_are_refused():
+    model = random_model("qwen3")
+    module = module_for(model, block_size=6)
+    weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
+
+    make_engine(model, kind="dflash", weights=weights, max_draft=5)
+
+    with pytest.raises(ValueError, match=r"max_draft is 6, but blocks of 6 .*; set .* to 5"):
+        make_engine(model, kind="dflash", weights=weights, max_draft=6)
 
 
 @pytest.mark.parametrize(
