@@ -139,7 +139,7 @@ _DFLASH, _P_EAGLE = "drafters.formats.dflash:", "drafters.formats.p_eagle:"
 READERS = (
     Reader("P-EAGLE", _P_EAGLE + "is_published", _P_EAGLE + "from_published"),
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
-    Reader("speculators, eagle3", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
+    Reader("eagle3 of speculators", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
     Reader("DFlashDraftModel", _DFLASH + "is_published", _DFLASH + "from_published"),
     Reader("a target with MTP heads", _MTP + "is_carrier", _MTP + "from_carrier"),
 )
@@ -175,10 +175,10 @@ def _reader_of(checkpoint: Checkpoint) -> Reader:
     for reader in READERS:
         if pkgutil.resolve_name(reader.is_it)(checkpoint):
             return reader
-    known = ", ".join(reader.what for reader in READERS)
+    known = "; ".join(reader.what for reader in READERS)
     given = checkpoint.config.get("architectures")
     raise checkpoint.error(
-        f"it is in none of the layouts that are read ({known}): its architectures are {given}"
+        f"it is in none of the layouts that are read ({known}); its architectures are {given}"
     )
 
 
