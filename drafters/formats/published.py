@@ -21,6 +21,7 @@ from buffer.fingerprint import target_fingerprint
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.sealed import plain
+from drafters.catalog import CATALOG
 from drafters.formats.checkpoint import (
     Checkpoint,
     read_checkpoint,
@@ -29,6 +30,7 @@ from drafters.formats.checkpoint import (
 )
 from drafters.trainable import trainable
 from targets.head import load_target_head
+from targets.tokenizer import copy_tokenizer
 
 Wanted = dict[str, tuple[tuple[int, ...], set[str]]]
 """Name -> shape and dtype tags of a tensor."""
@@ -150,6 +152,7 @@ WRITERS = {
     ("p_eagle", "hf"): _P_EAGLE + "to_published",
     ("p_eagle", "speculators"): _P_EAGLE + "to_speculators",
     ("mtp", "hf"): _MTP + "to_carrier",
+    ("draft_model", "hf"): "drafters.formats.draft_model:to_published",
 }
 """(Kind, layout) -> (config, tensors, target) -> ``config.json`` and tensors."""
 LAYOUTS = ("hf", "speculators")
@@ -197,7 +200,8 @@ def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, byt
 
 
 def export(bundle: Bundle, layout: str, target: TargetTable, folder: Path) -> None:
-    """Write a bundle's drafter in another layout.
+    """Write a bundle's drafter in another layout; with the target's tokenizer, if it is a model of
+    its own.
 
     Raises:
         ValueError: its kind has no such layout, or it was made for another target.
@@ -221,3 +225,5 @@ def export(bundle: Bundle, layout: str, target: TargetTable, folder: Path) -> No
     make: Callable[..., tuple[Mapping[str, Any], dict[str, Tensor]]] = pkgutil.resolve_name(writer)
     config, published = make(manifest.drafter_config, tensors, target)
     write_checkpoint(folder, config, published)
+    if CATALOG[manifest.kind].is_model:
+        copy_tokenizer(target.folder, folder)
