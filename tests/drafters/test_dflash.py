@@ -26,13 +26,10 @@ from drafters.formats.published import TargetTable
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
-from serving.build import build_service
 from specops.distill import FrozenHead
 from targets.head import TargetHead
-from tests.drafters.test_draft_model import run_settings
 from tests.serving.capture.test_capture import PROMPT, traces_of
 from tests.serving.engine.test_every_drafter import trained_on
-from tests.serving.swap.test_swaps import ask, noisy, publish_next, wait_until
 
 LEARNS = DFlashTrainable()
 MASKS = {
@@ -318,19 +315,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_first_thing(tmp_path, 
 
     with pytest.raises(FormatError, match=message):
         from_published(*published(tmp_path, model))
-
-
-def test_new_versions_are_swapped(tiny_target_dir, tmp_path):
-    service = build_service(run_settings(tiny_target_dir, tmp_path, kind="dflash"))
-    service.start()
-    try:
-        before = ask(service, "before")
-        publish_next(tmp_path / "weights", noisy)
-        wait_until(lambda: service.drafter_status()["version"] == 1)
-        after = ask(service, "after")
-    finally:
-        service.stop()
-
-    assert after.token_ids == before.token_ids
-    assert (before.last.stats.drafter_version, after.last.stats.drafter_version) == (0, 1)
-    assert after.last.stats.proposed > 0
