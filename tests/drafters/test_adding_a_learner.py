@@ -190,17 +190,21 @@ def answers(name):
     }
 
 
-first = answers("first")
-end = time.monotonic() + 30
-while service.recorder.counts()["written"] < 12:
-    assert time.monotonic() < end
-    time.sleep(0.01)
-run(build_trainer(settings, threading.Event()))
-while service.drafter_status()["version"] == 0:
-    assert time.monotonic() < end, service.drafter_status()
-    time.sleep(0.01)
-second = answers("second")
-service.stop()
+def wait_until(condition):
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, (service.recorder.counts(), service.drafter_status())
+        time.sleep(0.01)
+
+
+try:
+    first = answers("first")
+    wait_until(lambda: service.recorder.counts()["written"] == 12)
+    run(build_trainer(settings, threading.Event()))
+    wait_until(lambda: service.drafter_status()["version"] > 0)
+    second = answers("second")
+finally:
+    service.stop()
 print(json.dumps({"first": first, "second": second}))
 """
 SETTINGS = (
