@@ -44,7 +44,6 @@ from benchmarks.harness.loops import full_window
 from benchmarks.harness.results import (
     RESULTS,
     Out,
-    commit,
     known,
     say,
     write_result,
@@ -75,6 +74,7 @@ from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
 from drafters.catalog import CATALOG, kind_of
 from drafters.trainable import trainable
+from examples.machine import commit
 from examples.traffic.chat import chat_prompts
 from policies.catalog import build_policy
 from policies.fixed import FixedPolicy

@@ -167,7 +167,7 @@ service.start()
 
 
 def answers(name):
-    found, done = [Collected() for _ in range(12)], threading.Semaphore(0)
+    found, done = [Collected() for _ in range(24)], threading.Semaphore(0)
 
     def take(one, output):
         one.take(output)
@@ -199,7 +199,7 @@ def wait_until(condition):
 
 try:
     first = answers("first")
-    wait_until(lambda: service.recorder.counts()["written"] == 12)
+    wait_until(lambda: service.recorder.counts()["written"] == 24)
     run(build_trainer(settings, threading.Event()))
     wait_until(lambda: service.drafter_status()["version"] > 0)
     second = answers("second")
@@ -209,11 +209,11 @@ print(json.dumps({"first": first, "second": second}))
 """
 SETTINGS = (
     "target=target", "drafter.kind=bigram", "drafter.suffix.enabled=false", "device=cpu",
-    "run_dir=run", "engine.max_batch=12", "engine.max_model_len=64", "drafter.max_draft=3",
+    "run_dir=run", "engine.max_batch=24", "engine.max_model_len=64", "drafter.max_draft=3",
     "policy.kind=fixed", "policy.drafter=bigram", "policy.draft_k=3", "swap.poll_s=0.02",
     "trainer.device=cpu", "trainer.nice=0", "trainer.lr=0.03", "trainer.batch_tokens=256",
-    "trainer.max_sequence=64", "trainer.min_traces=8", "trainer.publish_every_steps=10",
-    "trainer.warmup_steps=2", "trainer.held_out_every=4", "trainer.max_steps=20",
+    "trainer.max_sequence=64", "trainer.min_traces=4", "trainer.publish_every_steps=10",
+    "trainer.warmup_steps=2", "trainer.held_out_every=2", "trainer.max_steps=20",
     "trainer.gate_confidence=0.5", "trainer.replay_ratio=32", "trainer.cool_down_s=0",
 )  # fmt: skip
 
@@ -229,7 +229,7 @@ def test_a_drafter_that_learns_is_one_file_and_one_catalog_line(tmp_path):
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     first, second = found["first"], found["second"]
-    assert first["texts"] == second["texts"] == [[41 + i % 4] * 40 for i in range(12)]
+    assert first["texts"] == second["texts"] == [[41 + i % 4] * 40 for i in range(24)]
     assert first["versions"] == [0] and second["versions"] == [max(second["versions"])] != [0]
     assert first["kept"] < 0.5 and second["kept"] > 0.9, found
     assert first["drafted"] > second["drafted"] > 100
