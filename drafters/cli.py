@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from buffer.backends import open_backend
-from buffer.bundles import Bundle, read_bundle
+from buffer.bundles import Bundle, BundleError, read_bundle
 from buffer.signed_weights import open_weights
 from configs.cli import ConfigOption, SetOption, VersionOption, exit_code, settings_from_cli
 from configs.schema import Settings
-from targets.find import checked_folder, target_folder
+from drafters.several import learning, line_of
+from targets.find import checked_folder, downloaded
 
 if TYPE_CHECKING:
     from drafters.formats.published import TargetTable
@@ -54,8 +55,8 @@ def import_(
     """Make a bundle from a published drafter for the settings' ``target``."""
     settings = settings_from_cli(config, set_, False)
     try:
-        folder = target_folder(source)
         _check_free(to)
+        folder = _source(source)
         from drafters.formats.published import imported  # torch and transformers take seconds
 
         manifest, files = imported(folder, _target(settings))
@@ -84,6 +85,14 @@ def export(
             "--format", help="hf: as Hugging Face and SGLang; speculators: as vLLM's library"
         ),
     ],
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            "--drafter",
+            metavar="KIND",
+            help="whose version, in a run with several that learn; the first one if not said",
+        ),
+    ] = None,
     config: ConfigOption = None,
     set_: SetOption = None,
 ) -> None:
@@ -91,10 +100,10 @@ def export(
     settings = settings_from_cli(config, set_, False)
     try:
         _check_free(to)
-        bundle = _bundle(drafter, settings)
+        bundle = _bundle(drafter, kind, settings)
         from drafters.formats.published import export as write
 
-        write(bundle, layout, _target(settings), to)
+        write(bundle, layout.value, _target(settings), to)
     except (ValueError, OSError) as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
@@ -108,17 +117,69 @@ def _target(settings: Settings) -> TargetTable:
     return load_target_table(settings.target, folder)
 
 
-def _bundle(drafter: str, settings: Settings) -> Bundle:
+def _source(source: str) -> Path:
+    """The folder that a published drafter is in.
+
+    Raises:
+        ValueError: there is none, or it cannot be downloaded.
+    """
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or path.is_absolute() or source.startswith("."):
+        what = "a file" if path.exists() else "not there"
+        raise ValueError(
+            f"{source} is {what}; name the folder of a published drafter, with config.json and "
+            f"*.safetensors, or a Hugging Face id"
+        )
+    try:
+        return downloaded(source)
+    except ValueError as error:
+        raise ValueError(
+            f"{source!r} is neither a folder nor a Hugging Face id that can be loaded ({error})"
+        ) from error
+
+
+def _bundle(drafter: str, kind: str | None, settings: Settings) -> Bundle:
     path = Path(drafter)
     if path.is_dir():
-        return read_bundle(path.resolve())
+        return _bundle_at(path.resolve())
     if not drafter.isdecimal():
         raise ValueError(f"{drafter!r} is neither a bundle folder nor the number of a version")
+    kinds = learning(settings)
+    if kind is not None and kind not in kinds:
+        raise ValueError(
+            f"--drafter {kind}: the settings' drafters that learn are {', '.join(kinds) or 'none'}"
+        )
+    line = "" if kind is None else line_of(settings, kind)
     backend = open_backend(settings.buffer.url, settings.run_dir)
-    store = open_weights(backend, settings.swap.public_key)
+    store = open_weights(backend, settings.swap.public_key, line=line)
     if int(drafter) not in store.versions():
-        raise ValueError(f"{store.location} has no version {drafter}; it has {store.versions()}")
-    return store.read(int(drafter))
+        others = [other for other in kinds if other != (kind or kinds[0])]
+        hint = f"; for {' or '.join(others)} say --drafter" if others else ""
+        raise ValueError(
+            f"{store.location} has no version {drafter}; it has {store.versions()}{hint}"
+        )
+    try:
+        return store.read(int(drafter))
+    except BundleError as error:
+        raise ValueError(
+            f"version {drafter} in {store.location} is damaged: {error.problem}"
+        ) from error
+
+
+def _bundle_at(folder: Path) -> Bundle:
+    """
+    Raises:
+        ValueError: it is no sound bundle.
+    """
+    try:
+        return read_bundle(folder)
+    except BundleError as error:
+        raise ValueError(
+            f"{folder} is not a sound bundle: {error.problem}. `drafters import` makes a bundle "
+            f"from a published drafter"
+        ) from error
 
 
 def _check_free(folder: Path) -> None:
@@ -126,5 +187,7 @@ def _check_free(folder: Path) -> None:
     Raises:
         ValueError: something is there already.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--to {folder} is a file; name a new folder")
+    if folder.exists() and any(folder.iterdir()):
         raise ValueError(f"--to {folder} is not empty; name a new folder")

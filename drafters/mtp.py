@@ -168,8 +168,15 @@ def config_for_target(
         layer_ids=last,
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=rope_theta(config),
-        rotary_dim=head_dim,
+        rotary_dim=_rotary_dim(config, head_dim),
     )
+
+
+def _rotary_dim(config: Any, head_dim: int) -> int:
+    """Leading elements of each head that a target rotates."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    share = getattr(config, "partial_rotary_factor", None) or rope.get("partial_rotary_factor")
+    return int(head_dim * (share or 1.0))
 
 
 class MtpAttention(nn.Module):

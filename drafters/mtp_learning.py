@@ -19,10 +19,16 @@ from torch import Tensor, nn
 
 from drafters.eagle3.trainable import LearnsByChains
 from drafters.formats.checkpoint import (
+    CONFIG,
+    LAYER,
     Checkpoint,
     joined_rows,
     read_checkpoint,
+    read_config,
+    refuse_others,
+    refuse_windows,
     rope_theta_of,
+    rotated,
 )
 from drafters.formats.published import Imported, TargetTable
 from drafters.mtp import ORDERS, Mtp, MtpConfig, Order, config_for_target
@@ -120,7 +126,7 @@ _FINAL_NORM = re.compile(r"(.+\.)?(model|language_model)\.norm\.weight")
 
 def order_of(checkpoint: Checkpoint) -> str | None:
     """The family whose head a checkpoint holds; ``None`` if there is none."""
-    num_layers = _text(checkpoint).get("num_hidden_layers")
+    num_layers = _text(checkpoint).config.get("num_hidden_layers")
     for name, order in ORDERS.items():
         if f"{order.proj.format(n=num_layers)}.weight" in checkpoint.files:
             return name
@@ -149,16 +155,15 @@ def from_carrier(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     return found
 
 
-def _text(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The part of ``config.json`` that describes the language model."""
-    text: dict[str, Any] = checkpoint.config.get("text_config") or checkpoint.config
-    return text
+def _text(checkpoint: Checkpoint) -> Checkpoint:
+    """The checkpoint with the part of its config that describes the language model."""
+    return replace(checkpoint, config=checkpoint.table("text_config") or checkpoint.config)
 
 
 def _read(checkpoint: Checkpoint) -> Imported:
     name = order_of(checkpoint)
     assert name is not None
-    order = _numbered(ORDERS[name], _text(checkpoint)["num_hidden_layers"])
+    order = _numbered(ORDERS[name], _text(checkpoint).size("num_hidden_layers"))
     config = _config(checkpoint, name, order)
     wanted = _wanted(config, order)
     for tensor, shape in wanted.items():
@@ -169,9 +174,8 @@ def _read(checkpoint: Checkpoint) -> Imported:
         checkpoint.expect(TARGET_NORM, (config.hidden_size,))
         tensors["target_norm.weight"] = checkpoint.read(TARGET_NORM)
     else:
-        tensors["target_norm.weight"] = (
-            _final_norm(checkpoint, config.hidden_size) + order.norm_offset
-        )
+        theirs = _final_norm(checkpoint, config.hidden_size)
+        tensors["target_norm.weight"] = _off_zero(theirs, order)
     return Imported("mtp", config.to_json(), tensors)
 
 
@@ -192,34 +196,37 @@ def _final_norm(checkpoint: Checkpoint, hidden_size: int) -> Tensor:
 
 
 def _config(checkpoint: Checkpoint, name: str, order: Order) -> MtpConfig:
-    text = replace(checkpoint, config=_text(checkpoint))
-    heads, kv_heads, head_dim = text.heads()
-    rope_theta = rope_theta_of(checkpoint, text.config)
-    rope = text.config.get("rope_parameters") or {}
-    factor = "partial_rotary_factor"
-    share = text.checked_real(factor, text.config.get(factor) or rope.get(factor) or 1.0)
-    rotary_dim = int(head_dim * min(share, 1.0))
-    if share > 1 or rotary_dim < 2 or rotary_dim % 2:
-        raise text.error(f"{factor} is {share}, which leaves no pairs of {head_dim} to rotate")
+    said = _said(_text(checkpoint))
+    inner = said["num_heads"] * said["head_dim"]
     attention = f"{order.layer}self_attn."
     q_rows = checkpoint.shape(f"{attention}q_proj.weight")[0]
     return MtpConfig(
-        hidden_size=text.size("hidden_size"),
-        target_vocab_size=text.size("vocab_size"),
-        draft_vocab_size=text.size("vocab_size"),
-        intermediate_size=text.size("intermediate_size"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        layer_ids=(text.size("num_hidden_layers"),),
-        rms_norm_eps=text.real("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta,
-        rotary_dim=rotary_dim,
+        **said,
         order=name,
         has_bias=f"{attention}q_proj.bias" in checkpoint.files,
         has_head_norms=f"{attention}q_norm.weight" in checkpoint.files,
-        has_output_gate=q_rows == 2 * heads * head_dim,
+        has_output_gate=q_rows == 2 * inner,
     )
+
+
+def _said(text: Checkpoint) -> dict[str, Any]:
+    """What the target's config says of a head: arguments of ``MtpConfig``."""
+    refuse_others(text, LAYER)
+    refuse_windows(text)
+    heads, kv_heads, head_dim = text.heads()
+    return {
+        "hidden_size": text.size("hidden_size"),
+        "target_vocab_size": text.size("vocab_size"),
+        "draft_vocab_size": text.size("vocab_size"),
+        "intermediate_size": text.size("intermediate_size"),
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "head_dim": head_dim,
+        "layer_ids": (text.size("num_hidden_layers"),),
+        "rms_norm_eps": text.real("rms_norm_eps", 1e-6),
+        "rope_theta": rope_theta_of(text),
+        "rotary_dim": rotated(text, head_dim),
+    }
 
 
 def _wanted(config: MtpConfig, order: Order) -> dict[str, tuple[int, ...]]:
@@ -267,7 +274,7 @@ def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[st
     """The tensors of a bundle, without ``target_norm``."""
     layer, attention, read = order.layer, f"{order.layer}self_attn.", checkpoint.read
     norms = _norm_names(config, order)
-    tensors = {f"{k}.weight": read(f"{v}.weight") + order.norm_offset for k, v in norms.items()}
+    tensors = {f"{k}.weight": _off_zero(read(f"{v}.weight"), order) for k, v in norms.items()}
     products = _product_names(order)
     tensors |= {f"{ours}.weight": read(f"{theirs}.weight") for ours, theirs in products.items()}
     names = [f"{layer}mlp.{x}_proj.weight" for x in ("gate", "up")]
@@ -284,6 +291,16 @@ def _tensors(checkpoint: Checkpoint, config: MtpConfig, order: Order) -> dict[st
         biases = [f"{attention}{x}_proj.bias" for x in "qkv"]
         tensors["attention.qkv_proj.bias"] = joined_rows(checkpoint, biases)
     return tensors
+
+
+def _off_zero(weight: Tensor, order: Order) -> Tensor:
+    """A norm's weight as it multiplies. In bfloat16, 1 + weight would lose most of the weight."""
+    return weight.float() + order.norm_offset if order.norm_offset else weight
+
+
+def _around_zero(weight: Tensor, order: Order, dtype: torch.dtype) -> Tensor:
+    """Inverse of ``_off_zero``, for a file of ``dtype``."""
+    return (weight.float() - order.norm_offset).to(dtype) if order.norm_offset else weight
 
 
 def _norm_names(config: MtpConfig, order: Order) -> dict[str, str]:
@@ -317,11 +334,14 @@ def to_carrier(
     its family, with ``TARGET_NORM``.
 
     A reduced vocabulary is left out: it is no part of a head in these layouts.
+
+    Raises:
+        ValueError: the target's config says something else of the head's layer than its own.
     """
     c = MtpConfig.from_json(config)
-    order = _numbered(ORDERS[c.order], target.num_layers)
+    order, dtype = _numbered(ORDERS[c.order], target.num_layers), tensors["proj.weight"].dtype
     out = {
-        f"{theirs}.weight": tensors[f"{ours}.weight"] - order.norm_offset
+        f"{theirs}.weight": _around_zero(tensors[f"{ours}.weight"], order, dtype)
         for ours, theirs in _norm_names(c, order).items()
     }
     products = _product_names(order)
@@ -331,10 +351,22 @@ def to_carrier(
     out |= dict(zip(names, gate_up, strict=True))
     out |= _attention_parts(c, tensors, f"{order.layer}self_attn.")
     out[TARGET_NORM] = tensors["target_norm.weight"]
-    given = read_checkpoint(target.folder).config
+    given = read_config(target.folder)
+    _check_said(c, Checkpoint(target.folder, given, {}))
     text = given.get("text_config") or given
     text[order.count] = 1
     return given, out
+
+
+def _check_said(config: MtpConfig, target: Checkpoint) -> None:
+    """Refuse a head whose layer the target's config does not describe: readers have only that."""
+    for name, theirs in _said(_text(target)).items():
+        ours = getattr(config, name)
+        if theirs != ours and name != "draft_vocab_size":
+            raise ValueError(
+                f"the head cannot be written: its {name} is {ours}, and {target.folder / CONFIG}, "
+                f"from which a reader takes it, says {theirs}"
+            )
 
 
 def _attention_parts(

@@ -46,6 +46,21 @@ def target_folder(target: str, cache: Path | None = None) -> Path:
         return converted_folder(path, cache)
     if path.is_absolute() or target.startswith("."):
         raise _nothing_there(target)
+    try:
+        return downloaded(target)
+    except ValueError as error:
+        raise ValueError(
+            f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
+            f"loaded ({error})"
+        ) from error
+
+
+def downloaded(name: str) -> Path:
+    """Snapshot of a Hugging Face id, downloaded if new.
+
+    Raises:
+        ValueError: there is none, or it cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -53,14 +68,11 @@ def target_folder(target: str, cache: Path | None = None) -> Path:
         disable_progress_bars()
     patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return Path(snapshot_download(target, allow_patterns=patterns))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except (OSError, ValueError) as error:
         # The hub's messages are paragraphs with advice; what happened stands on the first line.
         what = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"target {target!r} is neither a folder, a GGUF file nor a Hugging Face id that can be "
-            f"loaded ({type(error).__name__}: {what})"
-        ) from error
+        raise ValueError(f"{type(error).__name__}: {what}") from error
 
 
 def checked_folder(target: str, cache: Path | None = None) -> Path:
@@ -190,7 +202,7 @@ def _cut_off(path: Path, wanted: int, size: int) -> ValueError:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got {type(value).__name__}")

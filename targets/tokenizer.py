@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,19 @@ _JSON = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "config.json",
 )  # fmt: skip
+_BESIDE = ("merges.txt", "chat_template.jinja")
+"""What else tokenizers read."""
+
+
+def copy_tokenizer(folder: Path, to: Path) -> None:
+    """Copy the files of the tokenizer in ``folder``, as far as it has them.
+
+    Raises:
+        OSError: one cannot be read or written.
+    """
+    names = {*_VOCABULARIES, *_JSON, *_BESIDE} - {"config.json"}
+    for path in filter(Path.is_file, map(folder.joinpath, sorted(names))):
+        shutil.copyfile(path, to / path.name)
 
 
 def load_tokenizer(folder: Path) -> Any:

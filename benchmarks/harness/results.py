@@ -58,11 +58,21 @@ def write_result(out: Path, figures: Mapping[str, Any]) -> None:
     out.write_text(json.dumps({**figures, "machine": machine()}, indent=2) + "\n")
 
 
-def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESULTS) -> Path:
+def write_rows(
+    topic: str,
+    rows: Iterable[Row],
+    source: str,
+    folder: Path = RESULTS,
+    *,
+    keeps_unchanged: bool = False,
+) -> Path:
     """Write the rows of a topic, measured on this machine; rows of other sources are kept.
 
     Args:
         source: the command that measured them; its previous rows are replaced.
+        folder: of results; rows are in its folder ``rows``.
+        keeps_unchanged: a row whose figure is the same as before was not measured now, and keeps
+            its hardware and commit.
 
     Returns:
         The file.
@@ -77,7 +87,12 @@ def write_rows(topic: str, rows: Iterable[Row], source: str, folder: Path = RESU
         "source": source,
     }
     kept = [row for row in former if row["source"] != source]
-    out.write_text(json.dumps(kept + [{**asdict(row), **named} for row in rows], indent=2) + "\n")
+    before = [row for row in former if row["source"] == source] if keeps_unchanged else []
+    new = []
+    for row in map(asdict, rows):
+        same = (old for old in before if row.items() <= old.items())
+        new.append(next(same, {**row, **named}))
+    out.write_text(json.dumps(kept + new, indent=2) + "\n")
     return out
 
 

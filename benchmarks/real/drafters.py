@@ -4,6 +4,8 @@ docs/drafters.md.
     python -m benchmarks.real.drafters --run-dir runs/real/drafters               # all of them
     python -m benchmarks.real.drafters --run-dir runs/real/drafters --kinds mtp   # the others stay
     ... --kinds KIND --set drafter.draft_model.target_layers=2       # a row of its own in the table
+    ... --set target=FILE.gguf                                       # likewise, of another target
+    ... --rows 8000000                                               # likewise, learnt from more
 
 For each kind: decodes chat requests of four domains, captures what the drafter reads, and trains
 new weights on them until they have seen ``--rows`` positions, judged on held-out requests as they
@@ -42,8 +44,6 @@ from benchmarks.harness.loops import full_window
 from benchmarks.harness.results import (
     RESULTS,
     Out,
-    Row,
-    at_least,
     known,
     say,
     write_result,
@@ -60,12 +60,21 @@ from benchmarks.real.choosing import (
     prompt_ids,
     settings_for,
 )
+from benchmarks.real.drafters_table import (
+    POLICY,
+    ROWS,
+    claims,
+    model_name,
+    row_name,
+    table,
+)
 from benchmarks.real.train_drafter import Ask, TrainingData, collect, read_data
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
 from drafters.catalog import CATALOG, kind_of
 from drafters.trainable import trainable
+from examples.machine import commit
 from examples.traffic.chat import chat_prompts
 from policies.catalog import build_policy
 from policies.fixed import FixedPolicy
@@ -86,11 +95,8 @@ from trainer.update import batch_dtype
 
 KINDS = (*(kind for kind in CATALOG if CATALOG[kind].trainable), LOOKUP)
 MAX_DRAFT = 8
-POLICY = "policy"
 JUDGED = 96
 """Held-out requests that a drafter is judged on."""
-FAST_GREEDY, FAST_SAMPLED = 2.0, 1.5
-"""Of plain decoding, which the best drafter is to reach for one client on code."""
 
 
 # Training
@@ -273,97 +279,6 @@ def draft_seconds(engine: Engine, kind: str, sizes: Sequence[int]) -> dict[str, 
     return found
 
 
-# Claims
-
-
-def claims(kinds: dict[str, Any]) -> list[Row]:
-    """What the table must show."""
-    found: list[Row] = []
-    index = kinds.get(LOOKUP)
-    to_pass = None if index is None else _mean_at(index["cells"], TRAINED_AT, GATE_DRAFT_K)
-    for kind, figures in kinds.items():
-        for cell in figures["cells"]:
-            if cell["arm"] != PLAIN:
-                found += _ratios(kind, cell)
-        curve = figures.get("curve")
-        if not curve:
-            continue
-        if "parity" in figures:
-            found += parity.claims({kind: figures["parity"]})
-        if to_pass:
-            passed = [j for j in curve if (j["tokens_per_step"] or 0) > to_pass]
-            about = f"{kind}, from nothing to more tokens per step than the index's {to_pass:.2f}"
-            for name, unit in (("rows", "rows trained"), ("seconds", "seconds of updates")):
-                needed = passed[0][name] if passed else None
-                found.append(Row(about, unit, needed, "at some time", bool(passed)))
-    for temperature, least in ((0.0, FAST_GREEDY), (0.7, FAST_SAMPLED)):
-        fastest = [
-            (cell["vs_plain"][ARM_DOMAINS[0]], f"{kind}, {cell['arm']}")
-            for kind, figures in kinds.items()
-            for cell in figures["cells"]
-            if (cell["clients"], cell["temperature"]) == (1, temperature) and cell["arm"] != PLAIN
-            and kind != LOOKUP
-        ]  # fmt: skip
-        if fastest:
-            value, who = max(fastest)
-            about = f"best drafter, 1 client, temperature {temperature:g}, {ARM_DOMAINS[0]} ({who})"
-            found.append(at_least(about, "tokens/s over plain decoding", value, least))
-    return found
-
-
-def _ratios(kind: str, cell: dict[str, Any]) -> list[Row]:
-    about = f"{kind}, {cell['clients']} clients, temperature {cell['temperature']:g}"
-    return [
-        Row(
-            f"{about}, {domain}, {cell['arm']}",
-            "tokens/s over plain decoding", cell["vs_plain"][domain], None, None,
-        )
-        for domain in ARM_DOMAINS
-    ]  # fmt: skip
-
-
-def _mean_at(cells: Sequence[dict[str, Any]], temperature: float, draft_k: int) -> float | None:
-    """Mean over domains of an arm's tokens per step, with as few clients as were measured."""
-    own = [c for c in cells if c["temperature"] == temperature and c["arm"] == f"K = {draft_k}"]
-    if not own:
-        return None
-    fewest = min(own, key=lambda c: int(c["clients"]))
-    tokens: list[float] = list(fewest["tokens_per_step"].values())
-    return statistics.mean(tokens)
-
-
-def table(kinds: dict[str, Any]) -> str:
-    """For docs/drafters.md: speeds over plain decoding of the best fixed K and of the policy."""
-    lines = [
-        "| drafter | parameters | drafting, K = 4 | temperature | clients | "
-        + " | ".join(ARM_DOMAINS) + " |",
-        "|---" * (5 + len(ARM_DOMAINS)) + "|",
-    ]  # fmt: skip
-    for kind, figures in kinds.items():
-        cells = figures["cells"]
-        for temperature, clients in dict.fromkeys((c["temperature"], c["clients"]) for c in cells):
-            own = [c for c in cells if (c["temperature"], c["clients"]) == (temperature, clients)]
-            said = [_said(own, domain) for domain in ARM_DOMAINS]
-            parameters = figures.get("parameters")
-            size = f"{parameters / 1e6:.1f} M" if parameters else ""
-            spent_s = figures.get("draft_seconds", {}).get(str(clients))
-            spent = "" if spent_s is None else f"{spent_s * 1e3:.2f} ms"
-            lines.append(
-                f"| `{kind}` | {size} | {spent} | {temperature:g} | {clients} | "
-                + " | ".join(said) + " |"
-            )  # fmt: skip
-    return "\n".join(lines)
-
-
-def _said(cells: Sequence[dict[str, Any]], domain: str) -> str:
-    fixed = [c for c in cells if c["arm"] not in (PLAIN, POLICY)]
-    best = max(fixed, key=lambda c: float(c["vs_plain"][domain]))
-    own = next(c for c in cells if c["arm"] == POLICY)
-    tokens = best["tokens_per_step"][domain]
-    ratio = best["vs_plain"][domain]
-    return f"{ratio:.2f} ({best['arm']}, {tokens:.2f}), {own['vs_plain'][domain]:.2f}"
-
-
 # Running
 
 
@@ -437,9 +352,7 @@ def main(
     clients: str = "1,8,32",
     temperatures: str = "0,0.7",
     fixed: Annotated[str, typer.Option(help="values of K beside plain decoding")] = "2,4,7",
-    rows: Annotated[int, typer.Option(help="positions that each drafter is trained on")] = (
-        4_000_000
-    ),
+    rows: Annotated[int, typer.Option(help="positions that each drafter is trained on")] = ROWS,
     prompts: Annotated[int, typer.Option(help="of each domain, to train on and to answer")] = 3000,
     collect_s: float = 15.0,
     train_s: Annotated[float, typer.Option(help="longest time of one drafter's updates")] = 60.0,
@@ -452,7 +365,8 @@ def main(
     budget_s: Annotated[float, typer.Option(help="seconds in all")] = 540.0,
     device: str = "cuda",
     chosen: Annotated[
-        str, typer.Option("--set", help="settings of every kind, a.b=c,d.e=f; part of its name")
+        str,
+        typer.Option("--set", help="settings of every kind, a.b=c,d.e=f; part of its row's name"),
     ] = "",
 ) -> None:
     """Train and measure each drafter; those of an earlier result that are not named stay."""
@@ -482,13 +396,16 @@ def main(
     for number, kind in enumerate(names):
         left_s = budget_s - (time.monotonic() - began)
         until = time.monotonic() + left_s / (len(names) - number)
-        name = f"{kind}, {chosen}" if chosen else kind
+        num_rows = rows if CATALOG[kind].trainable is not None else None
+        name = row_name(kind, settings.target, num_rows, more)
         folder = run_dir / re.sub("[^A-Za-z0-9_.]+", "-", name)
         done[name] = run_kind(
             kind, folder, device, plan, asks, answered, spend, rows, until, more
         )  # fmt: skip
-        write_result(out, {"rows": rows, "trained_at_temperature": TRAINED_AT, "kinds": done})
-        write_rows("drafters", claims(done), "python -m benchmarks.real.drafters")
+        done[name] |= {"target": model_name(settings.target), "rows": num_rows, "commit": commit()}
+        write_result(out, {"trained_at_temperature": TRAINED_AT, "kinds": done})
+        source = "python -m benchmarks.real.drafters"
+        write_rows("drafters", claims(done), source, out.parent, keeps_unchanged=True)
         say(f"{kind}: done after {time.monotonic() - began:.0f} s\n{table(done)}")
 
 

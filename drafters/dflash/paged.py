@@ -161,11 +161,19 @@ def build(context: DrafterContext) -> PagedDFlash:
     """The drafter that the engine begins with.
 
     Raises:
-        ValueError: its weights are shaped for another target.
+        ValueError: its weights are shaped for another target, or ``drafter.max_draft`` is beyond
+            its blocks.
     """
     weights = first_weights(context)
     config = DFlashConfig.from_json(weights.config)
     check_shape(context, config.hidden_size, config.target_vocab_size)
+    most, wanted = config.block_size - 1, context.settings.max_draft
+    if wanted > most:
+        # It would compute a longer block, but never learnt one.
+        raise ValueError(
+            f"drafter.max_draft is {wanted}, but blocks of {config.block_size} hold an anchor and "
+            f"{most} draft tokens; set drafter.max_draft to {most}"
+        )
     module = for_serving(lambda: DFlash(config), context)
     drafter = PagedDFlash(module, context.embed, context.logits, context.num_slots)
     drafter.version = weights.version

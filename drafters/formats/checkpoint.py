@@ -19,6 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 CONFIG, TENSORS = "config.json", "model.safetensors"
+_INDEX = "model.safetensors.index.json"
 FLOATING = {"F64", "F32", "F16", "BF16"}
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -60,9 +61,15 @@ class Checkpoint:
             raise self.error(f"{name} is {dtype}, expected {' or '.join(sorted(dtypes))}")
 
     def read(self, name: str) -> Tensor:
-        """A tensor, on the CPU in the dtype of its file."""
+        """A tensor, on the CPU in the dtype of its file.
+
+        Raises:
+            FormatError: it holds NaN or infinity.
+        """
         with safe_open(self.files[name], framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
+        if not bool(tensor.isfinite().all()):
+            raise self.error(f"{name} holds NaN or infinity")
         return tensor
 
     def setting(self, name: str, default: Any = None) -> Any:
@@ -78,13 +85,13 @@ class Checkpoint:
         return value
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer of ``config.json``.
+        """A positive integer of ``config.json``, below 2^31.
 
         Raises:
             FormatError: it is missing, or not that.
         """
         value = self.setting(name, default)
-        if type(value) is not int or value < 1:
+        if type(value) is not int or not 1 <= value < 2**31:
             raise self.error(f"{name} of {CONFIG} must be a positive integer, got {value!r}")
         return value
 
@@ -115,6 +122,19 @@ class Checkpoint:
         value = self.setting(name, default)
         if type(value) is not bool:
             raise self.error(f"{name} of {CONFIG} must be true or false, got {value!r}")
+        return value
+
+    def table(self, name: str) -> dict[str, Any]:
+        """An object of ``config.json``; empty if there is none.
+
+        Raises:
+            FormatError: it is something else.
+        """
+        value = self.config.get(name)
+        if value is None:
+            return {}
+        if not isinstance(value, dict):
+            raise self.error(f"{name} of {CONFIG} must be an object, got {value!r}")
         return value
 
     def heads(self) -> tuple[int, int, int]:
@@ -152,27 +172,75 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """Open a folder; only the headers of its tensors are read.
 
     Raises:
-        FormatError: no config, no safetensors files, or a damaged one.
+        FormatError: no config, no safetensors files, or a damaged one; or two files hold a tensor
+            and no index names one of them.
     """
-    try:
-        config = json.loads((folder / CONFIG).read_bytes())
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{folder / CONFIG} cannot be read: {error}") from None
-    if not isinstance(config, dict):
-        raise FormatError(f"{folder / CONFIG} must hold a JSON object")
+    config = read_config(folder)
     paths = sorted(folder.glob("*.safetensors"))
     if not paths:
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES)
         found = f", only {pickles[0]}, which may hold code and is not loaded" if pickles else ""
         raise FormatError(f"{folder} has no *.safetensors file{found}; convert it to safetensors")
+    return Checkpoint(folder, config, _files_of(folder, paths))
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """``config.json``.
+
+    Raises:
+        FormatError: there is none, or it is no JSON object.
+    """
+    return _read_object(folder / CONFIG)
+
+
+def _files_of(folder: Path, paths: list[Path]) -> dict[str, Path]:
+    """File of each tensor: where several hold it, the one that the index names."""
+    indexed = _indexed(folder)
     files: dict[str, Path] = {}
     for path in paths:
-        try:
-            with safe_open(path, framework="pt") as opened:
-                files.update(dict.fromkeys(opened.keys(), path))
-        except (SafetensorError, OSError) as error:
-            raise FormatError(f"{path} is no sound safetensors file: {error}") from None
-    return Checkpoint(folder, config, files)
+        for name in _names_in(path):
+            first = files.setdefault(name, path)
+            if first is path:
+                continue
+            if indexed.get(name) not in (first.name, path.name):
+                raise FormatError(
+                    f"{folder}: {name} is in {first.name} and in {path.name}, and no {_INDEX} "
+                    f"says which counts; move the other file away"
+                )
+            files[name] = first if indexed[name] == first.name else path
+    for name, file in indexed.items():
+        if name in files and files[name].name != file:
+            raise FormatError(f"{folder}: {_INDEX} names {file} for {name}, which is elsewhere")
+    return files
+
+
+def _names_in(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as opened:
+            return list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path} is no sound safetensors file: {error}") from None
+
+
+def _indexed(folder: Path) -> dict[str, Any]:
+    """Tensor -> name of its file, as the index says; empty without one."""
+    path = folder / _INDEX
+    if not path.is_file():
+        return {}
+    named = _read_object(path).get("weight_map")
+    if not isinstance(named, dict):
+        raise FormatError(f"{path} has no weight_map")
+    return named
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path} cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} must hold a JSON object")
+    return value
 
 
 def write_checkpoint(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> None:
@@ -193,7 +261,82 @@ def dtype_name(tensors: Mapping[str, Tensor]) -> str:
     return str(first).removeprefix("torch.")
 
 
-def rope_theta_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> float:
+LAYER: Mapping[str, Any] = {
+    "hidden_act": "silu", "attn_logit_softcapping": None, "attention_multiplier": None,
+    "residual_multiplier": 1.0,
+}  # fmt: skip
+"""Keys of configs -> the only value that is computed here, of a decoder layer."""
+WHOLE: Mapping[str, Any] = {
+    **LAYER, "final_logit_softcapping": None, "logit_scale": 1.0, "logits_scaling": 1.0,
+    "embedding_multiplier": 1.0,
+}  # fmt: skip
+"""The same of a drafter with its own embedding or lm_head."""
+
+
+def refuse_others(checkpoint: Checkpoint, computed: Mapping[str, Any]) -> None:
+    """Refuse values of ``config.json`` other than ``computed``; null and no value are fine.
+
+    Raises:
+        FormatError: names the key.
+    """
+    for name, only in computed.items():
+        found = checkpoint.config.get(name)
+        if found not in (only, None):
+            raise checkpoint.error(f"{name} is {found!r}, which is not computed here")
+
+
+def refuse_windows(checkpoint: Checkpoint) -> None:
+    """Refuse a config whose attention has a window.
+
+    Raises:
+        FormatError: names the key.
+    """
+    width = checkpoint.config.get("sliding_window")
+    if width is not None and checkpoint.flag("use_sliding_window", default=True):
+        raise checkpoint.error(f"sliding_window is {width!r}, which is not computed here")
+    kinds = checkpoint.config.get("layer_types")
+    # Those of a target's layers may differ; its head is like one that sees the whole text.
+    if kinds is not None and (not isinstance(kinds, list) or "full_attention" not in kinds):
+        raise checkpoint.error(f"layer_types is {kinds!r}, which is not computed here")
+
+
+_FACTOR = "partial_rotary_factor"
+
+
+def rotated(checkpoint: Checkpoint, head_dim: int) -> int:
+    """Leading elements of each head that a config rotates, an even number.
+
+    Raises:
+        FormatError: names the key that says something else.
+    """
+    nested = (checkpoint.table(name).get(_FACTOR) for name in ("rope_parameters", "rope_scaling"))
+    found = [x for x in (checkpoint.config.get(_FACTOR), *nested) if x is not None]
+    share = checkpoint.checked_real(_FACTOR, found[0] if found else 1.0)
+    if any(other != found[0] for other in found):
+        raise checkpoint.error(f"{_FACTOR} of {CONFIG} is {found[0]!r} and {found[1]!r}")
+    dim = int(head_dim * min(share, 1.0))
+    if share > 1 or dim < 2 or dim % 2:
+        raise checkpoint.error(
+            f"{_FACTOR} is {share}, which leaves no pairs of {head_dim} to rotate"
+        )
+    return dim
+
+
+def refuse_partial_rotation(checkpoint: Checkpoint, head_dim: int) -> None:
+    """Refuse heads of which only a part is rotated.
+
+    Raises:
+        FormatError: names the key.
+    """
+    dim = rotated(checkpoint, head_dim)
+    if dim != head_dim:
+        raise checkpoint.error(
+            f"{_FACTOR} leaves {head_dim - dim} of {head_dim} elements of each head as they are, "
+            f"which is not computed here"
+        )
+
+
+def rope_theta_of(checkpoint: Checkpoint) -> float:
     """Base of the rotary embedding that a config describes.
 
     Raises:
@@ -201,14 +344,12 @@ def rope_theta_of(checkpoint: Checkpoint, config: Mapping[str, Any]) -> float:
     """
     given: Any = 10000.0
     for name in ("rope_scaling", "rope_parameters"):
-        rope = config.get(name) or {}
-        if not isinstance(rope, dict):
-            raise checkpoint.error(f"{name} of {CONFIG} must be an object, got {rope!r}")
+        rope = checkpoint.table(name)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in (None, "default"):
             raise checkpoint.error(f"rotary positions are scaled by the rule {kind!r}")
         given = rope.get("rope_theta") or given
-    own = config.get("rope_theta")
+    own = checkpoint.config.get("rope_theta")
     return checkpoint.checked_real("rope_theta", given if own is None else own)
 
 

@@ -10,16 +10,20 @@ import torch
 from torch import Tensor
 
 from drafters.dflash.model import DFlash, DFlashConfig
-from drafters.formats.checkpoint import CONFIG, Checkpoint, dtype_name
+from drafters.formats.checkpoint import (
+    WHOLE,
+    Checkpoint,
+    dtype_name,
+    refuse_others,
+    refuse_partial_rotation,
+)
 from drafters.formats.published import Imported, TargetTable
 from targets.fits import num_positions
 
 _ARCHITECTURES = ["DFlashDraftModel"]
-_ROPES = (None, "default")
 _COMPUTED: dict[str, Any] = {
-    "attention_sink_bias": False, "projector_type": None, "input_embedding_scale": 1.0,
-    "output_multiplier": 1.0, "final_logit_softcapping": None, "attention_bias": False,
-    "hidden_act": "silu",
+    **WHOLE, "attention_sink_bias": False, "projector_type": None, "input_embedding_scale": 1.0,
+    "output_multiplier": 1.0, "attention_bias": False, "use_aux_hidden_state": True,
 }  # fmt: skip
 """Keys of published configs -> the only value that is computed here."""
 _MAX_POSITIONS = 32_768
@@ -53,10 +57,8 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
 def _config(checkpoint: Checkpoint, target: TargetTable) -> DFlashConfig:
     """The drafter's shape, checked against the target's."""
     given = checkpoint.config
-    nested = given.get("dflash_config") or {}
-    if not isinstance(nested, dict):
-        raise checkpoint.error(f"dflash_config of {CONFIG} must be an object, got {nested!r}")
-    own = {**given, **nested}
+    nested = checkpoint.table("dflash_config")
+    inner = replace(checkpoint, config={**given, **nested})
     hidden, vocab = checkpoint.size("hidden_size"), checkpoint.size("vocab_size")
     if (hidden, vocab) != (target.hidden_size, target.vocab_size):
         raise checkpoint.error(
@@ -68,17 +70,15 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> DFlashConfig:
         raise checkpoint.error(
             f"num_target_layers is {num_layers}, but the target has {target.num_layers}"
         )
-    for name, computed in _COMPUTED.items():
-        if own.get(name) not in (computed, None):
-            raise checkpoint.error(f"{name} is {own[name]}, which is not computed here")
+    refuse_others(inner, _COMPUTED)
     if target.config.model_type.startswith("gemma"):
         raise checkpoint.error("the target's embedding is scaled, which is not computed here")
-    inner = replace(checkpoint, config=own)
     block_size = inner.size("block_size", 16)
     if block_size < 2:
         raise checkpoint.error("block_size is 1, which leaves no token to draft")
     windows, causal = _masks(inner, block_size)
     heads, kv_heads, head_dim = checkpoint.heads()
+    refuse_partial_rotation(checkpoint, head_dim)
     return DFlashConfig(
         hidden_size=hidden,
         target_vocab_size=vocab,
@@ -114,11 +114,9 @@ def _layer_ids(inner: Checkpoint, num_layers: int) -> tuple[int, ...]:
 
 def _rope_theta(checkpoint: Checkpoint) -> float:
     """Base of the rotary embedding, under its newer or its older name."""
-    rope = checkpoint.config.get("rope_parameters") or {}
-    scaling = checkpoint.config.get("rope_scaling") or rope
-    if not isinstance(rope, dict) or not isinstance(scaling, dict):
-        raise checkpoint.error(f"rope_scaling of {CONFIG} must be an object, got {scaling!r}")
-    if scaling.get("rope_type", scaling.get("type")) not in _ROPES:
+    rope = checkpoint.table("rope_parameters")
+    scaling = checkpoint.table("rope_scaling") or rope
+    if scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
         raise checkpoint.error(f"rope_scaling is {scaling}, which is not computed here")
     nested = rope.get("rope_theta")
     given = checkpoint.setting("rope_theta") if nested is None else nested

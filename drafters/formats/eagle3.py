@@ -20,9 +20,14 @@ from torch import Tensor
 
 from drafters.eagle3.model import Eagle3Config, default_layer_ids
 from drafters.formats.checkpoint import (
+    CONFIG,
+    WHOLE,
     Checkpoint,
     dtype_name,
     joined_rows,
+    refuse_others,
+    refuse_partial_rotation,
+    refuse_windows,
     rope_theta_of,
 )
 from drafters.formats.published import Imported, TargetTable, Wanted
@@ -40,7 +45,8 @@ _MAX_POSITIONS = 32_768
 
 def is_published(checkpoint: Checkpoint) -> bool:
     """Whether a folder is in Hugging Face's and SGLang's layout."""
-    return ARCHITECTURE in (checkpoint.config.get("architectures") or ())
+    named = checkpoint.config.get("architectures")
+    return isinstance(named, list) and ARCHITECTURE in named
 
 
 def is_speculators(checkpoint: Checkpoint) -> bool:
@@ -63,9 +69,9 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: names the first key or shape that does not fit.
     """
-    layer = checkpoint.setting("transformer_layer_config")
-    if not isinstance(layer, dict):
-        raise checkpoint.error("transformer_layer_config must be an object")
+    layer = checkpoint.table("transformer_layer_config")
+    if not layer:
+        raise checkpoint.error(f"{CONFIG} has no transformer_layer_config")
     if "norm_before_residual" not in checkpoint.config:
         # speculators takes False then, vLLM True
         raise checkpoint.error("config.json has no norm_before_residual")
@@ -109,10 +115,11 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> Eagle3Config:
             raise checkpoint.error(f"{name} is set in config.json, which is not supported")
     if given.get("num_hidden_layers", 1) != 1:
         raise checkpoint.error(f"num_hidden_layers is {given['num_hidden_layers']}, expected 1")
-    if given.get("hidden_act", "silu") != "silu":
-        raise checkpoint.error(f"hidden_act is {given['hidden_act']!r}, expected 'silu'")
+    refuse_others(checkpoint, WHOLE)
+    refuse_windows(checkpoint)
     hidden, vocab = checkpoint.size("hidden_size"), checkpoint.size("vocab_size")
     heads, kv_heads, head_dim = checkpoint.heads()
+    refuse_partial_rotation(checkpoint, head_dim)
     source = given.get("target_hidden_size") or hidden
     for name, found, wanted in (
         ("hidden_size", hidden, target.hidden_size),
@@ -131,25 +138,39 @@ def _config(checkpoint: Checkpoint, target: TargetTable) -> Eagle3Config:
         head_dim=head_dim,
         layer_ids=_layer_ids(checkpoint, target),
         rms_norm_eps=checkpoint.real("rms_norm_eps", 1e-6),
-        rope_theta=rope_theta_of(checkpoint, given),
+        rope_theta=rope_theta_of(checkpoint),
         **{name: checkpoint.flag(name) for name in _VARIANTS},
     )
 
 
 def _layer_ids(checkpoint: Checkpoint, target: TargetTable) -> tuple[int, ...]:
-    above = checkpoint.config.get(_IDS)
-    nested = (checkpoint.config.get("eagle_config") or {}).get(_IDS)
-    shifted = None if nested is None else [k + 1 for k in nested]
-    if above is not None and nested is not None and list(above) != shifted:
+    eagle = replace(checkpoint, config=checkpoint.table("eagle_config"))
+    if not eagle.flag("use_aux_hidden_state", default=True):
         raise checkpoint.error(
-            f"{_IDS} is {list(above)}, so that within eagle_config it should be one less, "
-            f"but that is {list(nested)}"
+            "use_aux_hidden_state is false in eagle_config: a drafter that reads the last layer "
+            "alone is not EAGLE-3"
+        )
+    above, nested = _ids(checkpoint, _IDS), _ids(eagle, f"{_IDS} of eagle_config")
+    shifted = None if nested is None else [k + 1 for k in nested]
+    if above is not None and nested is not None and above != shifted:
+        raise checkpoint.error(
+            f"{_IDS} is {above}, so that within eagle_config it should be one less, but that is "
+            f"{nested}"
         )
     found = above if above is not None else shifted
     ids = default_layer_ids(target.num_layers) if found is None else tuple(found)
-    if not ids or any(type(k) is not int or not 0 <= k <= target.num_layers for k in ids):
+    if not ids or any(not 0 <= k <= target.num_layers for k in ids):
         raise checkpoint.error(f"tapped layers {list(ids)} are not among 0..{target.num_layers}")
     return ids
+
+
+def _ids(checkpoint: Checkpoint, where: str) -> list[int] | None:
+    found = checkpoint.config.get(_IDS)
+    if found is None:
+        return None
+    if not isinstance(found, list) or any(type(k) is not int for k in found):
+        raise checkpoint.error(f"{where} must be a list of layers, got {found!r}")
+    return found
 
 
 def _tensors_wanted(config: Eagle3Config, prefix: str) -> tuple[Wanted, Wanted]:

@@ -41,12 +41,15 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: names the first key or shape that does not fit.
     """
-    layer = checkpoint.config.get("transformer_layer_config") or {}
+    layer = checkpoint.table("transformer_layer_config")
     inner = replace(checkpoint, config={**layer, **checkpoint.config})
     num_layers = inner.size("num_hidden_layers", 1)
     mask_id = _mask_token(inner, target.vocab_size)
     numbers = {name: _number(name) or 0 for name in checkpoint.files}
-    further = [name for name, number in numbers.items() if 0 < number < num_layers]
+    for name, number in sorted(numbers.items()):
+        if number >= num_layers:
+            raise checkpoint.error(f"there is {name}, but num_hidden_layers is {num_layers}")
+    further = [name for name, number in numbers.items() if number > 0]
     left = checkpoint.files.keys() - {*further, _MASK_HIDDEN, _TABLE}
     first = _first_layer(replace(checkpoint, files={n: checkpoint.files[n] for n in left}), target)
     c = Eagle3Config.from_json(first.config)

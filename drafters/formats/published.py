@@ -21,9 +21,16 @@ from buffer.fingerprint import target_fingerprint
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.sealed import plain
-from drafters.formats.checkpoint import Checkpoint, read_checkpoint, write_checkpoint
+from drafters.catalog import CATALOG
+from drafters.formats.checkpoint import (
+    Checkpoint,
+    read_checkpoint,
+    read_config,
+    write_checkpoint,
+)
 from drafters.trainable import trainable
 from targets.head import load_target_head
+from targets.tokenizer import copy_tokenizer
 
 Wanted = dict[str, tuple[tuple[int, ...], set[str]]]
 """Name -> shape and dtype tags of a tensor."""
@@ -111,7 +118,7 @@ def load_target_table(name: str, folder: Path) -> TargetTable:
         ValueError: see ``load_target_head``.
     """
     head = load_target_head(folder, torch.device("cpu"), torch.float32)
-    given = read_checkpoint(folder).config
+    given = read_config(folder)
     architectures = tuple(given.get("architectures") or ())
     stored_VH = head.embed_VH / (head.embed_scale or 1.0)
     return TargetTable(name, folder, head.config, architectures, stored_VH)
@@ -134,7 +141,7 @@ _DFLASH, _P_EAGLE = "drafters.formats.dflash:", "drafters.formats.p_eagle:"
 READERS = (
     Reader("P-EAGLE", _P_EAGLE + "is_published", _P_EAGLE + "from_published"),
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
-    Reader("speculators, eagle3", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
+    Reader("eagle3 of speculators", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
     Reader("DFlashDraftModel", _DFLASH + "is_published", _DFLASH + "from_published"),
     Reader("a target with MTP heads", _MTP + "is_carrier", _MTP + "from_carrier"),
 )
@@ -145,6 +152,7 @@ WRITERS = {
     ("p_eagle", "hf"): _P_EAGLE + "to_published",
     ("p_eagle", "speculators"): _P_EAGLE + "to_speculators",
     ("mtp", "hf"): _MTP + "to_carrier",
+    ("draft_model", "hf"): "drafters.formats.draft_model:to_published",
 }
 """(Kind, layout) -> (config, tensors, target) -> ``config.json`` and tensors."""
 LAYOUTS = ("hf", "speculators")
@@ -170,10 +178,10 @@ def _reader_of(checkpoint: Checkpoint) -> Reader:
     for reader in READERS:
         if pkgutil.resolve_name(reader.is_it)(checkpoint):
             return reader
-    known = ", ".join(reader.what for reader in READERS)
+    known = "; ".join(reader.what for reader in READERS)
     given = checkpoint.config.get("architectures")
     raise checkpoint.error(
-        f"it is in none of the layouts that are read ({known}): its architectures are {given}"
+        f"it is in none of the layouts that are read ({known}); its architectures are {given}"
     )
 
 
@@ -192,7 +200,8 @@ def imported(source: Path, target: TargetTable) -> tuple[Manifest, dict[str, byt
 
 
 def export(bundle: Bundle, layout: str, target: TargetTable, folder: Path) -> None:
-    """Write a bundle's drafter in another layout.
+    """Write a bundle's drafter in another layout; with the target's tokenizer, if it is a model of
+    its own.
 
     Raises:
         ValueError: its kind has no such layout, or it was made for another target.
@@ -216,3 +225,5 @@ def export(bundle: Bundle, layout: str, target: TargetTable, folder: Path) -> No
     make: Callable[..., tuple[Mapping[str, Any], dict[str, Tensor]]] = pkgutil.resolve_name(writer)
     config, published = make(manifest.drafter_config, tensors, target)
     write_checkpoint(folder, config, published)
+    if CATALOG[manifest.kind].is_model:
+        copy_tokenizer(target.folder, folder)

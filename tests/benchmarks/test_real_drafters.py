@@ -1,12 +1,15 @@
 """What the table of drafters claims, from figures."""
 
+import json
 from typing import Any
 
 import pytest
 
 from benchmarks.harness.arms import LOOKUP
+from benchmarks.harness.results import RESULTS, Row, write_rows
 from benchmarks.real.choosing import ARM_DOMAINS, PLAIN
-from benchmarks.real.drafters import POLICY, claims, judged_at, table
+from benchmarks.real.drafters import judged_at
+from benchmarks.real.drafters_table import POLICY, ROWS, claims, row_name, table, usual_model
 
 
 def cell(arm: str, ratio: float, tokens: float) -> dict[str, Any]:
@@ -96,3 +99,64 @@ def test_the_table_says_the_best_fixed_k_and_the_policy_beside_it() -> None:
 def test_a_drafter_is_judged_before_the_first_update_and_after_the_last_row() -> None:
     places = judged_at(4_000_000)
     assert places[0] == 0 and places[-1] == 4_000_000 and places == sorted(places)
+
+
+def test_a_row_is_named_by_whatever_is_not_usual_about_it() -> None:
+    usual, gguf = f"a/{usual_model()}.Q4_1.gguf", "a/Qwen2.5-Coder-0.5B-Instruct-Q4_K_M.gguf"
+
+    assert row_name("mtp", usual, ROWS, []) == "mtp"
+    assert row_name("eagle3", usual, 8_000_000, []) == "eagle3, 8,000,000 positions"
+    assert row_name("eagle3", gguf, ROWS, [f"target={gguf}"]) == (
+        "eagle3, Qwen2.5-Coder-0.5B-Instruct"
+    )
+    assert row_name(LOOKUP, usual, None, ["a.b=c"]) == f"{LOOKUP}, a.b=c"
+
+
+def test_rows_of_another_target_are_judged_by_its_own_index_and_stand_in_their_own_table() -> None:
+    simulated = [1.0, 1.2, 1.4, 2.0]
+    other = {"target": "Other-1B", "parity": {"temperature 0": {"live": 2.0, "simulated": 2.02}}}
+    kinds = {
+        LOOKUP: index(),
+        "new": figures(2.0, 1.6, simulated),
+        "new, Other-1B": figures(3.0, 2.5, simulated) | other,
+    }
+
+    assert value_of(kinds, "from nothing", "rows trained") == (20, True)  # of the usual one alone
+    assert value_of(kinds, "best drafter", "tokens/s over plain decoding") == (1.6, True)
+    off = value_of(kinds, "new, Other-1B, K = 4", "tokens per step, simulated over live, less 1")
+    assert off == (pytest.approx(0.01), True)
+    usual, own = table(kinds).split("\n\nThe same on Other-1B:\n\n")
+    assert "`new`, Other-1B" in own and "Other-1B" not in usual
+
+    kinds[f"{LOOKUP}, Other-1B"] = figures(1.9, 1.1, []) | {"target": "Other-1B"}
+    found = [r for r in claims(kinds) if r.row.startswith("new, Other-1B, from nothing")]
+    assert [row.value for row in found] == [30, 3.0]
+
+
+def test_published_figures_are_claims_and_a_table_of_each_target() -> None:
+    kinds = json.loads((RESULTS / "drafters.json").read_text())["kinds"]
+
+    rows = [row.row for row in claims(kinds)]
+    tables = table(kinds).split("\n\nThe same on ")
+
+    for name, figures in kinds.items():
+        assert not figures["cells"] or any(row.startswith(f"{name}, ") for row in rows), name
+        if "parity" in figures:
+            assert f"{name}, K = 4, temperature 0, whole answers" in rows
+    others = {figures["target"] for figures in kinds.values() if "target" in figures}
+    assert len(tables) == len(others | {usual_model()})
+
+
+def test_rows_are_written_beside_the_result_and_unchanged_ones_stay_as_they_were(tmp_path) -> None:
+    first, second = Row("a", "m", 1.0, None, None), Row("b", "m", 2.0, None, None)
+    source = "python -m this"
+    path = write_rows("topic", [first, second], source, tmp_path)
+    old = [{**row, "commit": "before"} for row in json.loads(path.read_text())]
+    path.write_text(json.dumps(old))
+
+    changed = Row("b", "m", 3.0, None, None)
+    write_rows("topic", [first, changed], source, tmp_path, keeps_unchanged=True)
+
+    found = json.loads((tmp_path / "rows/topic.json").read_text())
+    assert [row["value"] for row in found] == [1.0, 3.0]
+    assert [row["commit"] == "before" for row in found] == [True, False]

@@ -26,13 +26,10 @@ from drafters.formats.published import TargetTable
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
-from serving.build import build_service
 from specops.distill import FrozenHead
 from targets.head import TargetHead
-from tests.drafters.test_draft_model import run_settings
 from tests.serving.capture.test_capture import PROMPT, traces_of
 from tests.serving.engine.test_every_drafter import trained_on
-from tests.serving.swap.test_swaps import ask, noisy, publish_next, wait_until
 
 LEARNS = DFlashTrainable()
 MASKS = {
@@ -70,7 +67,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_
     weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
     engine = make_engine(
         model, kind="dflash", weights=weights, policy=FixedPolicy("dflash", num_draft),
-        suffix=False, prefill_chunk=7, fused_drafter=fused,
+        suffix=False, prefill_chunk=7, fused_drafter=fused, max_draft=5,
     )  # fmt: skip
     drafter = engine.drafting.neural["dflash"].drafter
     assert drafter.is_fused == fused
@@ -101,7 +98,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_
         if one.anchor in row_of and len(one.draft_ids) == num_draft:
             for step in range(num_draft):
                 want = logits[row_of[one.anchor], step]
-                torch.testing.assert_close(seen[passes + step], want, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(seen[passes + step], want, atol=1e-4, rtol=0)
                 compared += 1
         passes += one.draft_k if one.draft_ids else 0
     assert compared >= 30
@@ -155,6 +152,17 @@ def test_anchors_are_drawn_anew_among_rows_with_a_loss_and_blocks_have_any_lengt
     lengths = _lengths(torch.zeros(1000), 16, generator)
     assert set(lengths.tolist()) == set(range(2, 17))
     assert 400 < int((lengths == 16).sum()) < 600
+
+
+def test_longer_drafts_than_a_block_holds_are_refused():
+    model = random_model("qwen3")
+    module = module_for(model, block_size=6)
+    weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
+
+    make_engine(model, kind="dflash", weights=weights, max_draft=5)
+
+    with pytest.raises(ValueError, match=r"max_draft is 6, but blocks of 6 .*; set .* to 5"):
+        make_engine(model, kind="dflash", weights=weights, max_draft=6)
 
 
 @pytest.mark.parametrize(
@@ -307,19 +315,3 @@ def test_a_checkpoint_that_does_not_fit_is_refused_by_the_first_thing(tmp_path, 
 
     with pytest.raises(FormatError, match=message):
         from_published(*published(tmp_path, model))
-
-
-def test_new_versions_are_swapped(tiny_target_dir, tmp_path):
-    service = build_service(run_settings(tiny_target_dir, tmp_path, kind="dflash"))
-    service.start()
-    try:
-        before = ask(service, "before")
-        publish_next(tmp_path / "weights", noisy)
-        wait_until(lambda: service.drafter_status()["version"] == 1)
-        after = ask(service, "after")
-    finally:
-        service.stop()
-
-    assert after.token_ids == before.token_ids
-    assert (before.last.stats.drafter_version, after.last.stats.drafter_version) == (0, 1)
-    assert after.last.stats.proposed > 0

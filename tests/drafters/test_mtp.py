@@ -330,6 +330,58 @@ def test_an_exported_head_is_read_back_with_equal_logits(tmp_path, order):
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
 
 
+def test_norms_that_are_stored_around_zero_keep_every_bit_of_bfloat16(tmp_path):
+    """1 + weight in bfloat16 would turn 0.00175 into 0."""
+
+    def small_norms(tensors):
+        for name, tensor in tensors.items():
+            tensors[name] = (tensor / 128 if "norm" in name else tensor).bfloat16()
+
+    layer, _ = carrier(tmp_path, "qwen3_5", small_norms)
+    target = TargetTable("t", tmp_path, layer.config, (), torch.zeros(VOCAB, HIDDEN))
+    theirs = load_file(tmp_path / "model.safetensors")
+
+    found = from_carrier(read_checkpoint(tmp_path), target)
+    write_checkpoint(tmp_path / "out", *to_carrier(found.config, found.tensors, target))
+
+    weight = theirs["mtp.pre_fc_norm_embedding.weight"].float()
+    assert weight.abs().max() < 0.02
+    assert torch.equal(found.tensors["embed_norm.weight"].float(), 1 + weight)
+    written = load_file(tmp_path / "out/model.safetensors")
+    for name in theirs.keys() - {"model.norm.weight"}:
+        assert written[name].dtype == torch.bfloat16
+        assert torch.equal(written[name], theirs[name]), name
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"partial_rotary_factor": 0.5}, "its rotary_dim is 8, and .*config.json, .* says 4"),
+        ({"rope_theta": 5.0}, "its rope_theta is 10000.0, and .* says 5.0"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not computed here"),
+    ],
+)
+def test_a_head_that_the_targets_config_does_not_describe_is_not_written(tmp_path, changed, named):
+    """Whoever read it would compute other logits."""
+    layer, _ = carrier(tmp_path, "mimo")
+    model = MtpTrainable().carried_model(tmp_path, None)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changed))
+    target = TargetTable("t", tmp_path, layer.config, (), torch.zeros(VOCAB, HIDDEN))
+
+    with pytest.raises(ValueError, match=named):
+        to_carrier(model.config.to_json(), model.bundle_tensors(), target)
+
+
+def test_a_new_head_rotates_what_its_target_rotates():
+    config = Qwen3_5TextConfig(**SHAPE)
+    assert config.rope_parameters["partial_rotary_factor"] == 0.25
+
+    made_config = MtpTrainable().new_model(config, torch.zeros(VOCAB, HIDDEN), None, 0).config
+
+    assert (made_config.rotary_dim, made_config.head_dim) == (2, 8)
+
+
 def test_the_command_exports_a_head_that_it_imports_again(carrying_target, tmp_path):
     folder, model = carrying_target
     manifest, content = made_drafter("mtp", facts_of(folder, model), NewDrafter())

@@ -173,7 +173,7 @@ def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, num_draft, 
         if one.anchor in row_of and len(one.draft_ids) == num_draft:
             for step in range(num_draft):
                 want = logits[step][row_of[one.anchor]]
-                torch.testing.assert_close(seen[passes + step], want, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(seen[passes + step], want, atol=1e-4, rtol=0)
                 compared += 1
         passes += one.draft_k if one.draft_ids else 0
     assert compared >= 20

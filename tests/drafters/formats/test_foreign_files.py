@@ -163,6 +163,37 @@ def test_a_file_that_ends_early_is_named(sound, tmp_path):
         read_checkpoint(tmp_path)
 
 
+def test_a_tensor_in_two_files_is_refused_unless_an_index_says_which_counts(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for file, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"fc.weight": torch.tensor([value])}, tmp_path / f"{file}.safetensors")
+
+    def with_index(file):
+        text = json.dumps({"weight_map": {"fc.weight": f"{file}.safetensors"}})
+        (tmp_path / "model.safetensors.index.json").write_text(text)
+        return read_checkpoint(tmp_path)
+
+    with pytest.raises(FormatError, match=r"fc.weight is in a.safetensors and in b.safetensors"):
+        read_checkpoint(tmp_path)
+    assert with_index("a").read("fc.weight") == 1
+    assert with_index("b").read("fc.weight") == 2
+    with pytest.raises(FormatError, match=r"fc.weight is in a.safetensors and in b.safetensors"):
+        with_index("c")
+    (tmp_path / "b.safetensors").unlink()
+    with pytest.raises(FormatError, match=r"names b.safetensors for fc.weight, which is elsewhere"):
+        with_index("b")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": 3}')
+    with pytest.raises(FormatError, match=r"index.json has no weight_map"):
+        read_checkpoint(tmp_path)
+
+
+def test_a_config_nested_too_deep_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text("[" * 100_000 + "]" * 100_000)
+
+    with pytest.raises(FormatError, match=r"config\.json cannot be read"):
+        read_checkpoint(tmp_path)
+
+
 def places(config, above=()):
     """Paths of all values of a config, at any depth of objects."""
     for key, value in config.items():
@@ -214,7 +245,10 @@ def test_whatever_a_config_says_nothing_unusable_is_read(sound):
 
     def read_with(path, value):
         config = replaced(checkpoint.config, path, value)
-        return outcome(replace(checkpoint, config=config), table)[0]
+        found, problem = outcome(replace(checkpoint, config=config), table)
+        # A message without the key would only say what Python's operation wanted.
+        assert found is not None or "wrong type" not in problem, (path, value, problem)
+        return found
 
     for path in places(checkpoint.config):
         unread = [read_with(path, value) for value in (places, [{"x": 1}])]
@@ -226,6 +260,53 @@ def test_whatever_a_config_says_nothing_unusable_is_read(sound):
             if found is not None and not same(found, wanted):
                 assert unusable(found, table) is None, (path, value)
     assert refused > 40
+
+
+UNCOMPUTED = (
+    ("eagle3 as hf", {"use_sliding_window": True, "sliding_window": 5}, "sliding_window is 5"),
+    ("eagle3 as hf", {"partial_rotary_factor": 0.5}, "partial_rotary_factor leaves 4 of 8"),
+    ("eagle3 as hf", {"eagle_config": {"use_aux_hidden_state": False}}, "use_aux_hidden_state is"),
+    ("eagle3 as hf", {"logit_scale": 0.5}, "logit_scale is 0.5"),
+    ("eagle3 as hf", {"final_logit_softcapping": 30.0}, "final_logit_softcapping is 30.0"),
+    ("eagle3 as hf", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("eagle3 as hf", {"eagle_config": 3}, "eagle_config of config.json must be an object, got 3"),
+    (
+        "eagle3 as hf",
+        {"eagle_aux_hidden_state_layer_ids": 3},
+        "eagle_aux_hidden_state_layer_ids must be a list of layers, got 3",
+    ),
+    ("p_eagle as hf", {"logit_scale": 0.5}, "logit_scale is 0.5"),
+    ("p_eagle as hf", {"num_hidden_layers": 2}, "but num_hidden_layers is 2"),
+    (
+        "p_eagle as speculators",
+        {"transformer_layer_config": 5},
+        "transformer_layer_config of config.json must be an object, got 5",
+    ),
+    ("dflash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor leaves"),
+    ("dflash", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves"),
+    ("dflash", {"use_aux_hidden_state": False}, "use_aux_hidden_state is False"),
+    ("mimo", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+    ("mimo", {"text_config": "x"}, "text_config of config.json must be an object, got 'x'"),
+    ("qwen3_5", {"partial_rotary_factor": 0.5}, "partial_rotary_factor of config.json is 0.5 and"),
+    ("deepseek_v3", {"layer_types": ["sliding_attention"] * 4}, "layer_types is "),
+    ("deepseek_v3", {"sliding_window": 4, "use_sliding_window": True}, "sliding_window is 4"),
+)
+
+
+@pytest.mark.parametrize(
+    ("layout", "changed", "named"),
+    UNCOMPUTED,
+    ids=[f"{layout}, {next(iter(keys))}" for layout, keys, _ in UNCOMPUTED],
+)
+def test_what_is_not_computed_is_refused_by_its_key(target, home, layout, changed, named):
+    model, table = target
+    folder = home / layout.replace(" ", "_")
+    checkpoint = read_checkpoint(folder if folder.exists() else written(layout, home, model, table))
+
+    found, problem = outcome(replace(checkpoint, config={**checkpoint.config, **changed}), table)
+
+    assert found is None
+    assert named in problem, problem
 
 
 def test_another_vocabulary_is_named(sound, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
-from itertools import pairwise
+from itertools import pairwise, product
 from statistics import fmean, stdev
 
 import pytest
@@ -160,7 +160,7 @@ WAYS = {
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [(kind, "block") for kind in KINDS] + [(KINDS[0], way) for way in ("seeded", "standard")],
+    [*product(KINDS, ("block", "seeded")), (KINDS[0], "standard")],
 )
 def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
     """At a temperature, over whole answers that end where the target ends them: what the texts say

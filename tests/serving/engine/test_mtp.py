@@ -114,7 +114,7 @@ def test_draft_logits_of_serving_and_training_are_equal(
         for step in range(len(one.draft_ids)):
             if step <= one.num_accepted:  # its context is what was committed
                 got = seen[passes + step]
-                torch.testing.assert_close(got, want[step, one.anchor - 1], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(got, want[step, one.anchor - 1], atol=1e-4, rtol=0)
                 compared += 1
         passes += one.draft_k if one.draft_ids else 0
     assert compared >= 15

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import shutil
 import threading
 import time
@@ -12,14 +11,10 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load, save
-from transformers import AutoModelForCausalLM
 
-from buffer.fingerprint import target_fingerprint
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
-from buffer.records import Manifest
 from configs.schema import Settings
-from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import Collected, request_of
 from serving.build import build_service
 
@@ -255,56 +250,6 @@ def test_rollbacks_by_several_servers_of_a_run_are_all_kept(service, tmp_path):
     service.stop()
 
     assert (tmp_path / "weights" / "DENIED.json").read_text() == "[1, 7]"
-
-
-def test_a_version_that_accepts_less_is_rolled_back_by_itself(tiny_target_dir, tmp_path):
-    """The first drafter is good by construction, the new one is its negative."""
-    settings = settings_for(tiny_target_dir, tmp_path / "run")
-    drafter = settings.drafter.model_copy(update={"path": echo_bundle(tiny_target_dir, tmp_path)})
-    service = build_service(settings.model_copy(update={"drafter": drafter}))
-    service.start()
-    count = itertools.count()
-
-    def decode(rounds):
-        start = service.figures().num_rounds
-        while service.figures().num_rounds < start + rounds:
-            # After this token the tiny target repeats itself, so that the echo is right.
-            ask(service, f"r{next(count)}", 150, [247, 247], ignore_eos=True)
-
-    try:
-        decode(300)
-        figures = service.figures()
-        assert figures.num_accepted_tokens > 0.6 * figures.num_draft_tokens
-        publish_next(tmp_path / "run" / "weights", negated)
-        wait_until(lambda: service.drafter_status()["version"] == 1)
-        end = time.monotonic() + 60
-        while service.figures().swaps["rolled_back"] == 0 and time.monotonic() < end:
-            decode(50)
-        status = service.drafter_status()
-    finally:
-        service.stop()
-    assert status["swaps"]["rolled_back"] == 1, status["history"]
-    assert (status["version"], status["denied"]) == (0, [1])
-
-
-def echo_bundle(target, folder):
-    """A drafter that repeats what the target predicted one token earlier: right in every loop."""
-    model = AutoModelForCausalLM.from_pretrained(target, dtype=torch.float32)
-    module = Eagle3(config_for_target(model.config, layer_ids=(4,)))
-    module.initialise(0, model.lm_head.weight)
-    with torch.no_grad():
-        module.fc.weight.copy_(torch.eye(len(module.fc.weight)))
-        module.o_proj.weight.zero_()
-        module.down_proj.weight.zero_()
-        module.norm.weight.copy_(model.model.norm.weight)
-    fingerprint = target_fingerprint(target)
-    manifest = Manifest(0, None, "eagle3", module.config.to_json(), fingerprint, {})
-    FolderWeights(folder / "echo").publish(manifest, {TENSORS: save(module.bundle_tensors())})
-    return folder / "echo" / "0"
-
-
-def negated(tensors):
-    return {k: -v if k == "lm_head.weight" else v for k, v in tensors.items()}
 
 
 def test_a_restart_passes_over_a_damaged_newest_version(tiny_target_dir, tmp_path):
