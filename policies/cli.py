@@ -19,7 +19,7 @@ from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cl
 from policies.evaluation import Evaluation, Judged, evaluate
 from policies.picture import picture
 from policies.predictions import predictions_of
-from policies.run_log import Times, log_of_run, read_steps
+from policies.run_log import Times, log_of_run, num_mixed, read_steps
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
@@ -74,6 +74,8 @@ def evaluate_run(
     (folder / "evaluation.svg").write_text(picture(found))
     for line in table(found):
         typer.echo(line)
+    if mixed := num_mixed(steps):
+        typer.echo(f"\nleft out: {mixed} steps in which several drafters drafted")
     for one in predictions_of(steps):
         typer.echo(one.to_line())
     typer.echo(f"\nwritten: {folder / 'evaluation.json'}, {folder / 'evaluation.svg'}")

@@ -142,12 +142,13 @@ def profile_of(run_dir: Path) -> list[CostSample]:
 
 
 def times_of(steps: Iterable[LoggedStep]) -> list[CostSample]:
-    """Median times of the steps of a log, by drafter, K and batch. Of old traces, which do not tell
+    """Median times of the steps of a log, by drafter, K and batch; a step of several drafters is no
+    single one's. Of old traces, which do not tell
     which steps computed prompts as well, those are among them; as long as they are the fewer, a
     median passes over them."""
     times: dict[tuple[str, int, int], list[float]] = {}
     for step in steps:
-        if not step.is_timed:
+        if not step.is_timed or step.is_mixed:
             continue
         drafter = step.drafter if step.draft_k else "none"
         times.setdefault((drafter, step.draft_k, step.batch), []).append(step.step_s)

@@ -55,6 +55,12 @@ def log_of_run(
         ValueError: the traces, or the times, do not say enough.
     """
     known = drafters_of(steps)
+    if not known and (mixed := num_mixed(steps)):
+        raise ValueError(
+            f"all {mixed} steps that drafted did so with several drafters at once, so they do not "
+            f"tell what one of them brings; serve some requests with drafter.mixed=false and "
+            f"drafter.suffix.mixed=false"
+        )
     if not known:
         raise ValueError(
             f"{len(steps)} steps were read and none drafted anything; let the run serve some "
@@ -64,6 +70,11 @@ def log_of_run(
         raise ValueError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
     chosen = known[0] if drafter is None else drafter
     return ReplayedLog.of(steps, chosen, _times(steps, run_dir, times), max_draft)
+
+
+def num_mixed(steps: Sequence[LoggedStep]) -> int:
+    """Steps of several drafters, which say nothing about any one of them."""
+    return sum(step.is_mixed for step in steps)
 
 
 def _times(steps: Sequence[LoggedStep], run_dir: Path, times: Times) -> list[CostSample]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,7 @@ from configs.schema import PolicySettings
 from policies.cli import app
 from policies.evaluation import best_ks, evaluate, off_policy_rate, rate_of
 from policies.replayed_log import ReplayedLog
+from policies.run_log import log_of_run, num_mixed
 from tests.policies.logs import (
     DRAFTER,
     MAX_DRAFT,
@@ -150,6 +152,18 @@ def test_a_run_without_drafts_is_refused(tmp_path):
     result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
     assert result.exit_code == 1
     assert "20 steps were read and none drafted anything" in result.output
+
+
+def test_a_run_of_several_drafters_at_once_is_refused_and_a_few_such_steps_are_counted():
+    own = log(300, any_k, (2,))
+    mixed = [replace(step, is_mixed=True, drafter="eagle3+suffix") for step in own if step.draft_k]
+
+    found = log_of_run([*own, *mixed], None, Path("nowhere"), "traces", MAX_DRAFT)
+
+    assert found.steps == tuple(own)
+    assert num_mixed([*own, *mixed]) == len(mixed)
+    with pytest.raises(ValueError, match=r"several drafters at once.*drafter\.suffix\.mixed=false"):
+        log_of_run(mixed, None, Path("nowhere"), "traces", MAX_DRAFT)
 
 
 def estimated(steps, k):
