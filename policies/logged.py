@@ -19,6 +19,7 @@ Shapes: S steps, R rounds, K the largest draft length that is asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +128,7 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
 
 def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
     drafting = [r for r, _ in rounds if r.draft_ids or r.considered is not None]
-    drafters = sorted({r.drafter for r in drafting})
+    drafters = sorted({r.drafter for r in drafting} - {"none"})
     one = drafting[0] if drafting else rounds[0][0]
     return LoggedStep(
         drafter="+".join(drafters) or "none",
@@ -167,6 +168,36 @@ def of_drafter(steps: Iterable[LoggedStep], drafter: str) -> list[LoggedStep]:
         if not step.is_mixed
         and (step.drafter == drafter or (step.drafter == "none" and step.draft_k == 0))
     ]  # fmt: skip
+
+
+def of_newest_versions(
+    steps: Sequence[LoggedStep], drafter: str, least: int
+) -> tuple[list[LoggedStep], tuple[int, int]]:
+    """What the newest versions of a drafter did: as few of them as have drafted ``least`` steps, or
+    all; and plain steps from the first of theirs on.
+
+    Returns:
+        These steps in order, and the oldest and the newest of the versions.
+
+    Raises:
+        ValueError: it drafted nothing.
+    """
+    counts = Counter(step.version for step in of_drafter(steps, drafter) if step.draft_k)
+    if not counts:
+        raise ValueError(f"no step was drafted by {drafter!r}")
+    oldest = newest = max(counts)
+    num = counts[newest]
+    for version in sorted(counts, reverse=True)[1:]:
+        if num >= least:
+            break
+        oldest, num = version, num + counts[version]
+
+    def is_own(step: LoggedStep) -> bool:
+        return step.drafter == drafter and not step.is_mixed
+
+    first = next(at for at, step in enumerate(steps) if is_own(step) and step.version >= oldest)
+    kept = [step for step in steps[first:] if not is_own(step) or step.version >= oldest]
+    return kept, (oldest, newest)
 
 
 def hazards_of(steps: Iterable[LoggedStep], max_draft: int) -> tuple[Floats, NDArray[np.int64]]:

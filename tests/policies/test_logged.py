@@ -15,6 +15,7 @@ from policies.logged import (
     drafters_of,
     hazards_of,
     of_drafter,
+    of_newest_versions,
     scores_of,
     steps_of,
 )
@@ -166,6 +167,25 @@ def test_a_pick_for_one_request_is_the_decision_of_its_step(batch, is_mixed):
     assert {(one.drafter, one.is_mixed, one.propensity) for one in steps} == {
         ("suffix", is_mixed, 0.9)
     }
+
+
+def test_a_fit_uses_the_newest_versions_that_have_drafted_enough():
+    """And what was decoded plainly since the first of their steps."""
+    versions = [1] * 40 + [2] * 40 + [3] * 20
+    steps = [
+        dataclasses.replace(one, version=version)
+        for one, version in zip(log(100, always(2)), versions, strict=True)
+    ]
+    plain = [dataclasses.replace(step(0, (0, 0), drafter="none"), version=v) for v in (1, 2, 3)]
+    steps = [plain[0], *steps[:40], *steps[40:60], plain[1], *steps[60:], plain[2]]
+
+    newest, which = of_newest_versions(steps, DRAFTER, 20)
+    assert (newest, which) == ([*steps[82:]], (3, 3))
+    newest, which = of_newest_versions(steps, DRAFTER, 21)
+    assert (newest, which) == ([*steps[41:]], (2, 3))
+    assert of_newest_versions(steps, DRAFTER, 1000) == (steps[1:], (1, 3))
+    with pytest.raises(ValueError, match="no step was drafted by 'other'"):
+        of_newest_versions(steps, "other", 1)
 
 
 def test_any_k_is_as_likely_in_the_logs_of_these_tests():
