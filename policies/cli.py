@@ -41,7 +41,7 @@ def evaluate_run(
         Times,
         typer.Option(
             help="step times: of the profile in the run folder, or medians of the traces; auto: "
-            "the profile if there is one"
+            "the profile if it has the drafter"
         ),
     ] = "auto",
     seeds: Annotated[int, typer.Option(min=1, help="runs of policies that draw")] = 3,

@@ -10,14 +10,14 @@ from buffer.audit import audit
 from buffer.backends import open_backend
 from buffer.records import Trace
 from buffer.traces import TraceReader
-from policies.costs import profile_of, times_of
+from policies.costs import LEAST_STEPS, are_enough, profile_of, times_of
 from policies.interface import CostSample
 from policies.logged import LoggedStep, drafters_of, steps_of
 from policies.replayed_log import ReplayedLog
 
 Times = Literal["auto", "profile", "traces"]
 """Step times: of the profile in the run folder, or medians of the traces; ``auto``: the profile if
-there is one."""
+it has the drafter."""
 _READ = 256
 """Traces read at a time."""
 
@@ -69,7 +69,7 @@ def log_of_run(
     if drafter is not None and drafter not in known:
         raise ValueError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
     chosen = known[0] if drafter is None else drafter
-    return ReplayedLog.of(steps, chosen, _times(steps, run_dir, times), max_draft)
+    return ReplayedLog.of(steps, chosen, _times(steps, chosen, run_dir, times), max_draft)
 
 
 def num_mixed(steps: Sequence[LoggedStep]) -> int:
@@ -77,11 +77,31 @@ def num_mixed(steps: Sequence[LoggedStep]) -> int:
     return sum(step.is_mixed for step in steps)
 
 
-def _times(steps: Sequence[LoggedStep], run_dir: Path, times: Times) -> list[CostSample]:
+def _times(
+    steps: Sequence[LoggedStep], drafter: str, run_dir: Path, times: Times
+) -> list[CostSample]:
+    """
+    Raises:
+        ValueError: they do not tell what steps of the drafter take.
+    """
     profile = [] if times == "traces" else profile_of(run_dir)
+    if times != "traces" and are_enough(profile, drafter):
+        return profile
     if times == "profile" and not profile:
         raise ValueError(
             f"{run_dir} holds no profile of step times: a server writes one when its policy wants "
             f"times, which `fixed` does not; use --times traces"
         )
-    return profile or times_of(steps)
+    if times == "profile":
+        raise ValueError(
+            f"the profile of {run_dir} has no step times of {drafter!r}: a server measures those "
+            f"of drafters on its device alone; use --times traces"
+        )
+    found = times_of(steps)
+    if not are_enough(found, drafter):
+        raise ValueError(
+            f"neither a profile nor these traces tell the times of {drafter!r}: at some batch "
+            f"size, {LEAST_STEPS} steps that drafted at one K and {LEAST_STEPS} plain ones are "
+            f"needed, without prompts beside them; serve more requests"
+        )
+    return found

@@ -133,6 +133,23 @@ def test_the_command_can_take_times_from_the_traces(tmp_path):
     assert refused.exit_code == 1 and "holds no profile of step times" in refused.output
 
 
+def test_a_drafter_that_the_profile_lacks_is_timed_by_the_traces(tmp_path):
+    """A server profiles the drafters on its device, and an index is none of them."""
+    steps = [
+        replace(one, drafter="index" if one.draft_k else "none")
+        for one in log(400, any_k, (1,), noise=0.0)
+    ]
+    write_run(tmp_path, steps)  # with a profile of another drafter
+
+    refused = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--times", "profile"])
+    found = log_of_run(steps, None, tmp_path, "auto", MAX_DRAFT)
+
+    assert found.table.seconds(1).tolist() == pytest.approx([step_s(k, 1) for k in range(9)])
+    assert refused.exit_code == 1 and "no step times of 'index'" in refused.output
+    with pytest.raises(ValueError, match=r"neither a profile nor these traces.*serve more"):
+        log_of_run(steps[:20], None, tmp_path, "auto", MAX_DRAFT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
