@@ -61,6 +61,15 @@ def test_every_draft_is_cut_but_in_a_share_of_the_steps(kind):
     assert {plan.allocation.cut for plan in plans} == set(cuts_of(PolicySettings(kind=kind)))
 
 
+@pytest.mark.parametrize("score", ["drawn", "margins", ""])
+def test_a_rule_that_does_not_keep_the_targets_law_is_refused_by_name(score):
+    """As one that looks at the drawn token: the lossless suite sees that it changes the output."""
+    with pytest.raises(
+        ValueError, match=f"cannot be cut by '{score}'; the scores are top, entropy"
+    ):
+        Cut(score, cumulative=False)
+
+
 def test_only_policies_that_cut_need_programs_for_it():
     asking = {kind for kind in CATALOG if cuts_of(PolicySettings(kind=kind))}
     assert asking == {*CUTTING, "ragged"}
