@@ -187,6 +187,36 @@ def estimated(steps, k):
     return off_policy_rate(replayed(steps), np.full(len(steps), k, np.int64))
 
 
+@pytest.mark.parametrize("ks", [(5, 1), (1, 5), (0, 4)])
+def test_estimates_of_policies_that_draft_more_at_some_loads_agree_with_their_replay(ks):
+    """Both weigh loads by the tokens of the log. By the policy's own, one that drafts long at the
+    slow load would seem a sixth slower than it is here."""
+    whole = replayed(log(4000, any_k, (1, 8), noise=0.0))
+    chosen = np.where(whole.sizes == 0, *ks)
+
+    found, wanted = off_policy_rate(whole, chosen), rate_of(whole, chosen)
+
+    assert found.value == pytest.approx(wanted, rel=0.011)
+    assert found.low < wanted < found.high
+
+
+def test_all_figures_of_a_policy_that_draws_are_means_over_its_seeds():
+    whole = replayed(log(400, any_k, (4,)))
+    each = [evaluate(whole, PolicySettings(), ("thompson",), (seed,)) for seed in (0, 1, 2)]
+    (found,) = (
+        [one for one in result.policies if one.name == "thompson"]
+        for result in [evaluate(whole, PolicySettings(), ("thompson",))]
+    )
+    alone = [one for result in each for one in result.policies if one.name == "thompson"]
+
+    assert len({one.mean_k for one in alone}) == 3
+    for name in ("rate", "mean_k", "extrapolated"):
+        values = [getattr(one, name) for one in alone]
+        assert getattr(found[0], name) == pytest.approx(np.mean(values)), name
+    values = [one.off_policy.value for one in alone]
+    assert found[0].off_policy.value == pytest.approx(np.mean(values))
+
+
 @pytest.mark.parametrize("k", [1, 4, 8])
 def test_prompts_beside_steps_do_not_slow_an_estimate(k):
     """A step that computes a prompt takes five times as long whatever its K, which makes any two K
