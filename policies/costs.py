@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.files import read_regular
+from configs.choices import SettingsError
 from policies.interface import CostSample
 from policies.logged import LoggedStep
 
@@ -131,7 +132,7 @@ def profile_of(run_dir: Path) -> list[CostSample]:
     """The profile that a server left in a run folder; empty if it left none.
 
     Raises:
-        ValueError: the file is damaged.
+        SettingsError: the file is damaged.
     """
     path = run_dir / PROFILE_FILE
     try:
@@ -142,7 +143,7 @@ def profile_of(run_dir: Path) -> list[CostSample]:
     except FileNotFoundError:
         return []
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise SettingsError(
             f"{path} is no profile ({error}); delete it, and the next start of the server measures "
             f"again, or use --times traces"
         ) from None

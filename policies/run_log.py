@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from buffer.audit import audit
 from buffer.backends import open_backend
 from buffer.records import Trace
 from buffer.traces import TraceReader
+from configs.choices import SettingsError
 from policies.costs import LEAST_STEPS, are_enough, profile_of, times_of
 from policies.interface import CostSample
 from policies.logged import LoggedStep, drafters_of, steps_of
@@ -18,6 +20,8 @@ from policies.replayed_log import ReplayedLog
 Times = Literal["auto", "profile", "traces"]
 """Step times: of the profile in the run folder, or medians of the traces; ``auto``: the profile if
 it has the drafter."""
+_DOUBT, _SHOWN = 0.2, 3
+"""Difference of step times that is worth a warning, and how many it names."""
 _READ = 256
 """Traces read at a time."""
 
@@ -52,6 +56,7 @@ def log_of_run(
         drafter: ``None``: the one with the most steps.
 
     Raises:
+        SettingsError: the run has no such drafter, or its profile is damaged.
         ValueError: the traces, or the times, do not say enough.
     """
     known = drafters_of(steps)
@@ -67,9 +72,33 @@ def log_of_run(
             f"requests with a policy that drafts"
         )
     if drafter is not None and drafter not in known:
-        raise ValueError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
+        raise SettingsError(f"no step was drafted by {drafter!r}; the run has {', '.join(known)}")
     chosen = known[0] if drafter is None else drafter
     return ReplayedLog.of(steps, chosen, _times(steps, chosen, run_dir, times), max_draft)
+
+
+def time_doubts(log: ReplayedLog) -> str | None:
+    """Where the step times by which a log is judged are not those that its own steps took, as one
+    line; ``None``: nowhere."""
+    found = []
+    for sample in times_of(log.steps):
+        if sample.draft_k <= log.max_draft:
+            by_table = float(log.table.seconds(sample.batch)[sample.draft_k])
+            ratio = by_table / sample.step_s
+            found.append((abs(math.log(ratio)), sample, by_table))
+    far = sorted((one for one in found if one[0] > math.log(1 + _DOUBT)), key=lambda one: -one[0])
+    if not far:
+        return None
+    shown = "; ".join(
+        f"K = {sample.draft_k} at batch {sample.batch}: {1000 * by_table:.1f} ms, in these traces "
+        f"{1000 * sample.step_s:.1f}"
+        for _, sample, by_table in far[:_SHOWN]
+    )
+    return (
+        f"warning: {len(far)} of {len(found)} step times differ by more than {100 * _DOUBT:.0f} % "
+        f"from those of the traces, so what is said of K holds for another machine or load "
+        f"({shown}); --times traces uses the latter"
+    )
 
 
 def num_mixed(steps: Sequence[LoggedStep]) -> int:

@@ -8,11 +8,12 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from buffer.command_line import located
 from buffer.files import write_atomically
 from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
 from policies.logged import LoggedStep, drafters_of, of_newest_versions
 from policies.published import Origin
-from policies.run_log import Times, log_of_run, read_steps
+from policies.run_log import Times, log_of_run, read_steps, time_doubts
 from trainer.fitted_policy import head_path, policy_path
 
 Method = Literal["full", "ppo", "specdecpp"]
@@ -59,11 +60,11 @@ def fit_policy(
     alone where they are enough. The file says which they were, and a server how many versions ago.
     """
     settings = settings_from_cli(config, set_, False)
-    run_dir = settings.run_dir
     try:
-        steps = read_steps(settings.buffer.url, run_dir, most_steps)
+        url, run_dir = located(None, settings)
+        steps = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
-        _refuse(str(error), exit_code(error))
+        _refuse(str(error), 2)
     steps, origin = _of_newest(steps, drafter)
     if method == "specdecpp":
         path = head_path(run_dir) if out is None else out
@@ -83,7 +84,9 @@ def fit_policy(
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         rows = split(log, held_out)
     except ValueError as error:
-        _refuse(str(error), 1)
+        _refuse(str(error), exit_code(error))
+    if (doubts := time_doubts(log)) is not None:
+        typer.echo(doubts)
     if method == "full":
         network = fit_full_information(log, rows, FullInformation(seed=settings.seed))
     else:

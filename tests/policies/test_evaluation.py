@@ -15,7 +15,7 @@ from configs.schema import PolicySettings
 from policies.cli import app
 from policies.evaluation import best_ks, evaluate, off_policy_rate, rate_of
 from policies.replayed_log import ReplayedLog
-from policies.run_log import log_of_run, num_mixed
+from policies.run_log import log_of_run, num_mixed, time_doubts
 from tests.policies.logs import (
     DRAFTER,
     MAX_DRAFT,
@@ -154,14 +154,47 @@ def test_a_drafter_that_the_profile_lacks_is_timed_by_the_traces(tmp_path):
     ("arguments", "code", "message"),
     [
         (["nowhere"], 2, "neither a run folder nor a URL"),
-        (["RUN", "--drafter", "index"], 1, "no step was drafted by 'index'; the run has eagle3"),
+        (["RUN", "--drafter", "index"], 2, "no step was drafted by 'index'; the run has eagle3"),
         (["RUN", "--set", "policy.knd=ucb"], 2, "did you mean 'policy.kind'"),
+        (["RUN", "--set", "policy.kind=goodputt"], 2, "did you mean 'goodput'"),
+        (["RUN", "--out", "FILE"], 2, "cannot be a folder"),
+        (["RUN", "--out", "FILE/deeper/still"], 2, "cannot be a folder"),
     ],
 )
-def test_wrong_usage_says_what_is_wrong(run_dir, arguments, code, message):
-    words = [str(run_dir) if word == "RUN" else word for word in arguments]
+def test_wrong_usage_says_what_is_wrong_before_the_work(
+    run_dir, arguments, code, message, monkeypatch
+):
+    monkeypatch.setattr("policies.cli.evaluate", lambda *_, **__: pytest.fail("it was judged"))
+    file = run_dir / "step_times.json"
+    words = [word.replace("RUN", str(run_dir)).replace("FILE", str(file)) for word in arguments]
     result = CliRunner().invoke(app, ["evaluate", *words])
     assert (result.exit_code, message in result.output) == (code, True), result.output
+
+
+def test_a_damaged_profile_is_no_lack_of_traces(tmp_path):
+    write_run(tmp_path, log(20, any_k, (1,)))
+    (tmp_path / "step_times.json").write_text('{"samples": [{"drafter": 3}]}')
+
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+
+    assert (result.exit_code, "is no profile" in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize(("factor", "is_doubted"), [(1.1, False), (1.5, True), (0.6, True)])
+def test_a_profile_that_the_traces_contradict_is_reported(factor, is_doubted):
+    """A machine that was busy at the start, or another one."""
+    samples = [
+        replace(one, step_s=one.step_s * (factor if one.draft_k == 0 and one.batch == 4 else 1))
+        for one in profile()
+    ]
+    judged = ReplayedLog.of(log(900, any_k, (1, 4), noise=0.0), DRAFTER, samples, MAX_DRAFT)
+
+    found = time_doubts(judged)
+
+    assert (found is not None) == is_doubted
+    if found is not None:
+        assert "K = 0 at batch 4" in found and "--times traces" in found
+        assert "at batch 1:" not in found
 
 
 def test_a_run_without_drafts_is_refused(tmp_path):

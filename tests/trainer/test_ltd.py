@@ -155,6 +155,14 @@ def test_a_damaged_file_is_not_published(tmp_path, caplog):
     assert "is not published" in caplog.text
 
 
+def test_a_run_that_is_not_there_is_refused_and_not_made(tmp_path):
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path / 'typo'}"])
+
+    assert result.exit_code == 2
+    assert "typo" in result.output
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_log_that_is_too_short_is_refused(tmp_path):
     write_run(tmp_path, log(100, any_k, (1,)))
     result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
