@@ -106,7 +106,6 @@ class DrafterAcceptance:
                 f"prior_acceptance of drafter {kind!r} must hold 1 or {shape[0]} values, "
                 f"got {len(self._priors)}"
             )
-        self._has_pool = len(self._priors) == 1
         self._is_silent = traits.needs_match
         self._half_life_rounds = half_life_rounds
         floors = np.full(num_rows, _FLOOR_WEIGHT)
@@ -131,6 +130,10 @@ class DrafterAcceptance:
         self._stale = self._all_rows()
         """Rows whose chained hazards are to be computed again."""
         self._dispersion = Dispersion()
+
+    @property
+    def _has_pool(self) -> bool:
+        return len(self._priors) == 1
 
     def observe(self, step: ByBucket, batch: int, clock: float) -> None:
         """Take in the rounds of one step, by bucket.
@@ -261,7 +264,8 @@ class DrafterAcceptance:
         )
         recent, lasting = self._recent, self._lasting
         own = _usual(lasting.reached[row].tolist(), lasting.accepted[row].tolist(), prior)
-        former = own if regimes.is_alone else _usual(*regimes.former.tolist(), prior)
+        former_reached, former_accepted = regimes.former.tolist()
+        former = own if regimes.is_alone else _usual(former_reached, former_accepted, prior)
         regimes.learn(own, former)
         usual = regimes.mixed(self._faded_at)
         hazards: list[float] = []

@@ -219,7 +219,8 @@ class Regimes:
         if self.former[0, 0]:
             self._ends(clock, _OPENED)
         factor = np.minimum(1.0, _KEPT_ROUNDS / np.maximum(before[0], _NOTHING))
-        return since + factor * before
+        begun: Floats = since + factor * before
+        return begun
 
     def forget(self, clock: float) -> None:
         """Other weights draft from now on."""

@@ -63,8 +63,8 @@ def log_of_run(
     if not known and (mixed := num_mixed(steps)):
         raise ValueError(
             f"all {mixed} steps that drafted did so with several drafters at once, so they do not "
-            f"tell what one of them brings; serve some requests with drafter.mixed=false and "
-            f"drafter.suffix.mixed=false"
+            f"tell what one of them brings; serve some requests with drafter.mixed=false, and "
+            f"with no mix of the index either"
         )
     if not known:
         raise ValueError(

@@ -212,7 +212,7 @@ def test_a_run_of_several_drafters_at_once_is_refused_and_a_few_such_steps_are_c
 
     assert found.steps == tuple(own)
     assert num_mixed([*own, *mixed]) == len(mixed)
-    with pytest.raises(ValueError, match=r"several drafters at once.*drafter\.suffix\.mixed=false"):
+    with pytest.raises(ValueError, match=r"several drafters at once.*drafter\.mixed=false"):
         log_of_run(mixed, None, Path("nowhere"), "traces", MAX_DRAFT)
 
 
