@@ -59,8 +59,9 @@ _FADE = 0.5
 """Half-life of an idle drafter's recent evidence, in those of a busy one's."""
 _FADE_ROUNDS = 8
 """Rounds, for each request of the batch, after which fading is worth computing again."""
-_RETURN_WEIGHT = 4.0
-"""Rounds that recent evidence counts for when a former regime returns: it is the other one's."""
+_SHIFT_WEIGHT, _RETURN_WEIGHT = 48.0, 4.0
+"""Rounds that recent evidence counts for after a detected shift, of which it is then, and when a
+former regime returns, of which it is not."""
 _LASTING_SHIFT_WEIGHT = 400.0
 """Rounds that a bucket's lasting evidence from before a detected shift counts for, where the pool
 remembers regimes."""
@@ -192,7 +193,8 @@ class DrafterAcceptance:
         for row, counts in step.items():
             regimes, since = self._regimes.get(row % len(self._hazards)), shifted.get(row)
             if since is not None:
-                recent.reached[row], recent.accepted[row] = since
+                factor = _SHIFT_WEIGHT / max(float(since[0, 0]), _SHIFT_WEIGHT)
+                recent.reached[row], recent.accepted[row] = factor * since
             if regimes is None:
                 if since is not None:
                     factor = _limit(lasting, row, _LASTING_SHIFT_WEIGHT)
