@@ -9,7 +9,9 @@ with the same probability, at several loads, and writes traces. On them:
 - every policy of the catalog is judged as ``policies evaluate`` does;
 - ``ltd`` is fitted, from full information and by PPO, on three quarters of the steps, and judged on
   the rest against the best fixed K of each load on those three quarters;
-- ``plan`` is timed alone, with 256 requests, in time of the thread.
+- ``plan`` is timed alone, with 256 requests, in time of the thread;
+- so is what the device does to cut drafts (``benchmarks.harness.allocate_times``), on the device
+  that ``--device`` names; ``--only-allocate`` measures nothing else, and keeps all other figures.
 
 The target and its drafter are small and the machine has two cores: figures are of policies against
 each other on one log, not of a server. Step times are medians of the traces themselves. Writes
@@ -31,6 +33,7 @@ import numpy as np
 import torch
 import typer
 
+from benchmarks.harness.allocate_times import allocate_times
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.loops import Feed
@@ -64,6 +67,7 @@ from trainer.ltd import (
 SOURCE = "python -m benchmarks.policies"
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "docs", "c")
 TEMPERATURE, MAX_TOKENS, PROMPTS = 0.7, 64, 40
+MAX_DRAFT = 8
 PLAN_STEPS, PLAN_BATCH = 4000, 256
 AS_BEFORE, CAPPED, MATCHED = "alike", "a fifth near their ends", "with matches"
 """What the requests of a plan are like; most steps are as the one before them."""
@@ -245,6 +249,28 @@ def plan_rows(plans: dict[str, Any]) -> Iterator[Row]:
         yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
 
 
+def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
+    """What cutting takes. The goal is for GPUs: a CPU's step takes a hundred times as long."""
+    for score, us in times.items():
+        yield at_most(
+            f"allocate by {score}, 256 requests, K = 8, {device}",
+            "scores and lengths, us, median",
+            us,
+            30 if device == "cuda" else None,
+        )
+
+
+def publish_allocate(device: str, folder: Path) -> dict[str, float]:
+    """Measure the cut alone, and write its figures and rows beside the others."""
+    times = allocate_times(device)
+    write_result(folder / f"allocate_{device}.json", {"device": device, "microseconds": times})
+    source = f"{SOURCE} --only-allocate --device {device}"
+    write_rows_of("policies", allocate_rows(times, device), source, folder)
+    for score, us in times.items():
+        say(f"allocate by {score}: {us:.1f} us on {device}")
+    return times
+
+
 def regret_row(where: str, one: Judged) -> Row:
     """Only the default is held to a goal."""
     speed = 1 - one.regret_fixed
@@ -257,10 +283,17 @@ def regret_row(where: str, one: Judged) -> Row:
 def main(
     seconds: Annotated[float, typer.Option(help="seconds of traces at each load")] = 60.0,
     batches: Annotated[list[int] | None, typer.Option(help="loads")] = None,
+    device: Annotated[str, typer.Option(help="cpu or cuda: where cutting is timed")] = "cpu",
+    only_allocate: Annotated[
+        bool, typer.Option("--only-allocate", help="time cutting, and nothing else")
+    ] = False,
     out: Out = RESULTS / "policies.json",
 ) -> None:
-    """Make traces, judge every policy on them, and compare estimates with live turns."""
+    """Make traces, judge every policy on them, and time what deciding takes."""
     torch.set_num_threads(1)
+    publish_allocate(device, out.parent)
+    if only_allocate:
+        return
     loads = batches or [1, 4, 8]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

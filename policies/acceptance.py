@@ -5,7 +5,8 @@ longer drafts are right-censored. The hazards c_j = P(position j accepted | all 
 therefore give the expected tokens of *every* k, whichever was tried.
 
 Old evidence loses weight in two ways: by a half-life in rounds, and at once when a change detector
-(Page 1954, CUSUM) finds that traffic has changed.
+(Page 1954, CUSUM) finds that traffic has changed. What was usual before is remembered then, in case
+traffic changes back (``policies.regimes``).
 
 What is recent and what is usual are kept apart, because requests differ: a drafter that fails on
 one request does well on the next, but once it is idle nothing new is learned of it. So evidence
@@ -24,7 +25,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -32,9 +32,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.cusum import Cusum
 from policies.dispersion import Dispersion
 from policies.interface import DrafterTraits
+from policies.regimes import Evidence, Regimes, Since
 
 MAX_DRAFT = 16
 """Largest K that settings allow."""
@@ -59,10 +59,15 @@ _FADE = 0.5
 """Half-life of an idle drafter's recent evidence, in those of a busy one's."""
 _FADE_ROUNDS = 8
 """Rounds, for each request of the batch, after which fading is worth computing again."""
-_SHIFT_WEIGHT, _LASTING_SHIFT_WEIGHT = 12.0, 400.0
-"""Rounds that recent and lasting evidence from before a detected shift count for."""
+_SHIFT_WEIGHT, _RETURN_WEIGHT = 48.0, 4.0
+"""Rounds that recent evidence counts for after a detected shift, of which it is then, and when a
+former regime returns, of which it is not."""
+_LASTING_SHIFT_WEIGHT = 400.0
+"""Rounds that a bucket's lasting evidence from before a detected shift counts for, where the pool
+remembers regimes."""
 _MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
+_NOTHING = 1e-9
 _POOL = -1
 """Row of a drafter's pool: the last one."""
 
@@ -76,39 +81,6 @@ ByBucket = Mapping[int | None, Outcomes]
 def num_buckets(drafters: Mapping[str, DrafterTraits]) -> int:
     """Kinds of match that some drafters tell apart, no match included."""
     return max((len(traits.prior_acceptance) for traits in drafters.values()), default=1)
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """Decayed counts of one drafter's rounds, by bucket and position; the last row is the pool.
-
-    Shapes: B buckets, K draft tokens.
-    """
-
-    reached: Floats
-    """[B + 1, K] rounds in which the position was verified and all before it were accepted."""
-    accepted: Floats
-    """[B + 1, K] those in which it was accepted too."""
-
-    @classmethod
-    def none(cls, shape: tuple[int, ...]) -> Evidence:
-        return cls(np.zeros(shape), np.zeros(shape))
-
-    def limited(self, weight: float) -> Evidence:
-        """The same ratios, with the weight of every position capped."""
-        return self.scaled(np.minimum(self.reached, weight))
-
-    def scaled(self, reached: Floats) -> Evidence:
-        """The same ratios with other weights; none where there were none."""
-        ratios = self.accepted / np.maximum(self.reached, _NOTHING)
-        return Evidence(reached, reached * ratios)
-
-    def times(self, factors: Floats | float) -> Evidence:
-        """Copies in which every count is multiplied."""
-        return Evidence(factors * self.reached, factors * self.accepted)
-
-
-_NOTHING = 1e-9
 
 
 class DrafterAcceptance:
@@ -135,14 +107,16 @@ class DrafterAcceptance:
                 f"prior_acceptance of drafter {kind!r} must hold 1 or {shape[0]} values, "
                 f"got {len(self._priors)}"
             )
-        self._has_pool = len(self._priors) == 1
         self._is_silent = traits.needs_match
         self._half_life_rounds = half_life_rounds
         floors = np.full(num_rows, _FLOOR_WEIGHT)
         if self._has_pool:
             floors[:_POOL] = _POOLED_FLOOR
         self._floors = floors[:, None]
-        self._cusums = [Cusum() for _ in range(num_rows)]
+        self._since = Since(num_rows)
+        own = (num_rows - 1,) if self._has_pool else range(num_rows - 1)
+        self._regimes = {row: Regimes(shape[1]) for row in own}
+        """Of the rows whose lasting evidence is a prior."""
         self._seen_at = [0.0] * num_rows
         """Rounds that the engine had done at the last update of each row."""
         self._recent = self._lasting = Evidence.none((num_rows, shape[1]))
@@ -158,6 +132,10 @@ class DrafterAcceptance:
         """Rows whose chained hazards are to be computed again."""
         self._dispersion = Dispersion()
 
+    @property
+    def _has_pool(self) -> bool:
+        return len(self._priors) == 1
+
     def observe(self, step: ByBucket, batch: int, clock: float) -> None:
         """Take in the rounds of one step, by bucket.
 
@@ -166,6 +144,7 @@ class DrafterAcceptance:
             clock: rounds that the engine has done, these included.
         """
         expected = self._all_expected()[0].tolist()
+        shifted: dict[int, Floats] = {}
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors, lasting_factors = [1.0] * len(expected), [1.0] * len(expected)
         recent, lasting = self._recent, self._lasting
@@ -177,16 +156,15 @@ class DrafterAcceptance:
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
             new.append(_counts(outcomes, recent.reached.shape[1]))
+            since = self._since.notices(row, new[-1], surprise, rounds)
+            if since is not None:
+                shifted[row] = since
             if row == _POOL:
                 (reached, *_), (accepted, *_) = new[-1]
                 self._dispersion.observe(reached, accepted, expected[row][1] - 1, batch)
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
             lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
-            if self._cusums[row].notices_shift(surprise, rounds):
-                factors[row] = min(factors[row], _limit(recent, row, _SHIFT_WEIGHT))
-                limit = _limit(lasting, row, _LASTING_SHIFT_WEIGHT)
-                lasting_factors[row] = min(lasting_factors[row], limit)
             self._seen_at[row] = clock
             self._stale.add(row)
         self._faded_at = clock
@@ -199,7 +177,40 @@ class DrafterAcceptance:
             evidence.reached[at] += counts[:, 0]
             evidence.accepted[at] += counts[:, 1]
         self._recent, self._lasting = kept, lasting
+        self._follow(dict(zip(at, counts, strict=True)), shifted, clock)
         self._expected = None
+
+    def _follow(
+        self, step: Mapping[int, Floats], shifted: Mapping[int, Floats], clock: float
+    ) -> None:
+        """Let the regimes of rows change, after a step's rounds were taken in.
+
+        Args:
+            step: [2, K] rounds of each row.
+            shifted: [2, K] rounds since a shift, of rows in which one was noticed.
+        """
+        recent, lasting = self._recent, self._lasting
+        for row, counts in step.items():
+            regimes, since = self._regimes.get(row % len(self._hazards)), shifted.get(row)
+            if since is not None:
+                factor = _SHIFT_WEIGHT / max(float(since[0, 0]), _SHIFT_WEIGHT)
+                recent.reached[row], recent.accepted[row] = factor * since
+            if regimes is None:
+                if since is not None:
+                    factor = _limit(lasting, row, _LASTING_SHIFT_WEIGHT)
+                    lasting.reached[row] *= factor
+                    lasting.accepted[row] *= factor
+                continue
+            if regimes.returns(counts, clock):
+                own, regimes.former = regimes.former, lasting.row(row)
+                factor = _limit(recent, row, _RETURN_WEIGHT)
+                recent.reached[row] *= factor
+                recent.accepted[row] *= factor
+            elif since is not None:
+                own = regimes.begins(since, lasting.row(row), clock)
+            else:
+                continue
+            lasting.reached[row], lasting.accepted[row] = own
 
     def fade(self, clock: float, batch: int) -> None:
         """Let recent evidence fade if the drafter has been idle.
@@ -249,25 +260,26 @@ class DrafterAcceptance:
         """Recent and usual hazards of a row. The prior of a position's usual one comes from the
         position before it. The usual one is the prior of the recent one, moved in log-odds as the
         position before it was: text that is hard now is so at every depth."""
-        prior, weight = self._priors[0 if self._has_pool else row], _PRIOR_WEIGHT
+        prior, regimes = (
+            self._priors[0 if self._has_pool else row],
+            self._regimes[row % len(self._hazards)],
+        )
         recent, lasting = self._recent, self._lasting
+        own = _usual(lasting.reached[row].tolist(), lasting.accepted[row].tolist(), prior)
+        former_reached, former_accepted = regimes.former.tolist()
+        former = own if regimes.is_alone else _usual(former_reached, former_accepted, prior)
+        regimes.learn(own, former)
+        usual = regimes.mixed(self._faded_at)
         hazards: list[float] = []
-        usual: list[float] = []
         lasting_weight = _LASTING_WEIGHT if self._has_pool else _BUCKET_LASTING_WEIGHT
         move = 0.0
-        for accepted, reached, all_accepted, all_reached in zip(
-            recent.accepted[row].tolist(),
-            recent.reached[row].tolist(),
-            lasting.accepted[row].tolist(),
-            lasting.reached[row].tolist(),
-            strict=True,
+        for accepted, reached, hazard in zip(
+            recent.accepted[row].tolist(), recent.reached[row].tolist(), usual, strict=True
         ):
-            usual.append((all_accepted + weight * prior) / (all_reached + weight))
-            odds = log_odds(usual[-1])
+            odds = log_odds(hazard)
             expected = 1 / (1 + math.exp(-odds - move))
             hazards.append((accepted + lasting_weight * expected) / (reached + lasting_weight))
             move = log_odds(hazards[-1]) - odds
-            prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
         return hazards, usual
 
     def expected_tokens(self) -> Floats:
@@ -328,8 +340,9 @@ class DrafterAcceptance:
         self._recent = self._lasting = evidence
         self._faded_at = clock
         self._seen_at = [clock] * len(self._seen_at)
-        for cusum in self._cusums:
-            cusum.reset()
+        self._since.reset()
+        for regimes in self._regimes.values():
+            regimes.forget(clock)
         self._stale = self._all_rows()
         self._expected = None
 
@@ -342,7 +355,7 @@ class DrafterAcceptance:
                 "hazards": hazards[row].round(4).tolist(),
                 "usual": self._usual[row].round(4).tolist(),
                 "rounds": self._recent.reached[row].round(1).tolist(),
-                "shifts": self._cusums[row].num_shifts,
+                "shifts": self._since.num_shifts(row),
             }
             for row in range(len(hazards))
             if self._lasting.reached[row, 0] > 0
@@ -450,6 +463,16 @@ class AcceptanceModel:
 def _limit(evidence: Evidence, row: int, weight: float) -> float:
     """Factor that leaves a row at most so many rounds."""
     return weight / max(float(evidence.reached[row].max()), weight)
+
+
+def _usual(reached: list[float], accepted: list[float], prior: float) -> list[float]:
+    """Hazards by lasting evidence; the prior of a position comes from the one before it."""
+    usual: list[float] = []
+    weight = _PRIOR_WEIGHT
+    for n, a in zip(reached, accepted, strict=True):
+        usual.append((a + weight * prior) / (n + weight))
+        prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
+    return usual
 
 
 def log_odds(hazard: float) -> float:

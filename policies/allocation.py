@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,12 +30,25 @@ NUM_FIGURES = 3
 """Figures of a position in traces: top probability, entropy in nats, lead."""
 
 
-class Cut(NamedTuple):
-    """What of an allocation is part of the device's programs; the rest are values."""
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What of an allocation is part of the device's programs; the rest are values.
+
+    Raises:
+        ValueError: the score is not one of those that keep the target's law.
+    """
 
     score: Score
     cumulative: bool
     """The product of the scores so far is compared, not each."""
+
+    def __post_init__(self) -> None:
+        if self.score not in get_args(Score):
+            raise ValueError(
+                f"drafts cannot be cut by {self.score!r}; the scores are "
+                f"{', '.join(get_args(Score))}. None of them depends on the token that was drawn "
+                f"at its position: sampled text cut by that would not follow the target"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +81,16 @@ class Allocation:
 
     def scores(self, figures_RK3: Floats, temperature_R: Floats) -> Floats:
         """[R, K] confidence in each position."""
-        if self.cut.score == "head":
-            assert self.head is not None, "a policy asks for a head once it has one"
-            return self.head.scores(figures_RK3, temperature_R)
-        if self.cut.score == "entropy":
-            bound: Floats = 1 - np.sqrt(self.gamma * figures_RK3[..., 1])
-            return np.maximum(bound, 0)
-        found: Floats = figures_RK3[..., 0 if self.cut.score == "top" else 2]
+        match self.cut.score:
+            case "top":
+                found: Floats = figures_RK3[..., 0]
+            case "entropy":
+                found = np.maximum(1 - np.sqrt(self.gamma * figures_RK3[..., 1]), 0)
+            case "margin":
+                found = figures_RK3[..., 2]
+            case "head":
+                assert self.head is not None, "a policy asks for a head once it has one"
+                found = self.head.scores(figures_RK3, temperature_R)
         return found
 
     def lengths(

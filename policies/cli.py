@@ -1,12 +1,13 @@
 """Judge draft policies by the traces of a run.
 
-Exit code 0: done. 1: the traces do not say enough. 2: wrong usage or settings, or the buffer cannot
-be reached.
+Exit code 0: done. 1: the traces do not say enough. 2: wrong usage or settings, a damaged profile,
+or a buffer or folder that cannot be used.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +16,12 @@ from typing import Annotated, NoReturn
 import typer
 
 from buffer.command_line import RunArgument, located
-from configs.cli import ConfigOption, SetOption, VersionOption, settings_from_cli
+from configs.cli import ConfigOption, SetOption, VersionOption, exit_code, settings_from_cli
+from policies.catalog import policy_class
 from policies.evaluation import Evaluation, Judged, evaluate
 from policies.picture import picture
 from policies.predictions import predictions_of
-from policies.run_log import Times, log_of_run, read_steps
+from policies.run_log import Times, log_of_run, num_mixed, read_steps, time_doubts
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
@@ -41,7 +43,7 @@ def evaluate_run(
         Times,
         typer.Option(
             help="step times: of the profile in the run folder, or medians of the traces; auto: "
-            "the profile if there is one"
+            "the profile if it has the drafter"
         ),
     ] = "auto",
     seeds: Annotated[int, typer.Option(min=1, help="runs of policies that draw")] = 3,
@@ -59,7 +61,10 @@ def evaluate_run(
     """
     settings = settings_from_cli(config, set_, False)
     try:
+        policy_class(settings.policy)  # what is not judged must be spelled right, too
         url, run_dir = located(run, settings)
+        folder = run_dir / "policies" if out is None else out
+        check_can_hold_files(folder)
         steps = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
@@ -67,16 +72,35 @@ def evaluate_run(
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         found = evaluate(log, settings.policy, seeds=range(seeds))
     except ValueError as error:
-        _refuse(str(error), 1)
-    folder = run_dir / "policies" if out is None else out
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "evaluation.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
-    (folder / "evaluation.svg").write_text(picture(found))
+        _refuse(str(error), exit_code(error))
     for line in table(found):
         typer.echo(line)
+    if (doubts := time_doubts(log)) is not None:
+        typer.echo(f"\n{doubts}")
+    if mixed := num_mixed(steps):
+        typer.echo(f"\nleft out: {mixed} steps in which several drafters drafted")
     for one in predictions_of(steps):
         typer.echo(one.to_line())
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "evaluation.json").write_text(json.dumps(asdict(found), indent=1) + "\n")
+        (folder / "evaluation.svg").write_text(picture(found))
+    except OSError as error:
+        _refuse(f"{folder} cannot be written: {error}", 2)
     typer.echo(f"\nwritten: {folder / 'evaluation.json'}, {folder / 'evaluation.svg'}")
+
+
+def check_can_hold_files(folder: Path) -> None:
+    """Before the work, and without making anything.
+
+    Raises:
+        ValueError: files cannot be written there.
+    """
+    there = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise ValueError(f"{folder} cannot be a folder: {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"{folder} cannot be written: no permission in {there}")
 
 
 def _refuse(message: str, code: int) -> NoReturn:

@@ -27,7 +27,7 @@ NAMES = ("log_top", "entropy", "margin", "place", "temperature")
 HIDDEN = 16
 """Units of the hidden layer; fixed, because the device's programs hold it."""
 MAX_BYTES = 1 << 15
-_FILE = WeightFile("a head", SCHEMA, NAMES, MAX_BYTES)
+FILE = WeightFile("a head", SCHEMA, NAMES, MAX_BYTES)
 _LEAST_TOP = 1e-6
 
 
@@ -70,7 +70,7 @@ class Head:
         Args:
             about: further entries of its metadata.
         """
-        return _FILE.to_bytes(self, about)
+        return FILE.to_bytes(self, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""
@@ -83,7 +83,7 @@ class Head:
         Raises:
             ValueError: says what is wrong.
         """
-        found = cls(**_FILE.read(blob, cls.__slots__))
+        found = cls(**FILE.read(blob, cls.__slots__))
         check_weights(found, _SHAPES)
         return found
 
@@ -94,7 +94,7 @@ class Head:
         Raises:
             ValueError: says what is wrong.
         """
-        return cls.from_bytes(_FILE.blob_of(text))
+        return cls.from_bytes(FILE.blob_of(text))
 
 
 _SHAPES: dict[str, tuple[int, ...]] = {

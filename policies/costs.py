@@ -7,7 +7,7 @@ Fixed tables for judging policies after the fact. A policy that serves follows t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.files import read_regular
+from configs.choices import SettingsError
 from policies.interface import CostSample
 from policies.logged import LoggedStep
 
 PROFILE_FILE = "step_times.json"
 """Where a server keeps its profile in the run folder."""
 _MOST_BYTES = 1 << 20
-_LEAST_STEPS = 5
+LEAST_STEPS = 5
 """Steps of one K and batch from which on traces tell its time."""
 
 Floats = NDArray[np.float64]
@@ -40,14 +41,9 @@ class CostTable:
         Raises:
             ValueError: no plain step, or no step of the drafter was timed.
         """
-        cells: dict[int, dict[int, list[float]]] = {}
-        drafting: dict[int, dict[int, list[float]]] = {}
-        for sample in samples:
-            if sample.draft_k == 0 or sample.drafter == drafter:
-                for found, value in ((cells, sample.step_s), (drafting, sample.draft_s)):
-                    at = found.setdefault(sample.batch, {}).setdefault(sample.draft_k, [])
-                    at.append(value)
-        known = {batch: {k: median(v) for k, v in by_k.items()} for batch, by_k in cells.items()}
+        samples = list(samples)
+        drafting = _by_batch(samples, drafter, lambda sample: sample.draft_s)
+        known = _by_batch(samples, drafter, lambda sample: sample.step_s)
         whole = {batch: by_k for batch, by_k in known.items() if 0 in by_k and len(by_k) > 1}
         if not whole:
             raise ValueError(
@@ -56,12 +52,7 @@ class CostTable:
             )
         self._batches = np.array(sorted(whole), np.float64)
         self._curves = np.array([_curve(whole[b], max_draft) for b in sorted(whole)])
-        shares = np.array(
-            [
-                _curve({k: median(v) for k, v in drafting[b].items()}, max_draft)
-                for b in sorted(whole)
-            ]
-        )
+        shares = np.array([_curve(drafting[b], max_draft) for b in sorted(whole)])
         self._drafting = np.minimum(shares, self._curves)
         self._found: dict[int, Floats] = {}
 
@@ -110,6 +101,24 @@ class CostTable:
         return np.array([np.interp(batch, batches, curve) for curve in curves.T])
 
 
+def _by_batch(
+    samples: Iterable[CostSample], drafter: str, value: Callable[[CostSample], float]
+) -> dict[int, dict[int, float]]:
+    """Medians of plain steps and of one drafter's, by batch and K."""
+    cells: dict[int, dict[int, list[float]]] = {}
+    for sample in samples:
+        if sample.draft_k == 0 or sample.drafter == drafter:
+            at = cells.setdefault(sample.batch, {}).setdefault(sample.draft_k, [])
+            at.append(value(sample))
+    return {batch: {k: median(v) for k, v in by_k.items()} for batch, by_k in cells.items()}
+
+
+def are_enough(samples: Iterable[CostSample], drafter: str) -> bool:
+    """A ``CostTable`` can be made of them: some batch has a plain step and one of the drafter."""
+    cells = _by_batch(samples, drafter, lambda sample: sample.step_s).values()
+    return any(0 in by_k and len(by_k) > 1 for by_k in cells)
+
+
 def _curve(by_k: dict[int, float], max_draft: int) -> Floats:
     at = np.array(sorted(by_k))
     values = np.array([by_k[k] for k in sorted(by_k)])
@@ -123,7 +132,7 @@ def profile_of(run_dir: Path) -> list[CostSample]:
     """The profile that a server left in a run folder; empty if it left none.
 
     Raises:
-        ValueError: the file is damaged.
+        SettingsError: the file is damaged.
     """
     path = run_dir / PROFILE_FILE
     try:
@@ -134,7 +143,7 @@ def profile_of(run_dir: Path) -> list[CostSample]:
     except FileNotFoundError:
         return []
     except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
+        raise SettingsError(
             f"{path} is no profile ({error}); delete it, and the next start of the server measures "
             f"again, or use --times traces"
         ) from None
@@ -142,17 +151,18 @@ def profile_of(run_dir: Path) -> list[CostSample]:
 
 
 def times_of(steps: Iterable[LoggedStep]) -> list[CostSample]:
-    """Median times of the steps of a log, by drafter, K and batch. Of old traces, which do not tell
+    """Median times of the steps of a log, by drafter, K and batch; a step of several drafters is no
+    single one's. Of old traces, which do not tell
     which steps computed prompts as well, those are among them; as long as they are the fewer, a
     median passes over them."""
     times: dict[tuple[str, int, int], list[float]] = {}
     for step in steps:
-        if not step.is_timed:
+        if not step.is_timed or step.is_mixed:
             continue
         drafter = step.drafter if step.draft_k else "none"
         times.setdefault((drafter, step.draft_k, step.batch), []).append(step.step_s)
     return [
         CostSample(drafter, k, batch, median(found), 0.0)
         for (drafter, k, batch), found in sorted(times.items())
-        if len(found) >= _LEAST_STEPS
+        if len(found) >= LEAST_STEPS
     ]

@@ -29,6 +29,7 @@ from policies.off_policy import (
     Reward,
     by_position,
     importance_weights,
+    mean_of,
     normalised,
     throughput,
 )
@@ -71,6 +72,7 @@ class Judged:
     headroom: float | None
     """Share of the gap between both that it closes; ``None`` if there is none."""
     mean_k: float
+    """Mean over seeds, like all that follows."""
     extrapolated: float
     """Share of its tokens that rests on hazards."""
     plan_us: float | None
@@ -268,7 +270,8 @@ class _Bench:
         oracle = self._joined({load.smallest_batch: load.oracle_rate for load in self.loads})
         plain = self._joined({load.smallest_batch: load.plain_rate for load in self.loads})
         gap = oracle - best
-        ks, (tokens, extrapolated, _) = ks_of[0], columns[0]
+        # The log's decisions have no cuts to have in common with.
+        is_cut = any(run.is_cut for run in runs)
         return Judged(
             name=name,
             rate=rate,
@@ -276,11 +279,10 @@ class _Bench:
             regret_fixed=1 - rate / best,
             regret_oracle=1 - rate / oracle,
             headroom=(rate - best) / gap if gap > 1e-9 * best else None,
-            mean_k=float(ks.mean()),
-            extrapolated=float(extrapolated.sum() / tokens.sum()),
+            mean_k=float(np.mean([ks.mean() for ks in ks_of])),
+            extrapolated=float(np.mean([guess.sum() / all.sum() for all, guess, _ in columns])),
             plan_us=plan_us,
-            # The log's decisions have no cuts to have in common with.
-            off_policy=None if runs[0].is_cut else off_policy_rate(self.log, ks),
+            off_policy=None if is_cut else mean_of([off_policy_rate(self.log, ks) for ks in ks_of]),
         )
 
 
@@ -321,6 +323,7 @@ def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
         Reward(seconds, log.seconds[at, taken], log.seconds[at, ks], timed),
         weights * means_something,
         sizes,
+        work=np.array([step.tokens for step in log.steps]),
     )
 
 

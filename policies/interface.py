@@ -116,6 +116,11 @@ class Pick(NamedTuple):
     none in the tokens that are committed by now."""
 
 
+PICK_REASONS = frozenset(("best", "try", "unmatched"))
+"""Values of ``Pick.reason``. No decision has one of them as its own reason, so a round whose reason
+is among them is one of a mix."""
+
+
 @dataclass(frozen=True, slots=True)
 class StepObs:
     """The batch about to be decoded."""

@@ -56,6 +56,8 @@ class LengthPolicy(ABC):
         self.max_draft = context.max_draft
         self.drafter = drafter_for(drafter, context)
         self.costs = LiveCosts(context.drafters, self.drafter, context.max_draft)
+        self.version: int | None = None
+        """Of the drafter, now in force; ``None`` before the first is named."""
         self.plain_chance = 0.0
         """Probability that the last plan had of plain decoding."""
         self._needs_match = context.drafters[self.drafter].needs_match
@@ -164,6 +166,7 @@ class LengthPolicy(ABC):
         """Forget what the former weights brought."""
         if drafter == self.drafter:
             self._ahead.clear()
+            self.version = version
             self.forget(calibration)
 
     def figures(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ Shapes: S steps, R rounds, K the largest draft length that is asked for.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.records import FIGURES, Consideration, Round, Trace
+from policies.interface import PICK_REASONS
 
 Floats = NDArray[np.float64]
 
@@ -67,7 +69,7 @@ class LoggedStep:
     """One decision, and what came of it in the requests that left a trace."""
 
     drafter: str
-    """``none`` where K is 0."""
+    """``none`` where K is 0; kinds joined by ``+`` where several drafted."""
     draft_k: int
     batch: int
     """Requests in the step, those without a trace included."""
@@ -83,6 +85,9 @@ class LoggedStep:
     """``step_s`` is the time of rounds alone, as far as the trace tells."""
     notes: tuple[tuple[str, float], ...] = ()
     """What the policy noted, see ``buffer.records.Round``."""
+    is_mixed: bool = False
+    """A drafter was picked for each request of a batch. Such a step has no single drafter and no
+    single propensity, and its time is no single drafter's."""
 
     @property
     def has_figures(self) -> bool:
@@ -122,10 +127,11 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
 
 
 def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
-    one = rounds[0][0]
-    drafters = [r.drafter for r, _ in rounds if r.draft_ids or r.considered is not None]
+    drafting = [r for r, _ in rounds if r.draft_ids or r.considered is not None]
+    drafters = sorted({r.drafter for r in drafting} - {"none"})
+    one = drafting[0] if drafting else rounds[0][0]
     return LoggedStep(
-        drafter=drafters[0] if drafters else "none",
+        drafter="+".join(drafters) or "none",
         draft_k=one.draft_k,
         batch=one.batch,
         propensity=one.propensity,
@@ -141,21 +147,57 @@ def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
         may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),
         is_timed=all(r.is_timed for r, _ in rounds),
         notes=one.notes,
+        is_mixed=len(drafters) > 1 or (one.batch > 1 and one.reason in PICK_REASONS),
     )
 
 
 def drafters_of(steps: Iterable[LoggedStep]) -> list[str]:
-    """Kinds of drafters that drafted, the one with the most steps first."""
+    """Kinds of drafters that drafted whole steps, the one with the most of them first."""
     counts: dict[str, int] = {}
     for step in steps:
-        if step.drafter != "none":
+        if step.drafter != "none" and not step.is_mixed:
             counts[step.drafter] = counts.get(step.drafter, 0) + 1
     return sorted(counts, key=lambda kind: (-counts[kind], kind))
 
 
 def of_drafter(steps: Iterable[LoggedStep], drafter: str) -> list[LoggedStep]:
-    """Steps that say something about one drafter: its own, and those that did without any."""
-    return [s for s in steps if s.drafter == drafter or (s.drafter == "none" and s.draft_k == 0)]
+    """Steps that say something about one drafter: its own, and those that did without any. Steps
+    of several drafters do not: in them, each drafted for the requests that suited it."""
+    return [
+        step for step in steps
+        if not step.is_mixed
+        and (step.drafter == drafter or (step.drafter == "none" and step.draft_k == 0))
+    ]  # fmt: skip
+
+
+def of_newest_versions(
+    steps: Sequence[LoggedStep], drafter: str, least: int
+) -> tuple[list[LoggedStep], tuple[int, int]]:
+    """What the newest versions of a drafter did: as few of them as have drafted ``least`` steps, or
+    all; and plain steps from the first of theirs on.
+
+    Returns:
+        These steps in order, and the oldest and the newest of the versions.
+
+    Raises:
+        ValueError: it drafted nothing.
+    """
+    counts = Counter(step.version for step in of_drafter(steps, drafter) if step.draft_k)
+    if not counts:
+        raise ValueError(f"no step was drafted by {drafter!r}")
+    oldest = newest = max(counts)
+    num = counts[newest]
+    for version in sorted(counts, reverse=True)[1:]:
+        if num >= least:
+            break
+        oldest, num = version, num + counts[version]
+
+    def is_own(step: LoggedStep) -> bool:
+        return step.drafter == drafter and not step.is_mixed
+
+    first = next(at for at, step in enumerate(steps) if is_own(step) and step.version >= oldest)
+    kept = [step for step in steps[first:] if not is_own(step) or step.version >= oldest]
+    return kept, (oldest, newest)
 
 
 def hazards_of(steps: Iterable[LoggedStep], max_draft: int) -> tuple[Floats, NDArray[np.int64]]:

@@ -2,9 +2,8 @@
 
 ``trainer policy`` fits it on a replayed log (``policies.replay_environment``), by PPO as in the
 paper, or from what every K would have brought in every step. The network comes from
-``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. It is read
-and checked as a whole before it replaces another one; one that is damaged, or fitted to other
-features, changes nothing.
+``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. A version
+without a network, or with one that is damaged or fitted to other features, decodes plainly.
 
 Source: Zhang et al. 2026, arXiv:2603.01639. The paper learns depth and size of a tree for one
 request from log probabilities of its tokens; here the draft is a chain, so there is one length, and
@@ -22,7 +21,8 @@ from configs.schema import PolicySettings
 from policies.features import Features
 from policies.interface import Outcome, PolicyContext
 from policies.lengths import LengthPolicy, spread
-from policies.network import MAX_BYTES, Network
+from policies.network import FILE, MAX_BYTES, Network
+from policies.published import Published
 from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "ltd"
@@ -46,15 +46,14 @@ class LtdPolicy(LengthPolicy):
         """
         Args:
             network: ``None``: plain decoding until one is published with a version.
-            takes_published: replace it by those that come with versions.
+            takes_published: have those that come with versions instead.
         """
         super().__init__(context, drafter)
-        self._network = network
+        self._published = Published(
+            CALIBRATION_KEY, FILE, Network.from_bytes, self.drafter, network, takes_published
+        )
         self._random_share = random_share
-        self._takes_published = takes_published
         self._features = Features(max(context.max_draft, 1))
-        self._problem: str | None = None
-        """Why the network of the last version was refused."""
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -73,9 +72,10 @@ class LtdPolicy(LengthPolicy):
 
     def law(self, batch: int, max_k: int) -> Sequence[float]:
         """The K with the highest score among those that can be used."""
-        if self._network is None:
+        network = self._published.network
+        if network is None:
             return spread(0, max_k, 0.0)
-        scores = self._network.scores(self._features.vector(batch, self.costs.shares(batch)))
+        scores = network.scores(self._features.vector(batch, self.costs.shares(batch)))
         usable = range(min(max_k + 1, len(scores)))
         return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
 
@@ -85,16 +85,10 @@ class LtdPolicy(LengthPolicy):
         self._features.observe(outcome.decision.draft_k, rows.num_verified, rows.num_accepted)
 
     def forget(self, calibration: dict[str, Any]) -> None:
-        """Start the features over, and take the network that comes with the version."""
+        """Start the features over, and take the network that comes with the version, if any."""
         self._features.forget()
-        if not self._takes_published or CALIBRATION_KEY not in calibration:
-            return
-        try:
-            self._network = Network.from_text(calibration[CALIBRATION_KEY])
-            self._problem = None
-        except ValueError as error:
-            self._problem = str(error)
+        self._published.on_swap(calibration)
 
     def state(self) -> dict[str, Any]:
-        """Whether there is a network, and what was wrong with the last one."""
-        return {"has_weights": self._network is not None, "problem": self._problem}
+        """Whether there is a network, how old it is, and why the version's own was refused."""
+        return self._published.figures(self.version)

@@ -21,7 +21,7 @@ SCHEMA = "slipstream.policy.ltd"
 MAX_HIDDEN, MAX_ACTIONS = 256, 17
 MAX_BYTES = 1 << 17
 """Of a file: the largest network has 90 KB."""
-_FILE = WeightFile("a policy", SCHEMA, NAMES, MAX_BYTES)
+FILE = WeightFile("a policy", SCHEMA, NAMES, MAX_BYTES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Network:
         Args:
             about: further entries of its metadata.
         """
-        return _FILE.to_bytes(self, about)
+        return FILE.to_bytes(self, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""
@@ -70,7 +70,7 @@ class Network:
         Raises:
             ValueError: says what is wrong.
         """
-        return cls(**_FILE.read(blob, cls.__slots__))._checked()
+        return cls(**FILE.read(blob, cls.__slots__))._checked()
 
     @classmethod
     def from_text(cls, text: Any) -> Self:
@@ -79,7 +79,7 @@ class Network:
         Raises:
             ValueError: says what is wrong.
         """
-        return cls.from_bytes(_FILE.blob_of(text))
+        return cls.from_bytes(FILE.blob_of(text))
 
     def _checked(self) -> Self:
         hidden, actions = self.b1.size, self.b2.size

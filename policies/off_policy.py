@@ -16,6 +16,7 @@ Shapes: S steps, B resamples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -142,30 +143,45 @@ def throughput(
     weights: Floats,
     strata: NDArray[np.int64] | None = None,
     seed: int = 0,
+    *,
+    work: Floats | None = None,
 ) -> Estimate | None:
     """Tokens per second; doubly robust in those of the two that have a model.
 
     Args:
         strata: [S] load of each step. Every load has its own estimate, and the whole is that of the
-            logged tokens over the time that they would take, each load at its own speed. ``None``:
-            all steps are alike.
+            same work over the time that it would take, each load at its own speed. ``None``: all
+            steps are alike.
+        work: [S] tokens of each step by which loads weigh. They must be those of the log for
+            policies that are compared: one that drafts more at some loads would give these more
+            weight by its own. ``None``: ``tokens.logged``.
 
     Returns:
         ``None`` if some load has no step that counts.
     """
     above, below = _corrected(tokens, weights), _corrected(seconds, weights)
     strata = np.zeros(len(weights), np.int64) if strata is None else strata
-    work, times, resampled = 0.0, 0.0, np.zeros(RESAMPLES)
+    total, times, resampled = 0.0, 0.0, np.zeros(RESAMPLES)
     for number, one in enumerate(np.unique(strata).tolist()):
         rows = strata == one
         found = _Sums.of(above[rows], below[rows], weights[rows], seed + number)
         if found is None:
             return None
-        logged = float(tokens.logged[rows].sum())
-        work += logged
-        times += logged / found.value
-        resampled += logged / found.resampled
-    return _joined(work / times, work / resampled, weights)
+        own = float((tokens.logged if work is None else work)[rows].sum())
+        total += own
+        times += own / found.value
+        resampled += own / found.resampled
+    return _joined(total / times, total / resampled, weights)
+
+
+def mean_of(estimates: Sequence[Estimate | None]) -> Estimate | None:
+    """Of a policy that draws its decisions, over several seeds on one log; they share the steps, so
+    the mean is about as uncertain as each. ``None`` if one is not known."""
+    known = [one for one in estimates if one is not None]
+    if len(known) < len(estimates):
+        return None
+    names = ("value", "low", "high", "effective_steps")
+    return Estimate(*(float(np.mean([getattr(one, name) for one in known])) for name in names))
 
 
 def _corrected(reward: Reward, weights: Floats) -> Floats:

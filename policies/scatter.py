@@ -27,6 +27,8 @@ _RATIO_PROOF = 2.0
 before it counts; beyond that it counts the more the clearer it differs (James-Stein)."""
 _LATE_GAIN, _OWN_LATE_GAIN = 0.003, 0.001
 """Gains of the averages of late time, over all steps and over those of one drafter."""
+_LATE_PROOF = 2.0
+"""Late steps of like size on which a drafter's own lateness must rest."""
 _LATE_SD = 0.03
 """Prior standard deviation of a drafter's own excess from the common one, as a share of a step."""
 
@@ -84,6 +86,10 @@ class Scatter:
         # The common variance: a drafter's own is 0 until one of its steps is late.
         proof = (_LATE_SD * plain_s) ** 2 * own.weight
         share = proof / (proof + common.variance) if proof else 0.0
+        # The common variance forgets sooner than the mean of a drafter that is seldom used. A mean
+        # above the common one that rests on one late step, or on two, proves nothing.
+        if own.mean > common.mean and own.weight * own.mean**2 <= _LATE_PROOF * own.square:
+            return common.mean
         return common.mean + share * (own.mean - common.mean)
 
     def is_late(self, step_s: float, typical_s: float) -> bool:

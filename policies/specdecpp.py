@@ -3,7 +3,7 @@
 With ``c_j`` the predicted probability that position j is kept if all before it are, a draft ends
 before the first position with ``1 - c_1 c_2 ... c_j > h``. ``trainer policy --method specdecpp``
 fits the network to traces; it comes from ``policy.specdecpp.weights``, or with the drafter's
-version, in the same swap. Until there is one, the server decodes plainly.
+version, in the same swap. With a version that brings none, the server decodes plainly.
 
 Source: Huang et al. 2024, arXiv:2405.19715; what the network sees differs, see
 ``policies.confidence_head``.
@@ -16,9 +16,10 @@ from typing import Any, ClassVar, Self
 from configs.policies import CuttingSettings
 from configs.schema import PolicySettings
 from policies.allocation import Allocation, Cut
-from policies.confidence_head import MAX_BYTES, Head
+from policies.confidence_head import FILE, MAX_BYTES, Head
 from policies.cutting import CuttingPolicy
 from policies.interface import PolicyContext
+from policies.published import Published
 from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "specdecpp"
@@ -47,13 +48,13 @@ class SpecDecPpPolicy(CuttingPolicy):
         """
         Args:
             head: ``None``: plain decoding until one is published with a version.
-            takes_published: replace it by those that come with versions.
+            takes_published: have those that come with versions instead.
         """
         super().__init__(context, drafter, draft_k, random_share, how)
-        self._threshold, self._head = 1 - most_risk, head
-        self._takes_published = takes_published
-        self._problem: str | None = None
-        """Why the head of the last version was refused."""
+        self._threshold = 1 - most_risk
+        self._published = Published(
+            CALIBRATION_KEY, FILE, Head.from_bytes, self.drafter, head, takes_published
+        )
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -75,23 +76,14 @@ class SpecDecPpPolicy(CuttingPolicy):
 
     def allocation(self) -> Allocation | None:
         """The network's cut, once there is one."""
-        if self._head is None:
-            return None
-        return Allocation(self.cut, self._threshold, head=self._head)
+        head = self._published.network
+        return None if head is None else Allocation(self.cut, self._threshold, head=head)
 
     def forget(self, calibration: dict[str, Any]) -> None:
-        """Take the head that comes with the version; one that is damaged changes nothing."""
+        """Take the head that comes with the version, if any."""
         super().forget(calibration)
-        if not self._takes_published or CALIBRATION_KEY not in calibration:
-            return
-        try:
-            self._head = Head.from_text(calibration[CALIBRATION_KEY])
-            self._problem = None
-        except ValueError as error:
-            self._problem = str(error)
+        self._published.on_swap(calibration)
 
     def state(self) -> dict[str, Any]:
-        """Also whether there is a head, and what was wrong with the last one."""
-        return {
-            **super().state(), "has_weights": self._head is not None, "problem": self._problem,
-        }  # fmt: skip
+        """Also whether there is a head, how old it is, and why the version's own was refused."""
+        return {**super().state(), **self._published.figures(self.version)}

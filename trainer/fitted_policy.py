@@ -11,6 +11,7 @@ from policies import ltd, specdecpp
 from policies.confidence_head import MAX_BYTES as MOST_HEAD_BYTES
 from policies.confidence_head import Head
 from policies.network import MAX_BYTES, Network
+from policies.weight_file import text_of
 
 log = logging.getLogger(__name__)
 
@@ -29,21 +30,20 @@ def fitted_policy(run_dir: Path) -> dict[str, str]:
     """What the calibration of the next version says of fitted policies: nothing of one that is not
     there, or whose file cannot be used, which is logged."""
     found = {
-        ltd.CALIBRATION_KEY: _text(
-            policy_path(run_dir), MAX_BYTES, lambda blob: Network.from_bytes(blob).to_text()
-        ),
-        specdecpp.CALIBRATION_KEY: _text(
-            head_path(run_dir), MOST_HEAD_BYTES, lambda blob: Head.from_bytes(blob).to_text()
-        ),
+        ltd.CALIBRATION_KEY: _text(policy_path(run_dir), MAX_BYTES, Network.from_bytes),
+        specdecpp.CALIBRATION_KEY: _text(head_path(run_dir), MOST_HEAD_BYTES, Head.from_bytes),
     }
     return {key: text for key, text in found.items() if text is not None}
 
 
-def _text(path: Path, most_bytes: int, checked: Callable[[bytes], str]) -> str | None:
+def _text(path: Path, most_bytes: int, check: Callable[[bytes], object]) -> str | None:
+    """The file as it is, with what it says of the traces that it was fitted to."""
     try:
-        return checked(read_regular(path, most_bytes + 1, follow=True))
+        blob = read_regular(path, most_bytes + 1, follow=True)
+        check(blob)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         log.warning("the policy in %s is not published: %s", path, error)
         return None
+    return text_of(blob)

@@ -8,13 +8,17 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from buffer.command_line import located
 from buffer.files import write_atomically
 from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
-from policies.logged import LoggedStep
-from policies.run_log import Times, log_of_run, read_steps
+from policies.logged import LoggedStep, drafters_of, of_newest_versions
+from policies.published import Origin
+from policies.run_log import Times, log_of_run, read_steps, time_doubts
 from trainer.fitted_policy import head_path, policy_path
 
 Method = Literal["full", "ppo", "specdecpp"]
+_LEAST_STEPS = 2000
+"""Drafted by the newest version from which on those of former versions are left out."""
 
 
 def fit_policy(
@@ -51,15 +55,20 @@ def fit_policy(
     both are swapped at once. ``policy.ltd.weights`` and ``policy.specdecpp.weights`` load a file
     without a trainer. ``specdecpp`` needs traces of a policy that cuts drafts on the device, best
     with a high ``policy.random_share``.
+
+    What a drafter's drafts bring changes from version to version, so those of the newest are used
+    alone where they are enough. The file says which they were, and a server how many versions ago.
     """
     settings = settings_from_cli(config, set_, False)
-    run_dir = settings.run_dir
     try:
-        steps = read_steps(settings.buffer.url, run_dir, most_steps)
+        url, run_dir = located(None, settings)
+        steps = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
-        _refuse(str(error), exit_code(error))
+        _refuse(str(error), 2)
+    steps, origin = _of_newest(steps, drafter)
     if method == "specdecpp":
-        _fit_head(steps, drafter, held_out, settings.seed, ungated, out or head_path(run_dir))
+        path = head_path(run_dir) if out is None else out
+        _fit_head(steps, drafter, held_out, settings.seed, ungated, path, origin)
         return
     # --help and whoever was refused skip this import of torch.
     from trainer.ltd import (
@@ -75,7 +84,9 @@ def fit_policy(
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         rows = split(log, held_out)
     except ValueError as error:
-        _refuse(str(error), 1)
+        _refuse(str(error), exit_code(error))
+    if (doubts := time_doubts(log)) is not None:
+        typer.echo(doubts)
     if method == "full":
         network = fit_full_information(log, rows, FullInformation(seed=settings.seed))
     else:
@@ -88,7 +99,7 @@ def fit_policy(
     path = policy_path(run_dir) if out is None else out
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"method": method, "gain": f"{gate.gain:.4f}", "at_least": f"{gate.low - 1:.4f}"}
-    write_atomically(path, network.to_bytes(about))
+    write_atomically(path, network.to_bytes(about | _metadata(origin)))
     typer.echo(f"written: {path}")
 
 
@@ -99,6 +110,7 @@ def _fit_head(
     seed: int,
     ungated: bool,
     path: Path,
+    origin: Origin | None,
 ) -> None:
     from trainer.confidence_head import HeadFit, fit_head, judge_head, samples_of, split_samples
 
@@ -115,8 +127,31 @@ def _fit_head(
         _refuse("not written: it does not tell more than a position; --ungated writes it anyway", 1)
     path.parent.mkdir(parents=True, exist_ok=True)
     about = {"method": "specdecpp", "auc": f"{gate.auc:.4f}"}
-    write_atomically(path, head.to_bytes(about))
+    write_atomically(path, head.to_bytes(about | _metadata(origin)))
     typer.echo(f"written: {path}")
+
+
+def _of_newest(
+    steps: list[LoggedStep], drafter: str | None
+) -> tuple[list[LoggedStep], Origin | None]:
+    """The steps to fit to, and whose they are; all, and ``None``, where nothing can be fitted."""
+    known = drafters_of(steps)
+    chosen = drafter if drafter is not None else next(iter(known), None)
+    if chosen is None or chosen not in known:
+        return steps, None
+    kept, (oldest, newest) = of_newest_versions(steps, chosen, _LEAST_STEPS)
+    if oldest == newest:
+        typer.echo(f"fitted to version {newest} of {chosen}")
+    else:
+        typer.echo(
+            f"fitted to versions {oldest} to {newest} of {chosen} together: the newest alone have "
+            f"drafted fewer than {_LEAST_STEPS} steps"
+        )
+    return kept, Origin(chosen, oldest, newest)
+
+
+def _metadata(origin: Origin | None) -> dict[str, str]:
+    return {} if origin is None else origin.metadata()
 
 
 def _refuse(message: str, code: int) -> NoReturn:

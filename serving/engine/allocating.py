@@ -191,11 +191,15 @@ class Allocator:
         return replace(opened, lens_R=lens_R)
 
     def _scores(self, figures_RK3: Tensor, temperature_R: Tensor, cut: Cut) -> Tensor:
-        if cut.score == "head":
-            return head_scores(figures_RK3, temperature_R, self._head)
-        if cut.score == "entropy":
-            return entropy_scores(figures_RK3, self._values[_GAMMA])
-        return figures_RK3[..., TOP if cut.score == "top" else MARGIN]
+        match cut.score:
+            case "top":
+                return figures_RK3[..., TOP]
+            case "entropy":
+                return entropy_scores(figures_RK3, self._values[_GAMMA])
+            case "margin":
+                return figures_RK3[..., MARGIN]
+            case "head":
+                return head_scores(figures_RK3, temperature_R, self._head)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,9 +107,10 @@ def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Tra
                     continue
                 row = step.rows[r]
                 ids = (3,) * row.num_verified
+                kind = step.drafter if ids or row.considered else "none"
                 rounds.append(
                     Round(
-                        anchor, step.drafter if ids else "none", step.version, ids, None,
+                        anchor, kind, step.version, ids, None,
                         (-0.5,) * min(row.num_accepted + 1, len(ids)), row.num_accepted, 5,
                         step.draft_k, step.propensity, step.batch, step.step_s,
                         policy=step.policy, step=at, considered=row.considered,

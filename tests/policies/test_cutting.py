@@ -61,6 +61,15 @@ def test_every_draft_is_cut_but_in_a_share_of_the_steps(kind):
     assert {plan.allocation.cut for plan in plans} == set(cuts_of(PolicySettings(kind=kind)))
 
 
+@pytest.mark.parametrize("score", ["drawn", "margins", ""])
+def test_a_rule_that_does_not_keep_the_targets_law_is_refused_by_name(score):
+    """As one that looks at the drawn token: the lossless suite sees that it changes the output."""
+    with pytest.raises(
+        ValueError, match=f"cannot be cut by '{score}'; the scores are top, entropy"
+    ):
+        Cut(score, cumulative=False)
+
+
 def test_only_policies_that_cut_need_programs_for_it():
     asking = {kind for kind in CATALOG if cuts_of(PolicySettings(kind=kind))}
     assert asking == {*CUTTING, "ragged"}
@@ -126,13 +135,13 @@ def test_a_head_comes_from_a_file_or_with_a_version(tmp_path):
         (lambda head: dataclasses.replace(head, b1=head.b1 * np.nan), "b1 is not finite"),
     ],
 )
-def test_a_damaged_head_changes_nothing(damage, said):
+def test_a_damaged_head_is_none(damage, said):
     policy = build("specdecpp", random_share=0.0)
-    before = policy.plan(obs()).allocation.head
+    assert policy.plan(obs()).draft_k
 
     policy.on_swap(DRAFTER, 2, {"specdecpp": damage(random_head()).to_text()})
 
-    assert policy.plan(obs()).allocation.head is before
+    assert policy.plan(obs()).draft_k == 0
     assert said in policy.figures()["problem"]
 
 

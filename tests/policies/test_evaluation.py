@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,6 +15,7 @@ from configs.schema import PolicySettings
 from policies.cli import app
 from policies.evaluation import best_ks, evaluate, off_policy_rate, rate_of
 from policies.replayed_log import ReplayedLog
+from policies.run_log import log_of_run, num_mixed, time_doubts
 from tests.policies.logs import (
     DRAFTER,
     MAX_DRAFT,
@@ -131,18 +133,68 @@ def test_the_command_can_take_times_from_the_traces(tmp_path):
     assert refused.exit_code == 1 and "holds no profile of step times" in refused.output
 
 
+def test_a_drafter_that_the_profile_lacks_is_timed_by_the_traces(tmp_path):
+    """A server profiles the drafters on its device, and an index is none of them."""
+    steps = [
+        replace(one, drafter="index" if one.draft_k else "none")
+        for one in log(400, any_k, (1,), noise=0.0)
+    ]
+    write_run(tmp_path, steps)  # with a profile of another drafter
+
+    refused = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--times", "profile"])
+    found = log_of_run(steps, None, tmp_path, "auto", MAX_DRAFT)
+
+    assert found.table.seconds(1).tolist() == pytest.approx([step_s(k, 1) for k in range(9)])
+    assert refused.exit_code == 1 and "no step times of 'index'" in refused.output
+    with pytest.raises(ValueError, match=r"neither a profile nor these traces.*serve more"):
+        log_of_run(steps[:20], None, tmp_path, "auto", MAX_DRAFT)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["nowhere"], 2, "neither a run folder nor a URL"),
-        (["RUN", "--drafter", "index"], 1, "no step was drafted by 'index'; the run has eagle3"),
+        (["RUN", "--drafter", "index"], 2, "no step was drafted by 'index'; the run has eagle3"),
         (["RUN", "--set", "policy.knd=ucb"], 2, "did you mean 'policy.kind'"),
+        (["RUN", "--set", "policy.kind=goodputt"], 2, "did you mean 'goodput'"),
+        (["RUN", "--out", "FILE"], 2, "cannot be a folder"),
+        (["RUN", "--out", "FILE/deeper/still"], 2, "cannot be a folder"),
     ],
 )
-def test_wrong_usage_says_what_is_wrong(run_dir, arguments, code, message):
-    words = [str(run_dir) if word == "RUN" else word for word in arguments]
+def test_wrong_usage_says_what_is_wrong_before_the_work(
+    run_dir, arguments, code, message, monkeypatch
+):
+    monkeypatch.setattr("policies.cli.evaluate", lambda *_, **__: pytest.fail("it was judged"))
+    file = run_dir / "step_times.json"
+    words = [word.replace("RUN", str(run_dir)).replace("FILE", str(file)) for word in arguments]
     result = CliRunner().invoke(app, ["evaluate", *words])
     assert (result.exit_code, message in result.output) == (code, True), result.output
+
+
+def test_a_damaged_profile_is_no_lack_of_traces(tmp_path):
+    write_run(tmp_path, log(20, any_k, (1,)))
+    (tmp_path / "step_times.json").write_text('{"samples": [{"drafter": 3}]}')
+
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+
+    assert (result.exit_code, "is no profile" in result.output) == (2, True), result.output
+
+
+@pytest.mark.parametrize(("factor", "is_doubted"), [(1.1, False), (1.5, True), (0.6, True)])
+def test_a_profile_that_the_traces_contradict_is_reported(factor, is_doubted):
+    """A machine that was busy at the start, or another one."""
+    samples = [
+        replace(one, step_s=one.step_s * (factor if one.draft_k == 0 and one.batch == 4 else 1))
+        for one in profile()
+    ]
+    judged = ReplayedLog.of(log(900, any_k, (1, 4), noise=0.0), DRAFTER, samples, MAX_DRAFT)
+
+    found = time_doubts(judged)
+
+    assert (found is not None) == is_doubted
+    if found is not None:
+        assert "K = 0 at batch 4" in found and "--times traces" in found
+        assert "at batch 1:" not in found
 
 
 def test_a_run_without_drafts_is_refused(tmp_path):
@@ -152,8 +204,50 @@ def test_a_run_without_drafts_is_refused(tmp_path):
     assert "20 steps were read and none drafted anything" in result.output
 
 
+def test_a_run_of_several_drafters_at_once_is_refused_and_a_few_such_steps_are_counted():
+    own = log(300, any_k, (2,))
+    mixed = [replace(step, is_mixed=True, drafter="eagle3+suffix") for step in own if step.draft_k]
+
+    found = log_of_run([*own, *mixed], None, Path("nowhere"), "traces", MAX_DRAFT)
+
+    assert found.steps == tuple(own)
+    assert num_mixed([*own, *mixed]) == len(mixed)
+    with pytest.raises(ValueError, match=r"several drafters at once.*drafter\.mixed=false"):
+        log_of_run(mixed, None, Path("nowhere"), "traces", MAX_DRAFT)
+
+
 def estimated(steps, k):
     return off_policy_rate(replayed(steps), np.full(len(steps), k, np.int64))
+
+
+@pytest.mark.parametrize("ks", [(5, 1), (1, 5), (0, 4)])
+def test_estimates_of_policies_that_draft_more_at_some_loads_agree_with_their_replay(ks):
+    """Both weigh loads by the tokens of the log. By the policy's own, one that drafts long at the
+    slow load would seem a sixth slower than it is here."""
+    whole = replayed(log(4000, any_k, (1, 8), noise=0.0))
+    chosen = np.where(whole.sizes == 0, *ks)
+
+    found, wanted = off_policy_rate(whole, chosen), rate_of(whole, chosen)
+
+    assert found.value == pytest.approx(wanted, rel=0.011)
+    assert found.low < wanted < found.high
+
+
+def test_all_figures_of_a_policy_that_draws_are_means_over_its_seeds():
+    whole = replayed(log(400, any_k, (4,)))
+    each = [evaluate(whole, PolicySettings(), ("thompson",), (seed,)) for seed in (0, 1, 2)]
+    (found,) = (
+        [one for one in result.policies if one.name == "thompson"]
+        for result in [evaluate(whole, PolicySettings(), ("thompson",))]
+    )
+    alone = [one for result in each for one in result.policies if one.name == "thompson"]
+
+    assert len({one.mean_k for one in alone}) == 3
+    for name in ("rate", "mean_k", "extrapolated"):
+        values = [getattr(one, name) for one in alone]
+        assert getattr(found[0], name) == pytest.approx(np.mean(values)), name
+    values = [one.off_policy.value for one in alone]
+    assert found[0].off_policy.value == pytest.approx(np.mean(values))
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])

@@ -18,6 +18,7 @@ from policies.catalog import build_policy
 from policies.features import NUM_FEATURES
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.network import Network
+from policies.weight_file import text_of
 from tests.policies.logs import DRAFTER, HAZARDS, MAX_DRAFT, drawn, expected_tokens, profile, step_s
 from tests.policies.simulated import NEURAL
 
@@ -224,8 +225,45 @@ def test_without_a_network_nothing_is_drafted_until_one_comes_with_a_version():
     policy.on_swap(DRAFTER, 1, {"acceptance": [0.8], "ltd": network(3).to_text()})
     assert {d.draft_k for d in decode(policy, 20)} == {3}
 
-    policy.on_swap(DRAFTER, 2, {"acceptance": [0.8]})
-    assert {d.draft_k for d in decode(policy, 20)} == {3}, "a version without one changes nothing"
+
+@pytest.mark.parametrize("version", [0, 2], ids=["rolled back to", "after it"])
+def test_a_version_without_a_network_has_none(version):
+    """One that was fitted to other weights is not kept, and is there again with its version."""
+    policy = build("ltd", random_share=0.0)
+    bundle = {"ltd": network(3).to_text()}
+    policy.on_swap(DRAFTER, 1, bundle)
+
+    policy.on_swap(DRAFTER, version, {"acceptance": [0.8]})
+    assert {d.draft_k for d in decode(policy, 20)} == {0}
+    assert not policy.figures()["has_weights"]
+
+    policy.on_swap(DRAFTER, 1, bundle)
+    assert {d.draft_k for d in decode(policy, 20)} == {3}
+
+
+def fitted_to(drafter, oldest="4", newest="6"):
+    about = {"drafter": drafter, "oldest_version": oldest, "newest_version": newest}
+    return text_of(network(3).to_bytes(about))
+
+
+def test_a_server_says_how_old_the_fit_of_its_network_is():
+    policy = build("ltd", random_share=0.0)
+    policy.on_swap(DRAFTER, 9, {"ltd": fitted_to(DRAFTER)})
+
+    found = policy.figures()
+
+    assert found["has_weights"]
+    assert (found["fitted_to_version"], found["versions_since"]) == (6, 3)
+    policy.on_swap(DRAFTER, 10, {"ltd": network(3).to_text()})
+    assert policy.figures()["versions_since"] is None, "files of before do not tell"
+
+
+def test_a_network_that_was_fitted_to_another_drafter_is_refused():
+    policy = build("ltd", random_share=0.0)
+    policy.on_swap(DRAFTER, 9, {"ltd": fitted_to("another")})
+
+    assert {d.draft_k for d in decode(policy, 20)} == {0}
+    assert "fitted to drafts of 'another'" in policy.figures()["problem"]
 
 
 def damaged():
@@ -242,18 +280,19 @@ def damaged():
         "other features": base64.b64encode(
             whole.replace(b"hazard_deep", b"hazard_dxxp")
         ).decode(),
+        "no version": fitted_to(DRAFTER, newest="six"),
         "too large": base64.b64encode(bytes(1 << 18)).decode(),
     }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", damaged())
-def test_a_damaged_network_changes_nothing(what):
+def test_a_damaged_network_is_none(what):
     policy = build("ltd", random_share=0.0)
     policy.on_swap(DRAFTER, 1, {"ltd": network(3).to_text()})
 
     policy.on_swap(DRAFTER, 2, {"ltd": damaged()[what]})
 
-    assert {d.draft_k for d in decode(policy, 20)} == {3}
+    assert {d.draft_k for d in decode(policy, 20)} == {0}
     assert policy.figures()["problem"]
 
 

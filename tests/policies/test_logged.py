@@ -8,11 +8,22 @@ import random
 import numpy as np
 import pytest
 
-from policies.logged import LoggedRow, LoggedStep, hazards_of, of_drafter, scores_of, steps_of
+from policies.costs import times_of
+from policies.logged import (
+    LoggedRow,
+    LoggedStep,
+    drafters_of,
+    hazards_of,
+    of_drafter,
+    of_newest_versions,
+    scores_of,
+    steps_of,
+)
 from tests.policies.logs import (
     DRAFTER,
     HAZARDS,
     MAX_DRAFT,
+    always,
     any_k,
     expected_tokens,
     log,
@@ -117,6 +128,64 @@ def test_steps_of_other_drafters_say_nothing():
     unmatched = step(4, (0, 0), drafter="none")
     assert of_drafter([step(2, (2, 1)), step(2, (2, 1), drafter="other"), plain, unmatched],
                       DRAFTER) == [step(2, (2, 1)), plain]  # fmt: skip
+
+
+def picked(trace, drafter, **changes):
+    """The trace of a request for which a mix picked this drafter, whose draft ids are all kept."""
+    rounds = (
+        dataclasses.replace(
+            one, drafter=drafter, propensity=one.propensity * 0.9, reason="best",
+            num_accepted=len(one.draft_ids), p_logp=(-0.5,) * len(one.draft_ids), **changes,
+        )
+        for one in trace.rounds
+    )  # fmt: skip
+    return dataclasses.replace(trace, rounds=type(trace.rounds).of(rounds))
+
+
+def test_rows_of_one_drafter_in_a_step_of_several_are_not_the_others():
+    """Neither what they keep nor what the step takes."""
+    alone = steps_of(traces_of(log(200, always(4), batches=(2,))))
+    mixed = [
+        picked(trace, "suffix", version=7) if at % 2 else trace
+        for at, trace in enumerate(traces_of(log(200, always(4), batches=(2,), seed=1)))
+    ]
+    mixed = [dataclasses.replace(trace, epoch=2) for trace in mixed]
+    steps = [*alone, *steps_of(mixed)]
+
+    assert {one.drafter for one in steps} == {DRAFTER, f"{DRAFTER}+suffix"}
+    assert sum(one.is_mixed for one in steps) == 200
+    assert drafters_of(steps) == [DRAFTER]
+    assert of_drafter(steps, DRAFTER) == alone
+    assert times_of(steps) == times_of(alone)
+
+
+@pytest.mark.parametrize(("batch", "is_mixed"), [(1, False), (2, True)])
+def test_a_pick_for_one_request_is_the_decision_of_its_step(batch, is_mixed):
+    """Of several requests, others may have got another drafter, also where no trace tells."""
+    traces = traces_of(log(50, always(4), batches=(batch,)))[:1]
+    steps = steps_of([picked(trace, "suffix") for trace in traces])
+    assert {(one.drafter, one.is_mixed, one.propensity) for one in steps} == {
+        ("suffix", is_mixed, 0.9)
+    }
+
+
+def test_a_fit_uses_the_newest_versions_that_have_drafted_enough():
+    """And what was decoded plainly since the first of their steps."""
+    versions = [1] * 40 + [2] * 40 + [3] * 20
+    steps = [
+        dataclasses.replace(one, version=version)
+        for one, version in zip(log(100, always(2)), versions, strict=True)
+    ]
+    plain = [dataclasses.replace(step(0, (0, 0), drafter="none"), version=v) for v in (1, 2, 3)]
+    steps = [plain[0], *steps[:40], *steps[40:60], plain[1], *steps[60:], plain[2]]
+
+    newest, which = of_newest_versions(steps, DRAFTER, 20)
+    assert (newest, which) == ([*steps[82:]], (3, 3))
+    newest, which = of_newest_versions(steps, DRAFTER, 21)
+    assert (newest, which) == ([*steps[41:]], (2, 3))
+    assert of_newest_versions(steps, DRAFTER, 1000) == (steps[1:], (1, 3))
+    with pytest.raises(ValueError, match="no step was drafted by 'other'"):
+        of_newest_versions(steps, "other", 1)
 
 
 def test_any_k_is_as_likely_in_the_logs_of_these_tests():

@@ -8,6 +8,7 @@ from statistics import fmean
 import pytest
 
 from policies.interface import CostSample
+from policies.scatter import Scatter
 from policies.step_time import StepTimes
 from tests.policies.simulated import DRAFTERS, Noise
 
@@ -190,3 +191,25 @@ def test_a_drafters_cost_is_not_carried_beyond_belief():
     observe(model, [("none", 0), ("eagle3", 8), ("eagle3", 1)], 8, CALM, steps=150)
     times = model.arm_times("eagle3", 8)
     assert times[7] - times[0] == pytest.approx(truly[1] - truly[0], rel=0.15)
+
+
+def test_one_late_step_among_few_is_not_what_they_all_are():
+    """Plain steps are few while drafting pays, and all that is known of lateness may be one step
+    among them, a thousand steps ago. It had made plain decoding seem twice as slow for 800 steps
+    after a good drafter had become useless."""
+    scatter = Scatter(("eagle3",))
+    for at in range(24):
+        scatter.observe("none", 0.02 if at == 12 else 0.0007, 0.0007)
+    for _ in range(1500):
+        scatter.observe("eagle3", 0.0009, 0.0009)
+
+    assert scatter.late_s("none", 0.0007) < 0.1 * 0.0007
+
+
+def test_steps_of_a_drafter_that_are_always_later_count_as_such():
+    scatter = Scatter(("eagle3",))
+    for at in range(4000):
+        scatter.observe("none", 0.001, 0.001)
+        scatter.observe("eagle3", 0.003 if at % 10 == 0 else 0.001, 0.001)
+
+    assert scatter.late_s("eagle3", 0.001) > scatter.late_s("none", 0.001) + 0.00008

@@ -3,6 +3,7 @@ confidence tells nothing."""
 
 from __future__ import annotations
 
+import base64
 import json
 from dataclasses import asdict
 
@@ -11,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from policies.confidence_head import Head
+from policies.published import Origin
 from tests.policies.confident_logs import confident_log, profile
 from tests.policies.logs import DRAFTER, log, write_run
 from tests.policies.logs import always as always_k
@@ -58,7 +60,9 @@ def test_the_command_writes_a_head_that_is_published_with_the_next_version(tmp_p
     assert done.exit_code == 0, done.output
     assert "gate passed" in done.output
     head = Head.from_bytes(head_path(tmp_path).read_bytes())
-    assert fitted_policy(tmp_path) == {"specdecpp": head.to_text()}
+    text = fitted_policy(tmp_path)["specdecpp"]
+    assert np.array_equal(Head.from_text(text).w1, head.w1)
+    assert Origin.of_blob(base64.b64decode(text)) == Origin(DRAFTER, 0, 0)
     head_path(tmp_path).write_bytes(b"damaged")
     assert fitted_policy(tmp_path) == {}, "and the log says why"
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -11,6 +14,7 @@ from policies.catalog import build_policy
 from policies.features import NAMES, NUM_FEATURES, Features
 from policies.ltd import CALIBRATION_KEY
 from policies.network import Network
+from policies.published import Origin
 from policies.replayed_log import ReplayedLog, play
 from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile, write_run
 from trainer.cli import app
@@ -116,10 +120,22 @@ def test_the_command_writes_a_policy_that_passes_and_a_version_carries_it(run_di
 
     assert result.exit_code == 0, result.output
     assert "gate passed" in result.output
+    assert f"fitted to version 0 of {DRAFTER}" in result.output
     network = Network.from_bytes(policy_path(run_dir).read_bytes())
-    carried = Network.from_text(fitted_policy(run_dir)[CALIBRATION_KEY])
+    text = fitted_policy(run_dir)[CALIBRATION_KEY]
+    carried = Network.from_text(text)
+    assert Origin.of_blob(base64.b64decode(text)) == Origin(DRAFTER, 0, 0)
     features = [0.5] * NUM_FEATURES
     assert carried.scores(features) == network.scores(features)
+
+
+def test_a_fit_to_traces_of_several_versions_says_so(tmp_path):
+    steps = log(640, any_k, (1,))
+    write_run(tmp_path, [replace(one, version=at // 300) for at, one in enumerate(steps)])
+
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
+
+    assert f"fitted to versions 0 to 2 of {DRAFTER} together: the newest alone" in result.output
 
 
 def test_a_policy_that_gains_nothing_is_not_written(tmp_path):
@@ -137,6 +153,14 @@ def test_a_damaged_file_is_not_published(tmp_path, caplog):
 
     assert fitted_policy(tmp_path) == {}
     assert "is not published" in caplog.text
+
+
+def test_a_run_that_is_not_there_is_refused_and_not_made(tmp_path):
+    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path / 'typo'}"])
+
+    assert result.exit_code == 2
+    assert "typo" in result.output
+    assert not (tmp_path / "typo").exists()
 
 
 def test_a_log_that_is_too_short_is_refused(tmp_path):

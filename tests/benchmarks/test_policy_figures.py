@@ -1,0 +1,45 @@
+"""Figures of policies: what is claimed, by which goal, and whose rules are compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.harness.allocate_times import allocate_times
+from benchmarks.policies import allocate_rows
+from benchmarks.policy_comparison import RULES
+from benchmarks.policy_simulation import claims, shift_claims, steps_to_plain
+from benchmarks.real import choosing
+from policies.catalog import CATALOG
+from tests.policies.simulated import World
+
+STEADY = World(eagle=(0.6,) * 8, has_index=False, verify_per_token_s=2e-6)
+
+
+def test_what_the_device_does_to_cut_drafts_is_timed_for_every_score():
+    times = allocate_times("cpu")
+    assert set(times) == {"top", "entropy", "head"}
+    assert all(us > 1 for us in times.values())
+    assert all(row.goal is None for row in allocate_rows(times, "cpu"))
+    on_gpu = list(allocate_rows({"top": 29.0, "head": 31.0}, "cuda"))
+    assert [row.holds for row in on_gpu] == [True, False]
+
+
+def test_every_policy_that_decides_is_in_the_comparison_with_its_origin():
+    assert set(RULES) == set(CATALOG) - {"fixed"}
+
+
+@pytest.mark.parametrize(("value", "holds"), [(0.979, False), (0.981, True)])
+def test_simulated_speeds_are_held_to_the_goals_of_the_live_ones(value, holds):
+    row = {"name": "gpu, random", "settled": value, "whole": value, "vs_plain": value + 0.0045}
+    assert {one.holds for one in claims([row])} == {holds}
+    assert choosing.GOAL == 0.98
+
+
+def test_a_policy_that_draws_on_after_a_shift_is_seen():
+    assert steps_to_plain(STEADY, STEADY, 0) is None
+    silent = steps_to_plain(STEADY, replace(STEADY, eagle=(0.01,) * 8), 0)
+    assert silent is not None and silent <= 100
+    found = [{"name": "x", "worst": worst, "median": 5} for worst in (50, 51, None)]
+    assert [one.holds for one in shift_claims(found)] == [True, False, False]
