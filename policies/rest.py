@@ -38,8 +38,8 @@ _MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
 """While drafting pays: most steps without a plan, and least and most steps without a look at
 matches where looking at every step does not pay."""
 _LEAST_SILENT, _MANY_SILENT = 8, 16
-"""Steps that a plan holds for at least once neither drafts nor looks paid in so many plans in a row,
-even if the host has time for a plan at every step: that time is taken from other threads."""
+"""Steps that a plan holds for at least, once neither drafts nor looks paid in so many plans in a
+row, even if the host has time for a plan at every step: it is taken from other threads."""
 _MOST_CREDIT = 8.0
 """Plain steps' worth of time that drafts which saved it let later looks take: traffic has matches
 now and then, and learning that they pay on the average takes many looks."""
