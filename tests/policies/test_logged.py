@@ -167,6 +167,8 @@ def test_a_pick_for_one_request_is_the_decision_of_its_step(batch, is_mixed):
     assert {(one.drafter, one.is_mixed, one.propensity) for one in steps} == {
         ("suffix", is_mixed, 0.9)
     }
+    assert len(of_drafter(steps, "suffix")) == (0 if is_mixed else len(steps))
+    assert drafters_of(steps) == ([] if is_mixed else ["suffix"])
 
 
 def test_a_fit_uses_the_newest_versions_that_have_drafted_enough():
