@@ -51,9 +51,10 @@ class _Layer(nn.Module):
             "down": mlp.down_proj.weight,
             "norm": module.input_layernorm.weight,
             "mlp_norm": module.post_attention_layernorm.weight,
-            "q_norm": attend.q_norm.weight,
-            "k_norm": attend.k_norm.weight,
         }
+        self.norms_heads = hasattr(attend, "q_norm")  # Qwen3's are, Llama's are not
+        if self.norms_heads:
+            weights |= {"q_norm": attend.q_norm.weight, "k_norm": attend.k_norm.weight}
         for name, weight in weights.items():
             self.register_buffer(name, weight.detach())
         shape = (batch, self.num_kv_heads, num_positions, self.head_dim)
@@ -67,10 +68,11 @@ class _Layer(nn.Module):
         normed = rms_norm(x_BTH, x_BTH.shape[-1:], self.norm, self.eps)
         heads = linear(normed, self.qkv).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         q, k, v = heads.split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=1)
-        shape = (self.head_dim,)
-        q = _rotate(rms_norm(q, shape, self.q_norm, self.eps), cos, sin)
-        k = _rotate(rms_norm(k, shape, self.k_norm, self.eps), cos, sin)
-        return q, k, v
+        if self.norms_heads:
+            shape = (self.head_dim,)
+            q = rms_norm(q, shape, self.q_norm, self.eps)
+            k = rms_norm(k, shape, self.k_norm, self.eps)
+        return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
     def _finish(self, x_BTH: Tensor, mixed: Tensor) -> Tensor:
         """Output projection and MLP after attention; ``mixed`` is [B, Hq, T, D]."""

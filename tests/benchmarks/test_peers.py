@@ -12,6 +12,7 @@ from benchmarks.peers.__main__ import Row, agreement, attempt
 from benchmarks.peers.compiled_loop import CompiledLoop
 from benchmarks.peers.decoders import Generate, Work, first_layers, static_cache
 from benchmarks.peers.steps import GenerateSteps, LoopSteps, OurSteps, Past, random_model
+from oracles.engines import random_model as made_model
 
 CPU = torch.device("cpu")
 
@@ -50,7 +51,9 @@ def test_an_error_is_the_rows_result() -> None:
     assert row.figures(8, None)["error"] == "RuntimeError: no such kernel"
 
 
-def test_the_simple_loop_answers_as_generate_does(model: Any) -> None:
+@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+def test_the_simple_loop_answers_as_generate_does(model: Any, kind: str) -> None:
+    model = model if kind == "qwen3" else made_model(kind)
     prompts = [[3, 141, 59, 26, 5], [35, 89, 79, 323, 84]]
     work = Work(batch=2, num_prompt=5, num_new=12)
     loop = CompiledLoop(model, work.batch, work.num_positions)

@@ -161,6 +161,7 @@ def test_what_ends_the_publishing_thread_ends_the_trainer(world: World, tmp_path
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 def test_a_trainer_on_a_gpu_publishes_and_saves_beside_its_updates(
     world: World, tmp_path: Path
 ) -> None:
