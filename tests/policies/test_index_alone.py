@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from statistics import median
 
 import numpy as np
 import pytest
@@ -97,15 +98,18 @@ def test_text_that_begins_to_repeat_itself_is_decoded_with_the_index(batch):
     alone, at 0.6 and 0.8 of what the index gives."""
     world = replace(REPEATING, batch=batch)
     best = max(fixed_speed(world, "suffix", k) for k in range(1, 9))
-    assert best > 1.15 * max(fixed_speed(world, "eagle3", k) for k in range(1, 9))
-    policy = build_policy(PolicySettings(), DRAFTERS, 0, max_draft=8)
-    policy.calibrate(world.profile())
-    server = Simulation(policy, 0)
-    server.swap(1, calibration(world))
-    server.run(replace(world, rows={}), 400)
-    server.run(world, 3000 if batch == 1 else 2200)
-    assert server.run(world, 500).speed >= 0.95 * best
-    # And back.
-    server.run(replace(world, rows={}), 400)
     alone = max(fixed_speed(world, "eagle3", k) for k in range(1, 9))
-    assert server.run(replace(world, rows={}), 500).speed >= 0.93 * alone
+    assert best > 1.15 * alone
+    there, back = [], []
+    for seed in range(3):
+        policy = build_policy(PolicySettings(), DRAFTERS, seed, max_draft=8)
+        policy.calibrate(world.profile())
+        server = Simulation(policy, seed)
+        server.swap(1, calibration(world))
+        server.run(replace(world, rows={}), 400)
+        server.run(world, 3000 if batch == 1 else 2200)
+        there.append(server.run(world, 500).speed / best)
+        server.run(replace(world, rows={}), 400)
+        back.append(server.run(replace(world, rows={}), 500).speed / alone)
+    assert median(there) >= 0.95
+    assert median(back) >= 0.93
