@@ -177,6 +177,10 @@ def measure(
         gaps = streams.gaps(began_s, time.time())
         streams.stop()
     failures = [failure for job in jobs for failure in job.result()]
+    if not all(window.tokens_per_s for windows in found.values() for window in windows):
+        raise RuntimeError(
+            f"{cell.name}: nothing was decoded; {failures[:1] or 'no request failed'}"
+        )
     ratios = [b.tokens_per_s / a.tokens_per_s for a, b in zip(*found.values(), strict=True)]
     return {
         "clients": cell.clients,

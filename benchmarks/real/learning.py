@@ -367,7 +367,7 @@ def main(
     how = "mps" if mps else "own" if own_gpu else "auto" if auto else None
     figures = [figures_of(run) for run in runs]
     name = "learning" if how is None else f"learning_{how}"
-    about = {"mps": mps, "own_gpu": own_gpu, "runs": figures}
+    about = {"mps": mps, "own_gpu": own_gpu, "auto": auto, "runs": figures}
     write_result(out or RESULTS / f"{name}.json", about)
     rows = rows_of(figures, mps=mps, own_gpu=own_gpu, auto=auto)
     flag = {"mps": " --mps", "own": " --own-gpu", "auto": " --auto"}.get(how or "", "")
