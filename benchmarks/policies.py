@@ -79,8 +79,12 @@ BINS = 10
 """by tenths of the prediction."""
 
 
-def settings_of(folder: Path, max_batch: int) -> Settings:
-    """Any K as likely, with the bundled drafter alone."""
+ANY_K = ("policy.kind=exp3s", "policy.exp3s.mixing=1")
+"""A policy for which any K is as likely."""
+
+
+def settings_of(folder: Path, max_batch: int, policy: Sequence[str] = ANY_K) -> Settings:
+    """The bundled drafter alone, without a guard."""
     return load_settings(
         [DEMO],
         [
@@ -88,8 +92,7 @@ def settings_of(folder: Path, max_batch: int) -> Settings:
             f"engine.max_batch={max_batch}",
             "engine.max_model_len=512",
             "drafter.suffix.enabled=false",
-            "policy.kind=exp3s",
-            "policy.exp3s.mixing=1",
+            *policy,
             "policy.guard=false",
             "swap.enabled=false",
         ],

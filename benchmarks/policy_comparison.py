@@ -27,11 +27,10 @@ import torch
 import typer
 
 from benchmarks.harness.arms import LEARNED
-from benchmarks.harness.engines import DEMO, build
+from benchmarks.harness.engines import build
 from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
-from benchmarks.policies import MAX_DRAFT, TEMPERATURE, generate
-from configs.load import load_settings
-from configs.schema import PolicySettings, Settings
+from benchmarks.policies import MAX_DRAFT, TEMPERATURE, generate, settings_of
+from configs.schema import PolicySettings
 from policies.cli import table
 from policies.evaluation import Evaluation, evaluate
 from policies.logged import LoggedStep
@@ -59,28 +58,15 @@ RULES = {
 """Whose rule each policy is."""
 PROFILE_REPEATS, PROFILE_CONTEXT = 20, 128
 HELD_OUT = 0.25
+EVERY_K = (
+    "policy.kind=confidence",
+    "policy.confidence.threshold=0.000001",
+    "policy.cutting.packed=false",
+    "policy.random_share=0.5",
+    f"policy.draft_k={MAX_DRAFT}",
+)
+"""K = 8 in every step, and nothing cut."""
 AS_PUBLISHED, SERVED = "as published", "over the floor"
-
-
-def settings_of(folder: Path, max_batch: int) -> Settings:
-    """K = 8 in every step with the bundled drafter alone, and nothing cut."""
-    return load_settings(
-        [DEMO],
-        [
-            f"run_dir={folder}",
-            f"engine.max_batch={max_batch}",
-            "engine.max_model_len=512",
-            "drafter.suffix.enabled=false",
-            "policy.kind=confidence",
-            "policy.confidence.threshold=0.000001",
-            "policy.cutting.packed=false",
-            "policy.random_share=0.5",
-            f"policy.draft_k={MAX_DRAFT}",
-            "policy.guard=false",
-            "swap.enabled=false",
-        ],
-        {},
-    )
 
 
 def fitted(log: ReplayedLog, folder: Path) -> PolicySettings:
@@ -117,7 +103,7 @@ def measure(
     seconds: float, batches: Sequence[int], folder: Path
 ) -> tuple[dict[str, Any], dict[str, Evaluation]]:
     """Traces, profile, fits and the tables."""
-    settings = settings_of(folder, max(batches))
+    settings = settings_of(folder, max(batches), EVERY_K)
     service, _ = build(settings)
     samples = profile_steps(service.engine.parts, PROFILE_REPEATS, PROFILE_CONTEXT)
     generate(service, settings, batches, seconds)

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from policies.acceptance import AcceptanceModel
 from policies.choice import Chooser
 from policies.forecast import PLAIN_ARM
-from policies.interface import Outcome
+from policies.interface import Decision, Outcome
 from policies.ledger import Ledger
 from policies.picks import Kinds
 from policies.probes import Explorer
@@ -41,6 +41,12 @@ class Predicted(NamedTuple):
 
     def columns(self) -> Mapping[str, float]:
         return {"tokens": self.tokens, "seconds": self.seconds}
+
+
+def _was_planned(decision: Decision) -> bool:
+    """Whether it took a plan. No policy is asked for requests that allow no drafts, and they do not
+    pay for what it learns either."""
+    return bool(decision.policy) and decision.reason != "rest"
 
 
 class Lessons:
@@ -96,9 +102,7 @@ class Lessons:
             self._compare_look(outcome, plain_s)
         self._count_alike(outcome)
         is_alike = outcome.decision.drafter == self.drafter and not outcome.num_caught_up
-        # No policy is asked for requests that allow no drafts. Nor do they pay for what it learns.
-        was_planned = outcome.decision.policy and outcome.decision.reason != "rest"
-        if not was_planned and is_alike:
+        if not _was_planned(outcome.decision) and is_alike:
             self._gather(outcome)
             return
         self.learn_gathered()
@@ -119,7 +123,7 @@ class Lessons:
         """Whether a step that nobody planned did what those before it did, and found nothing."""
         decision = outcome.decision
         return (
-            (decision.reason == "rest" or not decision.policy)
+            not _was_planned(decision)
             and (decision.drafter, decision.draft_k) == self._arm
             and decision.drafter == self.drafter
             and decision.drafter not in self._kinds.needing

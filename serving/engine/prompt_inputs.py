@@ -74,11 +74,8 @@ class PromptInputs:
             self._parts.append(_Part(at, dtype, shape))
             at = self._parts[-1].end
         self._words = torch.zeros(at, dtype=torch.int64, device=lanes.ints.device)
-        self.ends, self._lane, *self._news, self.blocks = self._views(self._words)
+        self.ends, self._lane, *self._news, self.blocks = (p.of(self._words) for p in self._parts)
         """ends: [lanes, ROW + 1]; blocks: [most blocks, IDS + BLOCK] int64."""
-
-    def _views(self, words: Tensor) -> list[Tensor]:
-        return [part.of(words) for part in self._parts]
 
     def upload(
         self,
@@ -96,15 +93,11 @@ class PromptInputs:
         """
         fresh, others = fresh[: self._most_new], fresh[self._most_new :]
         self._lanes.write(others)
-        num_words = self._parts[-1].start + size * (IDS + BLOCK)
-        is_device = self._words.is_cuda
+        *whole, most = self._parts
+        own = most._replace(shape=(size, IDS + BLOCK))
         # Memory that is pinned for each upload is used again only once the device has read it.
-        words = torch.zeros(num_words, dtype=torch.int64, pin_memory=is_device)
-        whole = self._parts[:-1]
-        ends_ND, lane_S, *news, blocks_BD = [
-            *(part.of(words).numpy() for part in whole),
-            words[self._parts[-1].start :].view(size, IDS + BLOCK).numpy(),
-        ]
+        words = torch.zeros(own.end, dtype=torch.int64, pin_memory=self._words.is_cuda)
+        ends_ND, lane_S, *news, blocks_BD = (part.of(words).numpy() for part in (*whole, own))
         padding = self._lanes.padding
         ends_ND[:, Input.LANE] = lane_S[:] = blocks_BD[:, LANE] = padding
         if ends:
@@ -112,7 +105,7 @@ class PromptInputs:
         if blocks:
             blocks_BD[: len(blocks)] = blocks
         self._lanes.fill(fresh, lane_S, *news)
-        self._words[:num_words].copy_(words, non_blocking=True)
+        self._words[: own.end].copy_(words, non_blocking=True)
 
     def write_lanes(self) -> None:
         """Write the lanes of the fresh requests: a part of every program."""

@@ -81,3 +81,17 @@ def start_python():
         process.wait()
         for stream in filter(None, (process.stdin, process.stdout)):
             stream.close()
+
+
+@pytest.fixture
+def memory(tmp_path):
+    """A folder in the place of ``/dev/shm``."""
+    folder = tmp_path / "shm"
+    folder.mkdir()
+    return folder
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Of a weights store."""
+    return tmp_path / "weights"

@@ -26,19 +26,6 @@ NUM = 5000
 
 
 @pytest.fixture
-def memory(tmp_path):
-    """A folder in the place of ``/dev/shm``."""
-    folder = tmp_path / "shm"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "weights"
-
-
-@pytest.fixture
 def store(root, memory):
     return SharedWeights(root, memory)
 

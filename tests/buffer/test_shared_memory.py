@@ -27,19 +27,6 @@ from oracles.small_disk import small_file_system
 from tests.buffer.sample_bundle import EXPECTED, MANIFEST, tensors
 
 
-@pytest.fixture
-def memory(tmp_path):
-    """A folder in the place of ``/dev/shm``."""
-    folder = tmp_path / "shm"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture
-def root(tmp_path):
-    return tmp_path / "weights"
-
-
 def publish(store, version, **fields):
     manifest = dataclasses.replace(
         MANIFEST, version=version, parent=version - 1 if version else None, **fields
