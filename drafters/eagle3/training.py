@@ -54,6 +54,7 @@ from drafters.objectives import (
 from drafters.trainable import BatchLoss, ChainAcceptance
 from specops.device import distill, label_figures
 from specops.distill import (
+    Distilled,
     FrozenHead,
     LossKind,
     RowFigures,
@@ -61,6 +62,7 @@ from specops.distill import (
     Target,
     Teacher,
     TeacherOrder,
+    chains_at_once,
     target_of,
 )
 
@@ -81,8 +83,9 @@ class ChainPlan:
     keep_logits: bool = True
     """Keep the target's probabilities and the gradient of every logit from forward to backward.
     Nothing is computed twice, but a row takes 4 bytes per token of the drafter's vocabulary, and
-    the same again (half in bfloat16) in every step. ``False`` needs about 1 GiB for any vocabulary,
-    and one more product with the lm_head to find the D-PACE weights first."""
+    the same again (half in bfloat16) in every step. ``False`` needs about 1 GiB for any vocabulary
+    and computes nothing twice either, unless ``chain_share`` is below 1 or the objective adds a
+    loss at rejected rows: then one more product with the lm_head finds the weights first."""
     reward_weight: float = 0.0
     """Weight of the policy-gradient term, see ``drafters.eagle3.reward``; 0: there is none."""
     chunk_rows: int | None = None
@@ -217,23 +220,72 @@ def _distilled(
     compared: list[Rows],
     plan: ChainPlan,
 ) -> BatchLoss:
-    """``weigh`` for all steps at once, with the weights computed first."""
+    """``weigh`` for all steps at once, without keeping logits."""
     hidden = torch.cat(inputs)
     rows = _concatenated(compared)
     lengths = [len(x) for x in inputs]
     weight = model.head_weight(teacher.head.weight_VH)
+    given = hidden, weight, teacher, rows
+    if chains.carried_A is None and plan.objective.rejected is None:
+        found = _weighed_by_block(batch, chains, *given, plan)
+    else:
+        found = _weighed_before(batch, chains, lengths, *given, plan)
+    columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
+    alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
+    return BatchLoss(found.loss, alpha_K, agree_K)
+
+
+def _weighed_by_block(
+    batch: TrainingBatch,
+    chains: Chains,
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    rows: Rows,
+    plan: ChainPlan,
+) -> Distilled:
+    """Blocks of whole chains: the weights of a chain depend on its own probabilities alone, so they
+    are known once the logits of its block are, and these are computed once."""
+    num_steps, num_chains = chains.alive_KR.shape
+    sizes = len(weight), len(teacher.head.weight_VH)
+    at_once = chains_at_once(hidden, *sizes, num_steps, plan.chunk_rows)
+    order = _blocked_order(num_chains, num_steps, at_once, hidden.device)
+    ahead_KR = _ahead(chains, batch.weight_R)
+
+    def weigh_block(prob_N: Tensor, number: int) -> Tensor:
+        own = slice(number * at_once, min((number + 1) * at_once, num_chains))
+        places = _block_order(own.stop - own.start, num_steps, num_chains - own.start, prob_N)
+        prob_KC = torch.empty_like(prob_N).index_copy_(0, places, prob_N).view(num_steps, -1)
+        part = Chains(None, chains.alive_KR[:, own], chains.carried_R[own])
+        positions = plan.objective.positions
+        weights_KC = chain_weights(part, list(prob_KC.unbind()), plan.floor, positions)
+        weights: Tensor = (weights_KC * ahead_KR[:, own]).flatten()[places]
+        return weights
+
+    kind = plan.objective.loss
+    return distill(hidden, weight, teacher, rows, weigh_block, kind, plan.chunk_rows, order)
+
+
+def _weighed_before(
+    batch: TrainingBatch,
+    chains: Chains,
+    lengths: list[int],
+    hidden: Tensor,
+    weight: Tensor,
+    teacher: Teacher,
+    rows: Rows,
+    plan: ChainPlan,
+) -> Distilled:
+    """The weights of all rows first, by one more product with the lm_head: what chains that are not
+    carried are assumed to be depends on all others."""
     probs = label_figures(hidden, weight, rows, plan.chunk_rows).label_prob_N
     objective, by_step = plan.objective, list(torch.split(probs, lengths))
     places_KR = chain_weights(chains, by_step, plan.floor, objective.positions)
     weights_KR = shares(objective, places_KR, _ahead(chains, batch.weight_R))
     weights = weights_KR.each(lambda values_KR: torch.cat(_by_step(chains, values_KR)))
     order = _order(chains, lengths)
-    found = objective_loss(
-        objective, hidden, weight, teacher, rows, weights, plan.chunk_rows, order
-    )
-    columns = zip(*(torch.split(column, lengths) for column in found.figures), strict=True)
-    alpha_K, agree_K = _means(chains, [RowFigures(*step) for step in columns])
-    return BatchLoss(found.loss, alpha_K, agree_K)
+    given = hidden, weight, teacher, rows
+    return objective_loss(objective, *given, weights, plan.chunk_rows, order)
 
 
 @torch.no_grad()
@@ -332,6 +384,32 @@ def _full_order(num_rows: int, num_steps: int, device: torch.device) -> TeacherO
     ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(num_rows, device=device)
     order_N = ahead.clamp_max(num_rows - 1).flatten().argsort(stable=True)
     return TeacherOrder(order_N, _sorted_rows(num_rows, num_steps))
+
+
+def _blocked_order(
+    num_chains: int, num_steps: int, at_once: int, device: torch.device
+) -> TeacherOrder:
+    """The order of all chains, ``at_once`` of them in a block."""
+    orders, rows, blocks = [], [], []
+    for first in range(0, num_chains, at_once):
+        count = min(at_once, num_chains - first)
+        like = torch.empty(0, device=device)
+        places = _block_order(count, num_steps, num_chains - first, like)
+        orders.append(places // count * num_chains + places % count + first)
+        ahead = np.arange(num_steps)[:, None] + np.arange(first, first + count)
+        rows.append(np.sort(np.minimum(ahead, num_chains - 1), axis=None))
+        blocks.append(slice(first * num_steps, (first + count) * num_steps))
+    if not blocks:
+        return _full_order(num_chains, num_steps, device)
+    return TeacherOrder(torch.cat(orders), np.concatenate(rows), tuple(blocks))
+
+
+def _block_order(count: int, num_steps: int, num_left: int, like: Tensor) -> Tensor:
+    """Order of a block's rows, numbered step by step, by their teacher rows, of which the block
+    sees ``num_left``. As in ``_full_order``, computed anew each time."""
+    device = like.device
+    ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(count, device=device)
+    return ahead.clamp_max(num_left - 1).flatten().argsort(stable=True)
 
 
 @lru_cache(maxsize=64)

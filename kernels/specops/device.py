@@ -14,7 +14,15 @@ from specops import distill as distill_definition
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
-from specops.distill import Distilled, LabelFigures, LossKind, Rows, Teacher, TeacherOrder
+from specops.distill import (
+    Distilled,
+    LabelFigures,
+    LossKind,
+    Rows,
+    Teacher,
+    TeacherOrder,
+    Weigh,
+)
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
 from specops.lanes import ClosedRound, LaneState, OpenedRound
@@ -229,7 +237,7 @@ def distill(
     weight_DH: Tensor,
     teacher: Teacher,
     rows: Rows,
-    weights_N: Tensor,
+    weights_N: Tensor | Weigh,
     kind: LossKind,
     chunk_rows: int | None = None,
     order: TeacherOrder | None = None,

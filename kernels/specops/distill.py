@@ -31,6 +31,8 @@ MIN_MASS = 1e-6
 MIN_PROB = 1e-30
 """Lower bound of the teacher's probabilities whose logarithm reverse KL takes; a normal float32, so
 that flushing denormals does not make it 0."""
+MIN_WEIGHT = 1e-9
+"""Lower bound of a sum of weights, a divisor."""
 _BLOCK_BYTES = 1_100_000_000
 """Bytes of a block of logits, student's and teacher's together, on a GPU."""
 _STUDENT_TILE = 1024
@@ -171,7 +173,14 @@ class TeacherOrder(NamedTuple):
     order_N: Tensor
     """int64 index into N, on the device of the rows."""
     row_N: npt.NDArray[np.int64]
-    """``teacher_row_N[order_N]``, ascending."""
+    """``teacher_row_N[order_N]``, ascending within each block."""
+    blocks: tuple[slice, ...] | None = None
+    """Which parts of ``order_N`` are computed together; ``None``: as many rows as fit."""
+
+
+Weigh = Callable[[Tensor, int], Tensor]
+"""Weights of the rows of a block, from the student's probabilities of their committed tokens and
+the number of the block in ``TeacherOrder.blocks``; both in the order of ``order_N``."""
 
 
 def teacher_order(teacher_row_N: Tensor, device: torch.device) -> TeacherOrder:
@@ -317,7 +326,7 @@ def distill(
     weight_DH: Tensor,
     teacher: Teacher,
     rows: Rows,
-    weights_N: Tensor,
+    weights_N: Tensor | Weigh,
     kind: LossKind,
     chunk_rows: int | None = None,
     blocks: Blocks = BLOCKS,
@@ -343,7 +352,9 @@ def distill(
         weight_DH: the student's head; of that dtype, or float32; the products then use a rounded
             copy that lives during the forward pass.
         teacher, rows: the host sorts and reads ``rows.teacher_row_N``, which synchronises.
-        weights_N: weight of each row's loss; gets no gradient.
+        weights_N: weight of each row's loss; gets no gradient. Weights that depend on the student's
+            own probabilities are computed by a function while the logits of their block exist, so
+            that these are not computed twice; the loss is then the weighted mean.
         chunk_rows: maximum rows of logits at once, student's or teacher's; ``None``: what fits a
             CPU's cache, or 1.1 GB on a GPU.
         blocks: implementation; ``specops.device.distill`` picks it by device.
@@ -359,7 +370,8 @@ def distill(
     wants = (with_grad and hidden_NH.requires_grad, with_grad and weight_DH.requires_grad)
     if order is None and rows.teacher_row_N is not None:
         order = teacher_order(rows.teacher_row_N, hidden_NH.device)
-    job = _Job(teacher, rows, weights_N.detach(), kind, chunk_rows, blocks, order, wants)
+    given = weights_N.detach() if isinstance(weights_N, Tensor) else weights_N
+    job = _Job(teacher, rows, given, kind, chunk_rows, blocks, order, wants)
     loss, *columns = _Distill.apply(hidden_NH, weight_DH, job)  # type: ignore[no-untyped-call]
     return Distilled(loss, RowFigures(*columns))
 
@@ -395,7 +407,7 @@ class _Job:
 
     teacher: Teacher
     rows: Rows
-    weights_N: Tensor
+    weights_N: Tensor | Weigh
     kind: LossKind
     chunk_rows: int | None
     blocks: Blocks
@@ -408,10 +420,14 @@ class _Job:
 class _Distill(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, job: _Job) -> tuple[Tensor, ...]:
-        figures, ctx.grads = _walk(hidden, weight, job)
+        figures, weights, ctx.grads = _walk(hidden, weight, job)
         ctx.mark_non_differentiable(*figures)
-        loss = (job.weights_N.to(figures.loss_N.dtype) * figures.loss_N).sum()
-        return (loss, *figures)
+        loss = (weights * figures.loss_N).sum()
+        if isinstance(job.weights_N, Tensor):
+            ctx.share = None
+            return (loss, *figures)
+        ctx.share = 1 / weights.sum().clamp_min(MIN_WEIGHT)
+        return (loss * ctx.share, *figures)
 
     @staticmethod
     @once_differentiable
@@ -419,28 +435,36 @@ class _Distill(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("distill's gradients were handed over by an earlier backward pass")
         grads, ctx.grads = ctx.grads, None  # nothing else holds them: they become .grad uncopied
-        return (*(g if g is None else g.mul_(grad_loss) for g in grads), None)
+        scale = grad_loss if ctx.share is None else grad_loss * ctx.share
+        return (*(g if g is None else g.mul_(scale) for g in grads), None)
 
 
 def _walk(
     hidden: Tensor, weight: Tensor, job: _Job
-) -> tuple[RowFigures, tuple[Tensor | None, Tensor | None]]:
-    """Results of all rows and both gradients, block by block."""
+) -> tuple[RowFigures, Tensor, tuple[Tensor | None, Tensor | None]]:
+    """Results and weights of all rows and both gradients, block by block."""
     teacher, rows, head = job.teacher, job.rows, job.teacher.head
     blocks = job.blocks
     width, head_width = len(weight), len(head.weight_VH)
     most_own, most_seen = _rows_at_once(hidden, width, head_width, job.chunk_rows)
+    layout = list(_layout(job.order, len(hidden), most_own, most_seen))
+    most_own = max((own for own, _, _ in layout), default=0)
     low = weight.to(hidden.dtype)
     grad_hidden = torch.zeros_like(hidden) if job.wants[0] else None
     grad_weight = torch.zeros_like(weight) if job.wants[1] else None
-    room = hidden.new_empty((min(most_own, len(hidden)), width))
+    room = hidden.new_empty((most_own, width))
     seen_room = teacher.hidden_RH.new_empty((min(most_seen, len(teacher.hidden_RH)), head_width))
     figures = _no_figures(hidden)
-    for member, parts in _layout(job.order, len(hidden), most_own, most_seen):
+    weights_N = torch.zeros_like(figures.loss_N)
+    for number, (num_own, member, parts) in enumerate(layout):
         own = hidden[member]
-        scores = torch.mm(own, low.T, out=room[: own.shape[0]])
+        scores = torch.mm(own, low.T, out=room[:num_own])
         compared = rows.part(member)
-        weights = job.weights_N[member].to(figures.loss_N.dtype)
+        if isinstance(job.weights_N, Tensor):
+            weights = job.weights_N[member].to(figures.loss_N.dtype)
+        else:
+            weights = job.weights_N(blocks.judge_labels(scores, compared).label_prob_N, number)
+        weights_N[member] = weights
         found = []
         for seen, place in parts:
             target = _target_block(teacher, seen, seen_room, blocks)
@@ -453,7 +477,7 @@ def _walk(
             grad_hidden[member] = scores @ low
         if grad_weight is not None:
             _add_product_(grad_weight, scores.T, own)
-    return figures, (grad_hidden, grad_weight)
+    return figures, weights_N, (grad_hidden, grad_weight)
 
 
 def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -> Any:
@@ -466,17 +490,20 @@ def _target_block(teacher: Teacher, seen: slice, room: Tensor, blocks: Blocks) -
 
 def _layout(
     order: TeacherOrder | None, num_rows: int, most_own: int, most_seen: int
-) -> Iterator[tuple[Any, list[tuple[slice, slice]]]]:
-    """Split the student rows into blocks of at most ``most_own``, in the order of their teacher
-    rows.
+) -> Iterator[tuple[int, Any, list[tuple[slice, slice]]]]:
+    """Split the student rows into blocks of at most ``most_own``, or those of the order, in the
+    order of their teacher rows.
 
     Yields:
-        A block's rows, as slice or index, and pairs of slices: at most ``most_seen`` teacher rows,
-        and the part of the block that imitates them.
+        The number of a block's rows; these, as slice or index; and pairs of slices: at most
+        ``most_seen`` teacher rows, and the part of the block that imitates them.
     """
     row_N = np.arange(num_rows) if order is None else order.row_N
-    for start in range(0, num_rows, most_own):
-        block = slice(start, min(start + most_own, num_rows))
+    blocks = None if order is None else order.blocks
+    if blocks is None:
+        starts = range(0, num_rows, most_own)
+        blocks = tuple(slice(start, min(start + most_own, num_rows)) for start in starts)
+    for block in blocks:
         own = row_N[block]
         begin, end = int(own[0]), int(own[-1]) + 1
         edges = [*range(begin, end, most_seen), end]
@@ -484,7 +511,7 @@ def _layout(
         seen = (slice(a, b) for a, b in itertools.pairwise(edges))
         places = (slice(a, b) for a, b in itertools.pairwise(cuts))
         parts = [(s, p) for s, p in zip(seen, places, strict=True) if p.start < p.stop]
-        yield (block if order is None else order.order_N[block]), parts
+        yield len(own), (block if order is None else order.order_N[block]), parts
 
 
 def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -495,6 +522,23 @@ def _add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
+def chains_at_once(
+    hidden_NH: Tensor, width: int, head_width: int, num_steps: int, chunk_rows: int | None
+) -> int:
+    """Chains whose ``num_steps`` rows each are computed together, if row k of chain r imitates
+    teacher row r + k.
+
+    Args:
+        width, head_width: vocabulary sizes of the student and of the teacher.
+        chunk_rows: see ``distill``.
+    """
+    own, seen = _rows_at_once(hidden_NH, width, head_width, chunk_rows)
+    fitting = max(own // num_steps, 1)
+    # The last chains imitate rows beyond their own: with those it is whole blocks of the teacher's.
+    whole = (fitting + num_steps - 1) // seen * seen - num_steps + 1
+    return whole if whole > 0 else fitting
 
 
 def _rows_at_once(
@@ -543,7 +587,9 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _check(hidden: Tensor, weight: Tensor, teacher: Teacher, rows: Rows, weights_N: Tensor) -> None:
+def _check(
+    hidden: Tensor, weight: Tensor, teacher: Teacher, rows: Rows, weights_N: Tensor | Weigh
+) -> None:
     """Check shapes only: checking values would synchronise a GPU."""
     num_rows = hidden.shape[0]
     shared = teacher.head.weight_VH.shape[0] if teacher.ids_D is None else teacher.ids_D.numel()
@@ -557,7 +603,8 @@ def _check(hidden: Tensor, weight: Tensor, teacher: Teacher, rows: Rows, weights
             f"got {teacher.hidden_RH.shape[0]} teacher rows"
         )
     columns = {"label_ids_N": rows.label_ids_N, "label_known_N": rows.label_known_N}
-    columns["weights_N"] = weights_N
+    if isinstance(weights_N, Tensor):
+        columns["weights_N"] = weights_N
     if rows.teacher_row_N is not None:
         columns["teacher_row_N"] = rows.teacher_row_N
     for name, column in columns.items():
