@@ -27,9 +27,11 @@ from torch import Tensor, nn
 from drafters.eagle3.model import Attend, rope_theta
 from drafters.eagle3.paged import FusedPass, PagedEagle3
 from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_fused
+from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
+from specops.device import trained_gate
 from specops.rope import Heads, rope_table
 from targets.layers import Layer, columns_of
 
@@ -188,8 +190,8 @@ class MtpAttention(nn.Module):
         hidden, eps, inner = c.hidden_size, c.rms_norm_eps, c.num_heads * c.head_dim
         rows = inner + 2 * c.num_kv_heads * c.head_dim
         self.qkv_proj = nn.Linear(hidden, rows, bias=c.has_bias)
-        self.q_norm = nn.RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
-        self.k_norm = nn.RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
+        self.q_norm = RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, eps) if c.has_head_norms else nn.Identity()
         self.output_gate = nn.Linear(hidden, inner, bias=False) if c.has_output_gate else None
         self.o_proj = nn.Linear(inner, hidden, bias=False)
 
@@ -227,16 +229,16 @@ class Mtp(nn.Module):
         super().__init__()
         self.config = config
         c, hidden, eps = config, config.hidden_size, config.rms_norm_eps
-        self.target_norm = nn.RMSNorm(hidden, eps)
-        self.embed_norm = nn.RMSNorm(hidden, eps)
-        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.target_norm = RMSNorm(hidden, eps)
+        self.embed_norm = RMSNorm(hidden, eps)
+        self.hidden_norm = RMSNorm(hidden, eps)
         self.proj = nn.Linear(2 * hidden, hidden, bias=False)
-        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.input_layernorm = RMSNorm(hidden, eps)
         self.attention = MtpAttention(config)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
-        self.norm = nn.RMSNorm(hidden, eps)
+        self.norm = RMSNorm(hidden, eps)
         self._angles = RotaryAngles(c.rotary_dim, c.rope_theta)
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
@@ -285,8 +287,8 @@ class Mtp(nn.Module):
         """
         stream = self.proj(self._pair(embeds, hidden))
         stream = stream + self.attention(self.input_layernorm(stream), cos, sin, attend)
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
-        out: Tensor = self.norm(stream + self.down_proj(nn.functional.silu(gate) * up))
+        gated = trained_gate(self.gate_up_proj(self.post_attention_layernorm(stream)))
+        out: Tensor = self.norm(stream + self.down_proj(gated))
         return out
 
     def _pair(self, embeds: Tensor, hidden: Tensor) -> Tensor:

@@ -28,11 +28,12 @@ from drafters import fused_layers
 from drafters.eagle3.fused import FusedEagle3, supports_first_layer
 from drafters.eagle3.model import Attend, Eagle3, Eagle3Config
 from drafters.fused_layers import Fusable, FusedLayers, Parts, norm_of
+from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.rotary import rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import DecodePass, PagedPass, Places
-from specops.device import decode_attention, places_of, prepare_pass
+from specops.device import decode_attention, places_of, prepare_pass, trained_gate
 from specops.draft_sampling import vocab_map
 from specops.rope import Heads
 from targets.layers import Layer
@@ -87,11 +88,11 @@ class _Layer(nn.Module):
     def __init__(self, c: Eagle3Config) -> None:
         super().__init__()
         self._config, hidden = c, c.hidden_size
-        self.input_layernorm = nn.RMSNorm(hidden, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(hidden, c.rms_norm_eps)
         rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
         self.qkv_proj = nn.Linear(hidden, rows, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, hidden, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(hidden, c.rms_norm_eps)
         self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
 
@@ -104,8 +105,8 @@ class _Layer(nn.Module):
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         stream = stream + self.o_proj(mixed.flatten(-2))
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
-        out: Tensor = stream + self.down_proj(nn.functional.silu(gate) * up)
+        gated = trained_gate(self.gate_up_proj(self.post_attention_layernorm(stream)))
+        out: Tensor = stream + self.down_proj(gated)
         return out
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafters.norms import RMSNorm
 from drafters.rotary import RotaryAngles, rotate
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -69,8 +70,8 @@ class _Attention(nn.Module):
         self.k_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
         self.v_proj = nn.Linear(c.hidden_size, c.num_kv_heads * c.head_dim, bias=False)
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
 
 class _Mlp(nn.Module):
@@ -86,8 +87,8 @@ class _Layer(nn.Module):
         super().__init__()
         self.self_attn = _Attention(c)
         self.mlp = _Mlp(c)
-        self.input_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
 
 
 class DFlash(nn.Module):
@@ -98,9 +99,9 @@ class DFlash(nn.Module):
         self.config = config
         c = config
         self.fc = nn.Linear(len(c.layer_ids) * c.hidden_size, c.hidden_size, bias=False)
-        self.hidden_norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.hidden_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.layers = nn.ModuleList(_Layer(c) for _ in c.windows)
-        self.norm = nn.RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self._angles = RotaryAngles(c.head_dim, c.rope_theta)
 
     @torch.no_grad()

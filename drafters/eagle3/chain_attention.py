@@ -1,5 +1,8 @@
 """Attention of training-time test: step-0 keys of the same piece, and a chain's own later keys.
 
+On a GPU, kernels compute it (``specops.chain_attention``); what follows is for a CPU, for rows that
+are not bfloat16, and for heads whose size they do not take.
+
 Positions are taken in blocks. A block's queries see the keys of the block and of the ``longest``
 positions before it, as many as a piece can reach back, so that pieces of any lengths lie behind
 each other without padding, and the cost of a row is bounded by the longest piece.
@@ -10,9 +13,14 @@ Q queries with W + Q keys each.
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from specops.chain_attention import Anchors, anchors_of
+from specops.device import attend_chains, can_attend_chains
 
 _BLOCK = {"cuda": 128, "cpu": 32}
 """Q. Larger blocks are larger products, with more keys that nothing sees."""
@@ -32,25 +40,53 @@ class ChainAttention:
             longest: positions of the longest piece.
         """
         num = segment_T.numel()
+        self._given = segment_T, has_row_T, anchor_A
         self._block = _BLOCK.get(segment_T.device.type, 128)
         self._reach = min(-(-longest // 8) * 8, -(-num // self._block) * self._block)
         self._end = -num % self._block
         self._anchor_A = anchor_A
-        self._unseen = self._hidden_keys(segment_T, has_row_T)
         self._trunk: tuple[Tensor, Tensor] | None = None
         """Keys [n, Hkv, D, W + Q] and values [n, Hkv, W + Q, D] of step 0."""
         self._own: list[tuple[Tensor, Tensor]] = []
         """Keys and values of each later step, [A, Hkv, D]."""
+        self._first: tuple[Tensor, Tensor] | None = None
+        """Keys and values of step 0 as they came, where kernels read them."""
+
+    @cached_property
+    def _unseen(self) -> Tensor:
+        segment_T, has_row_T, _ = self._given
+        return self._hidden_keys(segment_T, has_row_T)
+
+    @cached_property
+    def _anchors(self) -> Anchors:
+        return anchors_of(*self._given)
+
+    @cached_property
+    def _every_place(self) -> Anchors:
+        """Rows of step 0: each position is an anchor."""
+        segment_T, has_row_T, _ = self._given
+        own = torch.arange(segment_T.numel(), device=segment_T.device)
+        return anchors_of(segment_T, has_row_T, own)
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T or A, Hq, D], k and v [T or A, Hkv, D] -> shape of q."""
         with torch.autocast(q.device.type, enabled=False):
+            if can_attend_chains(q.device, q.dtype, q.shape[-1]):
+                return self._by_kernels(q, k, v)
             q = q * q.shape[-1] ** -0.5
             if self._trunk is None:
                 self._trunk = self._windows(k), self._windows(v).transpose(-1, -2).contiguous()
                 return self._attend(q, None)[0]
             self._own.append((k, v))
             return self._later(q)
+
+    def _by_kernels(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if self._first is None:
+            self._first = k, v
+            return attend_chains(q, k, v, [], [], self._every_place)
+        self._own.append((k, v))
+        own_k, own_v = (list(x) for x in zip(*self._own, strict=True))
+        return attend_chains(q, *self._first, own_k, own_v, self._anchors)
 
     def _later(self, q_AHD: Tensor) -> Tensor:
         """Attend to the keys of step 0 and to the chain's own."""

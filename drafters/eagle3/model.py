@@ -20,7 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from drafters.norms import RMSNorm
 from drafters.rotary import RotaryAngles, rotate
+from specops.device import trained_gate
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q [..., Hq, D], k and v [..., Hkv, D], after RoPE -> [..., Hq, D]; scaled by 1 / sqrt(D)."""
@@ -123,19 +125,19 @@ class Eagle3(nn.Module):
         c = config
         hidden, eps = c.hidden_size, c.rms_norm_eps
         self.fc = nn.Linear(len(c.layer_ids) * hidden, hidden, bias=False)
-        self.input_layernorm = nn.RMSNorm(hidden, eps)
-        self.hidden_norm = nn.RMSNorm(hidden, eps)
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.hidden_norm = RMSNorm(hidden, eps)
         self.qkv_proj = nn.Linear(
             2 * hidden, (c.num_heads + 2 * c.num_kv_heads) * c.head_dim, bias=False
         )
         self.o_proj = nn.Linear(c.num_heads * c.head_dim, hidden, bias=False)
-        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
         self.gate_up_proj = nn.Linear(hidden, 2 * c.intermediate_size, bias=False)
         self.down_proj = nn.Linear(c.intermediate_size, hidden, bias=False)
-        self.norm = nn.RMSNorm(hidden, eps)
+        self.norm = RMSNorm(hidden, eps)
         self.lm_head = nn.Linear(hidden, c.draft_vocab_size, bias=False)
         self._angles = RotaryAngles(c.head_dim, c.rope_theta)
-        norms = [nn.RMSNorm(hidden, eps) for _ in c.layer_ids] if c.fc_norm else []
+        norms = [RMSNorm(hidden, eps) for _ in c.layer_ids] if c.fc_norm else []
         self.fc_norm = nn.ModuleList(norms)
         reduced = c.draft_vocab_size != c.target_vocab_size
         self.register_buffer(
@@ -197,8 +199,8 @@ class Eagle3(nn.Module):
         cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         mixed = attend(rotate(q, cos, sin), rotate(k, cos, sin), v)
         stream = (normed if c.norm_before_residual else hidden) + self.o_proj(mixed.flatten(-2))
-        gate, up = self.gate_up_proj(self.post_attention_layernorm(stream)).chunk(2, dim=-1)
-        out: Tensor = stream + self.down_proj(nn.functional.silu(gate) * up)
+        gated = trained_gate(self.gate_up_proj(self.post_attention_layernorm(stream)))
+        out: Tensor = stream + self.down_proj(gated)
         return self.norm(out) if c.norm_output else out
 
     def head_input(self, outputs: Tensor) -> Tensor:

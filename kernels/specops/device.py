@@ -6,14 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes_host, listed
 from specops import best_ids as best_definition
+from specops import chain_attention as chains_definition
 from specops import distill as distill_definition
+from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
+from specops.chain_attention import Anchors
 from specops.distill import (
     Distilled,
     LabelFigures,
@@ -263,3 +267,66 @@ def _distill_blocks(hidden_NH: Tensor) -> distill_definition.Blocks:
 
         return distill_triton.BLOCKS
     return distill_definition.BLOCKS
+
+
+_LOW = torch.bfloat16, torch.float16
+"""Rows of these dtypes are what an update on a GPU computes with; torch computes all others."""
+
+
+def trained_norm(x: Tensor, weight_H: Tensor, eps: float) -> Tensor | None:
+    """See ``specops.trained_rows.rms_norm``; ``None``: there is no kernel for these rows, which
+    torch's own RMSNorm computes."""
+    if not x.is_cuda or x.dtype not in _LOW or weight_H.dtype != torch.float32:
+        return None
+    from specops import trained_rows_triton
+
+    if not trained_rows_triton.can_norm(x):
+        return None
+    return trained_rows_triton.rms_norm(x, weight_H, eps)
+
+
+def trained_gate(gate_up: Tensor) -> Tensor:
+    """See ``specops.trained_rows.silu_gate``."""
+    gate = rows_definition.silu_gate
+    if _is_trained(gate_up):
+        from specops import trained_rows_triton
+
+        gate = trained_rows_triton.silu_gate
+    return gate(gate_up)
+
+
+def trained_rotation(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See ``specops.trained_rows.rotate``."""
+    rotate = rows_definition.rotate
+    if _is_trained(x):
+        from specops import trained_rows_triton
+
+        if trained_rows_triton.can_rotate(x, cos):
+            rotate = trained_rows_triton.rotate
+    return rotate(x, cos, sin)
+
+
+def attend_chains(
+    q: Tensor, k: Tensor, v: Tensor, own_k: list[Tensor], own_v: list[Tensor], anchors: Anchors
+) -> Tensor:
+    """See ``specops.chain_attention.attend_chains``. Ask ``can_attend_chains`` first: the
+    definition needs the scores of all pairs."""
+    attend = chains_definition.attend_chains
+    if q.is_cuda:
+        from specops import chain_attention_triton
+
+        attend = chain_attention_triton.attend_chains
+    return attend(q, k, v, own_k, own_v, anchors)
+
+
+def can_attend_chains(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
+    """There are kernels for these rows."""
+    if device.type != "cuda" or dtype not in _LOW:
+        return False
+    from specops import chain_attention_triton
+
+    return chain_attention_triton.can_attend(head_dim)
+
+
+def _is_trained(x: Tensor) -> bool:
+    return x.is_cuda and x.requires_grad and x.dtype in _LOW

@@ -67,9 +67,12 @@ def _transformed(x, softcap, temperature, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERA
 
 @triton.jit
 def _log_norms(
-    logits_ptr, temperature_ptr, log_norm_ptr, num_cols, stride, softcap,
-    HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
+    logits_ptr, temperature_ptr, log_norm_ptr, ids_ptr, picked_ptr, num_cols, num_picked, stride,
+    softcap, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Process one teacher row; with ``HAS_IDS``, also write its logits at these ids, which several
+    student rows read twice each."""
     row = tl.program_id(0).to(tl.int64)
     temperature = 1.0
     if HAS_TEMPERATURE:
@@ -79,6 +82,12 @@ def _log_norms(
         HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
     )  # fmt: skip
     tl.store(log_norm_ptr + row, log_norm)
+    if HAS_IDS:
+        for start in range(0, num_picked, BLOCK):
+            place = start + tl.arange(0, BLOCK)
+            ids = tl.load(ids_ptr + place, mask=place < num_picked, other=0)
+            x = tl.load(logits_ptr + row * stride + ids, mask=place < num_picked, other=0.0)
+            tl.store(picked_ptr + row * num_picked + place, x, mask=place < num_picked)
 
 
 @triton.jit
@@ -98,18 +107,14 @@ def _labels(
 
 @triton.jit
 def _both(
-    own_ptr, seen_ptr, ids_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
-    HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
-    BLOCK: tl.constexpr,
+    own_ptr, seen_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
+    HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Logits and probabilities of the student, then of the teacher; 0 past the end."""
     col = start + tl.arange(0, BLOCK)
     is_col = col < num_cols
     s = tl.load(own_ptr + col, mask=is_col, other=0.0).to(tl.float32)
-    at = col
-    if HAS_IDS:
-        at = tl.load(ids_ptr + col, mask=is_col, other=0)
-    t = tl.load(seen_ptr + at, mask=is_col, other=0.0).to(tl.float32)
+    t = tl.load(seen_ptr + col, mask=is_col, other=0.0).to(tl.float32)
     t = _transformed(t, softcap, temperature, HAS_SOFTCAP, HAS_TEMPERATURE)
     q = tl.where(is_col, tl.exp(s - own_norm), 0.0)
     p = tl.where(is_col, tl.exp(t - seen_norm), 0.0)
@@ -118,11 +123,11 @@ def _both(
 
 @triton.jit
 def _judge(
-    scores_ptr, teacher_ptr, teacher_norm_ptr, teacher_row_ptr, ids_ptr, temperature_ptr,
+    scores_ptr, teacher_ptr, teacher_norm_ptr, teacher_row_ptr, temperature_ptr,
     label_ptr, known_ptr, weight_ptr, loss_ptr, alpha_ptr, prob_ptr, agrees_ptr,
     num_cols, stride, teacher_stride, softcap, eta, min_mass,
-    HAS_ROW: tl.constexpr, HAS_IDS: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
-    HAS_TEMPERATURE: tl.constexpr, SLOPES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_ROW: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_TEMPERATURE: tl.constexpr,
+    SLOPES: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Process one student row. ``KIND``: see ``_KINDS``. Only ``SLOPES`` overwrites the logits."""
     row = tl.program_id(0).to(tl.int64)
@@ -152,8 +157,8 @@ def _judge(
         reverses = tl.zeros([BLOCK], tl.float32)
     for start in range(0, num_cols, BLOCK):
         s, q, t, p = _both(
-            own_ptr, seen_ptr, ids_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
-            HAS_IDS, HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
+            own_ptr, seen_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
+            HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
         )  # fmt: skip
         masses += p
         crosses += tl.where(p > 0, p * (t - s), 0.0)
@@ -187,8 +192,8 @@ def _judge(
         pull = share + rest * below
         for start in range(0, num_cols, BLOCK):
             s, q, t, p = _both(
-                own_ptr, seen_ptr, ids_ptr, start, num_cols, own_norm, seen_norm, softcap,
-                temperature, HAS_IDS, HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
+                own_ptr, seen_ptr, start, num_cols, own_norm, seen_norm, softcap, temperature,
+                HAS_SOFTCAP, HAS_TEMPERATURE, BLOCK,
             )  # fmt: skip
             if KIND == 3:
                 ratio = s - tl.maximum(t, seen_norm + _LOG_MIN_PROB) + shift
@@ -200,11 +205,11 @@ def _judge(
 
 
 class _TeacherBlock(NamedTuple):
-    """The teacher's raw logits, and what turns them into probabilities."""
+    """The teacher's raw logits over the student's vocabulary, and what turns them into
+    probabilities."""
 
-    logits_RV: Tensor
+    logits_RD: Tensor
     log_norm_R: Tensor
-    ids_D: Tensor | None
     softcap: float | None
     temperature_R: Tensor | None
 
@@ -216,14 +221,17 @@ def target_of(
     num_rows, num_cols = logits_RV.shape
     heat = None if temperature_R is None else temperature_R.float().contiguous()
     log_norm = torch.empty(num_rows, dtype=torch.float32, device=logits_RV.device)
+    num_picked = num_cols if ids_D is None else len(ids_D)
+    picked = logits_RV if ids_D is None else logits_RV.new_empty((num_rows, num_picked))
     if num_rows:
         _log_norms[(num_rows,)](
             logits_RV, log_norm if heat is None else heat, log_norm,
-            num_cols, logits_RV.stride(0), softcap or 1.0,
-            HAS_SOFTCAP=softcap is not None, HAS_TEMPERATURE=heat is not None, **_tile(num_cols),
+            log_norm if ids_D is None else ids_D.contiguous(), picked,
+            num_cols, num_picked, logits_RV.stride(0), softcap or 1.0,
+            HAS_IDS=ids_D is not None, HAS_SOFTCAP=softcap is not None,
+            HAS_TEMPERATURE=heat is not None, **_tile(num_cols),
         )  # fmt: skip
-    ids = None if ids_D is None else ids_D.to(torch.int32)  # half the traffic of int64
-    return _TeacherBlock(logits_RV, log_norm, ids, softcap, heat)
+    return _TeacherBlock(picked, log_norm, softcap, heat)
 
 
 def judge_(
@@ -240,16 +248,14 @@ def judge_(
     unused = target.log_norm_R  # placeholder for pointers that are not read
     if num_rows:
         _judge[(num_rows,)](
-            scores_ND, target.logits_RV, target.log_norm_R,
+            scores_ND, target.logits_RD, target.log_norm_R,
             unused if rows.teacher_row_N is None else rows.teacher_row_N.contiguous(),
-            unused if target.ids_D is None else target.ids_D,
             unused if target.temperature_R is None else target.temperature_R,
             rows.label_ids_N.contiguous(), rows.label_known_N.contiguous().view(torch.uint8),
             unused if weights_N is None else weights_N.contiguous(), loss, alpha, prob, agrees,
-            num_cols, scores_ND.stride(0), target.logits_RV.stride(0), target.softcap or 1.0,
+            num_cols, scores_ND.stride(0), target.logits_RD.stride(0), target.softcap or 1.0,
             ETA, MIN_MASS,
-            HAS_ROW=rows.teacher_row_N is not None, HAS_IDS=target.ids_D is not None,
-            HAS_SOFTCAP=target.softcap is not None,
+            HAS_ROW=rows.teacher_row_N is not None, HAS_SOFTCAP=target.softcap is not None,
             HAS_TEMPERATURE=target.temperature_R is not None,
             SLOPES=weights_N is not None, KIND=_KINDS[kind], **_tile(num_cols),
         )  # fmt: skip

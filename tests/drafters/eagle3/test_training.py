@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from drafters import norms
 from drafters.batch import TrainingBatch, from_sequences, joined
 from drafters.eagle3 import chain_attention
+from drafters.eagle3 import model as eagle3_model
 from drafters.eagle3.chains import lay_out
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.training import (
@@ -22,6 +25,7 @@ from drafters.eagle3.training import (
     weigh,
 )
 from drafters.objectives import Objective
+from specops import chain_attention_triton, device, distill_triton, trained_rows_triton
 from specops.distill import FrozenHead, RowFigures
 
 HIDDEN, VOCAB, STEPS = 16, 23, 4
@@ -412,3 +416,57 @@ def test_a_bfloat16_batch_trains_float32_weights() -> None:
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.dtype == torch.float32, name
         assert torch.isfinite(parameter.grad).all(), name
+
+
+@pytest.mark.parametrize("unknown", [(), (0, 1, 2, 5, 6)], ids=["all known", "gaps"])
+def test_the_kernels_of_an_update_give_the_same_loss_and_gradients(
+    unknown: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a trainer on a GPU computes, in float32 instead of bfloat16."""
+    batch = make_batch((12, 9, 12), torch.float32, unknown)
+    config = replace(make_model().config, head_dim=16)
+    model = Eagle3(config)
+    model.initialise(seed=3)
+    embed, plan = EMBED.float(), ChainPlan(STEPS, keep_logits=False)
+
+    def computed() -> list[Tensor]:
+        model.zero_grad()
+        found = ttt_loss(model, embed, head(batch), batch, plan)
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        slopes = [p.grad for p in model.parameters() if p.grad is not None]
+        assert len(slopes) == len(list(model.parameters()))
+        return [found.loss.detach(), found.alpha_K, *slopes]
+
+    wanted = computed()
+    monkeypatch.setattr(norms, "trained_norm", trained_rows_triton.rms_norm)
+    monkeypatch.setattr(eagle3_model, "trained_gate", trained_rows_triton.silu_gate)
+    monkeypatch.setattr(eagle3_model, "rotate", trained_rows_triton.rotate)
+    monkeypatch.setattr(chain_attention, "attend_chains", chain_attention_triton.attend_chains)
+    monkeypatch.setattr(chain_attention, "can_attend_chains", lambda *_: True)
+    monkeypatch.setattr(device, "_distill_blocks", lambda _: distill_triton.BLOCKS)
+
+    for one, other in zip(computed(), wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(computed()[0], wanted[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("chunk", [4, 9, 40, 1 << 20])
+@pytest.mark.parametrize("positions", ["own", "equal"])
+def test_weights_of_blocks_are_those_of_the_whole_batch(chunk: int, positions: Any) -> None:
+    """Blocks without kept logits of one chain, of some, and of all of them."""
+    batch = make_batch((12, 9, 12), torch.float32, (5,))
+    heavy = replace(batch, weight_R=1 + torch.arange(len(batch.row_R)) % 3)
+    model, plan = make_model(dtype=torch.float32), ChainPlan(STEPS, Objective(positions=positions))
+
+    def computed(plan: ChainPlan) -> list[Tensor]:
+        model.zero_grad()
+        found = ttt_loss(model, EMBED.float(), head(batch), heavy, plan)
+        found.loss.backward()  # type: ignore[no-untyped-call]
+        return [found.loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    whole = computed(plan)
+    blocks = computed(replace(plan, keep_logits=False, chunk_rows=chunk))
+
+    torch.testing.assert_close(blocks[0], whole[0], rtol=1e-5, atol=0)
+    for one, other in zip(blocks[1:], whole[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
