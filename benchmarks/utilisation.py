@@ -1,6 +1,7 @@
 """How much of a GPU's arithmetic a drafter's updates use, on one card and on two.
 
     python -m benchmarks.utilisation                        # the 8B shape; about a minute
+    python -m benchmarks.utilisation --batch-tokens 16384 --seconds 6 --parts  # and where it goes
     python -m benchmarks.utilisation --processes 1,2 --stages 2,0     # two cards, DeepSpeed
     python -m benchmarks.utilisation --device cpu --shape tiny --processes 1,2 --seconds 2
     python -m benchmarks.utilisation --processes 2 --dump-after-s 30  # where all are, if stuck
@@ -15,9 +16,8 @@ of the drafter's layer at every position and at every row of a chain that is ali
 at every row with a loss, causal attention within a piece, the weight's gradient of the fusion, and
 forward of the target's lm_head at every row with a loss, from which the teacher's distribution is
 rebuilt. Not counted are rows of padding, chains past the end of their piece, keys that a mask
-hides, the optimizer, and the product that finds the weights of the rows first, which is computed
-twice. Utilisation is that over the seconds of the updates and over the card's dense peak in
-bfloat16.
+hides, and the optimizer. Utilisation is that over the seconds of the updates and over the card's
+dense peak in bfloat16. What ``--parts`` measures is described in ``benchmarks.update_parts``.
 
 Writes ``benchmarks/results/utilisation.json`` and, with ``--publish``, ``rows/jobs.json``.
 """
@@ -27,7 +27,7 @@ from __future__ import annotations
 import os
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -49,13 +49,15 @@ from benchmarks.harness.results import (
 )
 from benchmarks.harness.shapes import SHAPES, draft_vocab_size
 from benchmarks.learner import KIND, TAPS, Place, Shape, traces, wait_for
+from benchmarks.update_parts import parts_of
 from configs.schema import DeepSpeedSettings, DrafterSettings, Settings, TrainerSettings
 from drafters.samples import Sample
 from specops.distill import FrozenHead
 from targets.head import TargetHead
 from trainer.dataset import Expected, sample_of
 from trainer.group import Group, device_of, joined, single
-from trainer.packing import HeldPiece
+from trainer.learner import Learner
+from trainer.packing import HeldPiece, pack
 from trainer.processes import LOOPBACK, environment_of
 from trainer.rows import RowStore
 from trainer.team import work
@@ -66,6 +68,8 @@ PEAK_TFLOPS = 989.0
 """Dense bfloat16 of an H100 or H200 SXM, by NVIDIA's datasheet."""
 MAX_SEQUENCE = 512
 _FINGERPRINT = "ab" * 32
+_DRAWN = 24
+"""Batches that updates go through in turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +144,8 @@ class Case:
     batch_tokens: int
     """Positions of a batch for each process."""
     seconds: float
+    parts: bool = False
+    """Measure the parts of an update, too; of one process alone."""
 
 
 def place_of(case: Case, device: torch.device, folder: Path) -> Place:
@@ -207,7 +213,8 @@ def updates_of(case: Case, group: Group, folder: Path, voice: Voice) -> dict[str
     config, steps = place.head.config, place.settings.trainer.ttt_steps
     sizes = sizes_of(config, draft_vocab_size(config.vocab_size), steps)
     batches = place.batches()
-    for number, batch in zip(range(1, 7), batches, strict=False):
+    drawn = [next(batches) for _ in range(_DRAWN)]
+    for number, batch in enumerate(one_of_each_shape(learner, drawn), start=1):
         began_s = time.monotonic()
         learner.update(batch)
         launched_s = time.monotonic() - began_s
@@ -218,7 +225,7 @@ def updates_of(case: Case, group: Group, folder: Path, voice: Voice) -> dict[str
     flops = rows = updates = 0
     began_s = time.monotonic()
     while time.monotonic() - began_s < case.seconds:
-        batch = next(batches)
+        batch = drawn[updates % len(drawn)]
         learner.update(batch)
         flops += flops_of(batch, sizes)
         rows += sum(len(piece.rows) for piece in batch)
@@ -227,8 +234,12 @@ def updates_of(case: Case, group: Group, folder: Path, voice: Voice) -> dict[str
     wait_for(device)
     took_s = time.monotonic() - began_s
     voice.at(f"has made {updates} updates in {took_s:.1f} s")
-    learner.end()
     on_gpu = device.type == "cuda"
+    peak_bytes = torch.cuda.max_memory_allocated(device) if on_gpu else None
+    speed = flops / took_s / 1e12
+    voice.at(f"{speed:.0f} TFLOP/s, {1000 * took_s / updates:.1f} ms an update")
+    parts = parts_of(learner, drawn[0], voice.at) if case.parts else None
+    learner.end()
     return {
         "updates": updates,
         "skipped": learner.num_skipped,
@@ -238,10 +249,17 @@ def updates_of(case: Case, group: Group, folder: Path, voice: Voice) -> dict[str
         "rows_per_s": rows / took_s,
         "rows_per_update": rows / updates,
         "tflop_per_update": flops / updates / 1e12,
-        "tflops": flops / took_s / 1e12,
+        "tflops": speed,
         "weights": sum(p.numel() for p in learner.model.parameters()),
-        "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else None,
+        "peak_gib": None if peak_bytes is None else peak_bytes / 2**30,
+        **({} if parts is None else {"parts": parts}),
     }
+
+
+def one_of_each_shape(learner: Learner, drawn: Sequence[list[HeldPiece]]) -> list[list[HeldPiece]]:
+    """Batches after which all shapes of ``drawn`` are known, and two more."""
+    shapes = {len(pack(batch, learner.fixed_shape).row_R): batch for batch in drawn}
+    return [*shapes.values(), *drawn[:2]] if learner.fixed_shape else list(drawn[:4])
 
 
 # ---- processes -----------------------------------------------------------------------------------
@@ -337,13 +355,16 @@ def main(
     dump_after_s: Annotated[
         float | None, typer.Option(help="of silence, after which all processes print their stacks")
     ] = None,
+    parts: Annotated[
+        bool, typer.Option(help="the parts of an update, too, of one process")
+    ] = False,
     publish: Annotated[bool, typer.Option(help="write rows/jobs.json, too")] = False,
     out: Out = RESULTS / "utilisation.json",
 ) -> None:
     """Measure each case, and write what is known after it."""
-    case = Case(shape, device, 1, 0, batch_tokens, seconds)
+    case = Case(shape, device, 1, 0, batch_tokens, seconds, parts)
     cases = [
-        replace(case, processes=number, stage=stage)
+        replace(case, processes=number, stage=stage, parts=parts and number == 1)
         for number in map(int, processes.split(","))
         for stage in (map(int, stages.split(",")) if number > 1 else (0,))
     ]

@@ -78,6 +78,14 @@ def by_chain(chains: Chains, values: list[Tensor]) -> Tensor:
     return torch.where(chains.alive_KR, arranged, torch.zeros_like(arranged))
 
 
+def by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
+    """Inverse of ``by_chain``."""
+    steps = list(values_KR.unbind())
+    if chains.carried_A is None:
+        return steps
+    return [steps[0], *(step[chains.carried_A] for step in steps[1:])]
+
+
 def chain_weights(
     chains: Chains, label_probs: list[Tensor], floor: float, positions: Positions = "own"
 ) -> Tensor:

@@ -28,19 +28,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from drafters.batch import TrainingBatch, follows_T
 from drafters.eagle3.chain_attention import ChainAttention
-from drafters.eagle3.chains import Chains, by_chain, chain_weights, lay_out
+from drafters.eagle3.chains import Chains, by_chain, by_step, chain_weights, lay_out
 from drafters.eagle3.losses import head_losses
 from drafters.eagle3.model import Attend, Eagle3
+from drafters.eagle3.orders import block_order, blocked_order, full_order_of
 from drafters.eagle3.reward import reward_loss, verified
 from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import (
@@ -61,7 +60,6 @@ from specops.distill import (
     Rows,
     Target,
     Teacher,
-    TeacherOrder,
     chains_at_once,
     target_of,
 )
@@ -249,12 +247,12 @@ def _weighed_by_block(
     num_steps, num_chains = chains.alive_KR.shape
     sizes = len(weight), len(teacher.head.weight_VH)
     at_once = chains_at_once(hidden, *sizes, num_steps, plan.chunk_rows)
-    order = _blocked_order(num_chains, num_steps, at_once, hidden.device)
+    order = blocked_order(num_chains, num_steps, at_once, hidden.device)
     ahead_KR = _ahead(chains, batch.weight_R)
 
     def weigh_block(prob_N: Tensor, number: int) -> Tensor:
         own = slice(number * at_once, min((number + 1) * at_once, num_chains))
-        places = _block_order(own.stop - own.start, num_steps, num_chains - own.start, prob_N)
+        places = block_order(own.stop - own.start, num_steps, num_chains - own.start, prob_N)
         prob_KC = torch.empty_like(prob_N).index_copy_(0, places, prob_N).view(num_steps, -1)
         part = Chains(None, chains.alive_KR[:, own], chains.carried_R[own])
         positions = plan.objective.positions
@@ -279,11 +277,11 @@ def _weighed_before(
     """The weights of all rows first, by one more product with the lm_head: what chains that are not
     carried are assumed to be depends on all others."""
     probs = label_figures(hidden, weight, rows, plan.chunk_rows).label_prob_N
-    objective, by_step = plan.objective, list(torch.split(probs, lengths))
-    places_KR = chain_weights(chains, by_step, plan.floor, objective.positions)
+    objective, by_number = plan.objective, list(torch.split(probs, lengths))
+    places_KR = chain_weights(chains, by_number, plan.floor, objective.positions)
     weights_KR = shares(objective, places_KR, _ahead(chains, batch.weight_R))
-    weights = weights_KR.each(lambda values_KR: torch.cat(_by_step(chains, values_KR)))
-    order = _order(chains, lengths)
+    weights = weights_KR.each(lambda values_KR: torch.cat(by_step(chains, values_KR)))
+    order = full_order_of(chains, lengths[0])
     given = hidden, weight, teacher, rows
     return objective_loss(objective, *given, weights, plan.chunk_rows, order)
 
@@ -318,7 +316,7 @@ def chain_acceptance(
     cooled = (hidden / heat_R.repeat(num_steps)[:, None]).to(hidden.dtype)
     teacher = Teacher(batch.last_hidden_RH, head, _target_ids(model), heat_R)
     weights = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-    order = _order(chains, [len(x) for x in inputs])
+    order = full_order_of(chains, len(inputs[0]))
     weight = model.head_weight(head.weight_VH)
     found = distill(cooled, weight, teacher, rows, weights, "lk", chunk_rows, order).figures
     drafted = RowFigures(*(column.view(num_steps, -1) for column in found))
@@ -366,65 +364,6 @@ def _compared(labels: Rows, chains: Chains, step: int) -> Rows:
     """Labels of one step, and the row of R that each output is compared with."""
     at = _teacher_rows(chains, step)
     return Rows(labels.label_ids_N[at], labels.label_known_N[at], at)
-
-
-def _order(chains: Chains, lengths: list[int]) -> TeacherOrder | None:
-    """What ``distill`` must know on the host, where that depends on shapes alone."""
-    if chains.carried_A is not None:
-        return None
-    return _full_order(lengths[0], len(lengths), chains.alive_KR.device)
-
-
-def _full_order(num_rows: int, num_steps: int, device: torch.device) -> TeacherOrder:
-    """The order of all chains: output r of step k is compared with row r + k.
-
-    The device's part is computed anew each time: a captured update reads it at every replay, so it
-    must live in the graph's own memory. Kept in a cache, it would be freed under a graph.
-    """
-    ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(num_rows, device=device)
-    order_N = ahead.clamp_max(num_rows - 1).flatten().argsort(stable=True)
-    return TeacherOrder(order_N, _sorted_rows(num_rows, num_steps))
-
-
-def _blocked_order(
-    num_chains: int, num_steps: int, at_once: int, device: torch.device
-) -> TeacherOrder:
-    """The order of all chains, ``at_once`` of them in a block."""
-    orders, rows, blocks = [], [], []
-    for first in range(0, num_chains, at_once):
-        count = min(at_once, num_chains - first)
-        like = torch.empty(0, device=device)
-        places = _block_order(count, num_steps, num_chains - first, like)
-        orders.append(places // count * num_chains + places % count + first)
-        ahead = np.arange(num_steps)[:, None] + np.arange(first, first + count)
-        rows.append(np.sort(np.minimum(ahead, num_chains - 1), axis=None))
-        blocks.append(slice(first * num_steps, (first + count) * num_steps))
-    if not blocks:
-        return _full_order(num_chains, num_steps, device)
-    return TeacherOrder(torch.cat(orders), np.concatenate(rows), tuple(blocks))
-
-
-def _block_order(count: int, num_steps: int, num_left: int, like: Tensor) -> Tensor:
-    """Order of a block's rows, numbered step by step, by their teacher rows, of which the block
-    sees ``num_left``. As in ``_full_order``, computed anew each time."""
-    device = like.device
-    ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(count, device=device)
-    return ahead.clamp_max(num_left - 1).flatten().argsort(stable=True)
-
-
-@lru_cache(maxsize=64)
-def _sorted_rows(num_rows: int, num_steps: int) -> NDArray[np.int64]:
-    """``TeacherOrder.row_N`` of all chains."""
-    ahead = np.arange(num_steps)[:, None] + np.arange(num_rows)
-    return np.sort(np.minimum(ahead, num_rows - 1), axis=None)
-
-
-def _by_step(chains: Chains, values_KR: Tensor) -> list[Tensor]:
-    """Inverse of ``by_chain``."""
-    steps = list(values_KR.unbind())
-    if chains.carried_A is None:
-        return steps
-    return [steps[0], *(step[chains.carried_A] for step in steps[1:])]
 
 
 def _concatenated(parts: list[Rows]) -> Rows:

@@ -35,7 +35,7 @@ def _visible(position, first, key, seen):
     return (before & (seen[None, :] != 0)) | itself
 
 
-@triton.jit(do_not_specialize=["num_own"])
+@triton.jit(do_not_specialize=["num", "num_rows", "num_own"])
 def _attend(
     q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, place_ptr, begin_ptr, seen_ptr, out_ptr, norm_ptr,
     num, num_rows, scale, num_own, NUM_QUERY: tl.constexpr, GROUP: tl.constexpr,
@@ -93,7 +93,7 @@ def _attend(
     tl.store(norm_ptr + row * NUM_QUERY + head, top + tl.log(total), mask=has)
 
 
-@triton.jit(do_not_specialize=["num_own"])
+@triton.jit(do_not_specialize=["num", "num_rows", "num_own"])
 def _query_slopes(
     q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, place_ptr, begin_ptr, seen_ptr, out_ptr, norm_ptr,
     slope_ptr, pull_ptr, q_slope_ptr,
@@ -145,7 +145,7 @@ def _query_slopes(
     tl.store(q_slope_ptr + at, (found * scale).to(q_slope_ptr.dtype.element_ty), mask=has[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num"])
 def _key_slopes(
     q_ptr, k_ptr, v_ptr, place_ptr, begin_ptr, end_ptr, seen_ptr, norm_ptr, slope_ptr, pull_ptr,
     k_slope_ptr, v_slope_ptr,
@@ -189,7 +189,7 @@ def _key_slopes(
     tl.store(v_slope_ptr + own, v_slope.to(dtype), mask=is_key[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _own_slopes(
     q_ptr, own_k_ptr, own_v_ptr, norm_ptr, slope_ptr, pull_ptr, k_slope_ptr, v_slope_ptr,
     num_rows, scale, NUM_QUERY: tl.constexpr, GROUP: tl.constexpr,

@@ -38,7 +38,7 @@ def _norm(x_ptr, weight_ptr, out_ptr, scale_ptr, width, eps, WIDTH: tl.constexpr
     tl.store(scale_ptr + row, scale)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _norm_slopes(
     x_ptr, weight_ptr, scale_ptr, slope_ptr, x_slope_ptr, weight_slope_ptr, num_rows, width,
     WIDTH: tl.constexpr, WANTS_X: tl.constexpr,

@@ -10,10 +10,12 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness.shapes import SHAPES, draft_vocab_size
+from benchmarks.update_parts import marked_update, products_of
 from benchmarks.utilisation import (
     Case,
     Sizes,
     flops_of,
+    one_of_each_shape,
     place_of,
     rows_of,
     sizes_of,
@@ -90,3 +92,38 @@ def test_utilisation_is_that_of_all_cards_and_rows_are_held_against_one_process(
         (None, None),
         ("at least 1.8", False),
     ]
+
+
+def test_products_alone_are_those_of_the_model_flops(tmp_path: Path) -> None:
+    place = place_of(Case("tiny", "cpu", 1, 0, 512, 1.0), CPU, tmp_path)
+    learner = place.learner(False)
+    pieces = [piece for sample in place.held[:3] for piece in sample.pieces]
+    packed = pack(pieces, None)
+    config = SHAPES["tiny"]()
+    sizes = sizes_of(config, draft_vocab_size(config.vocab_size), learner.settings.ttt_steps)
+
+    alone = sum(one.flops for one in products_of(learner, packed))
+
+    dead = (1 + 2 + 3) * len(pieces)
+    counted = flops_of(pieces, replace(sizes, attended=0))
+    assert alone == counted + 6 * dead * (sizes.layer + sizes.head)
+
+
+def test_the_parts_of_an_update_are_all_there_and_change_the_weights(tmp_path: Path) -> None:
+    place = place_of(Case("tiny", "cpu", 1, 0, 512, 1.0), CPU, tmp_path)
+    learner = place.learner(False)
+    before = [p.clone() for p in learner.model.parameters()]
+
+    ms = marked_update(learner, pack(next(place.batches()), None))
+
+    names = ["gather", "forward", "loss", "backward", "clip", "optimizer", "average"]
+    assert list(ms) == names and all(value > 0 for value in ms.values())
+    assert not all(a.equal(b) for a, b in zip(before, learner.model.parameters(), strict=True))
+
+
+def test_a_batch_of_each_shape_warms_up(tmp_path: Path) -> None:
+    place = place_of(Case("tiny", "cpu", 1, 0, 512, 1.0), CPU, tmp_path)
+    learner = place.learner(False)
+    drawn = [next(place.batches()) for _ in range(6)]
+
+    assert one_of_each_shape(learner, drawn) == drawn[:4], "on a CPU, shapes are not fixed"

@@ -14,7 +14,7 @@ from drafters.samples import Piece, Sample, widen
 from specops.capture_pack import quantise
 from tests.trainer.conftest import World
 from tests.trainer.test_replay import samples_of
-from trainer.packing import ROW_STEPS, pack
+from trainer.packing import pack, row_step
 from trainer.rows import PAGE, RowStore, pages_of
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def test_padding_is_behind_everything_and_known_to_be_padding(world: World) -> N
 
     num, rows = len(exact.token_ids_T), len(exact.row_R)
     assert batch.token_ids_T.shape == (160,) and batch.longest == 64
-    assert len(batch.row_R) % (160 // ROW_STEPS) == 0 and len(batch.row_R) >= rows
+    assert len(batch.row_R) % row_step(160) == 0 and len(batch.row_R) >= rows
     assert len(set(batch.row_R.tolist())) == len(batch.row_R)
     assert batch.is_row_R.tolist() == [place < rows for place in range(len(batch.row_R))]
     assert batch.features_TF[:num].equal(exact.features_TF)
@@ -98,7 +98,7 @@ def test_few_numbers_of_rows_occur(world: World) -> None:
         for count in range(1, 15)
     }
 
-    assert lengths <= {64 * n for n in range(1, ROW_STEPS + 1)}
+    assert lengths <= {64 * n for n in range(1, 9)}
 
 
 def test_pieces_that_do_not_fit_are_an_error(world: World) -> None:
