@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from configs.burst import BurstSettings
 from configs.drafters import BesideSettings, SuffixSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
@@ -304,6 +305,7 @@ class TrainerSettings(Section):
     it never rests while it has traces to train on."""
     max_serving_loss: float = Field(0.05, gt=0, lt=1)
     """With ``duty: auto``, the share of its speed that a server may lose to the trainer's work."""
+    burst: BurstSettings = BurstSettings()
     gpu_share: float = Field(1.0, gt=0, le=1)
     """Under CUDA MPS: share of the GPU's multiprocessors that the trainer may use, the others being
     the server's alone. Without MPS it has no effect. ``CUDA_MPS_ACTIVE_THREAD_PERCENTAGE`` in the

@@ -212,7 +212,13 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         stop=shared.stop,
         pace=Pace(settings.trainer, duty=shared.duty),
         saver=Saver(root / "checkpoints", settings.trainer.keep_checkpoints),
-        worth=Worth(settings.trainer, journal.event, Payback(settings.trainer.payback_s)),
+        worth=Worth(
+            settings.trainer,
+            journal.event,
+            Payback(settings.trainer.payback_s),
+            allowance=shared.duty.allowance,
+            drafter=settings.drafter.kind,
+        ),
     )
     trainer.judge.between = trainer.breathe
     trainer.worth.begin(manifest)
@@ -222,6 +228,8 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         trainer.checkpoint()  # so that broken weights can always be restored
         trainer.report_checkpoint(wait=True)
     else:
+        if shared.duty.allowance is not None:
+            shared.duty.allowance.empty()
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer

@@ -3,7 +3,8 @@
 With a number, it rests in proportion to its work. With ``auto`` it looks at what the server shows
 of its load (``buffer.load``): while no request is decoding it works without a rest, and else as
 ``policies.sharing`` allows. It looks after each update and between the pieces of a judgement, so it
-gives way within one of them when load rises.
+gives way within one of them when load rises. With ``trainer.burst``, how much serving may lose at
+present follows from ``trainer.allowance``.
 
 A step that was delayed by an update often ends after it. So a few steps after the work count as if
 they were beside it, and only what follows as undisturbed.
@@ -21,9 +22,11 @@ from typing import Protocol
 import torch
 
 from buffer.load import Load, LoadReader
+from configs.choices import SettingsError
 from configs.schema import TrainerSettings
 from policies.sharing import Sharing
 from targets.device import hardware_of
+from trainer.allowance import Allowance
 
 _BURST_S = 1.0
 """Longest work between two rests."""
@@ -37,6 +40,8 @@ _LONGEST_PASS_S = 0.5
 """A longer one, such as of a long prompt, is not waited for."""
 _SLICE_S = 0.05
 """Of a long rest, which ends once the server is idle."""
+_UNKNOWN = 0.5
+"""Slowdown that is booked before any was measured; ``policies.sharing`` believes the same."""
 
 
 class Reads(Protocol):
@@ -63,6 +68,8 @@ class Duty:
     """Fixed share of time for work; without meaning where ``sharing`` is set."""
     sharing: Sharing | None = None
     """``None``: the share is fixed."""
+    allowance: Allowance | None = None
+    """Says what ``sharing`` holds serving's loss at; ``None``: always the same."""
     server: Reads | None = None
     """Shows the server's load; ``None``: there is none to look at."""
     device: str = ""
@@ -118,11 +125,12 @@ class Duty:
             self.breathe(settle)
         self.began = None
 
-    def figures(self) -> dict[str, float | None]:
+    def figures(self) -> dict[str, float | str | None]:
         """For status and journal."""
         if self.sharing is None:
             return {"duty": self.share, "slowdown": None, "loss": None}
-        return self.sharing.figures()
+        more = {} if self.allowance is None else self.allowance.figures()
+        return self.sharing.figures() | more
 
     def _load(self) -> Load | None:
         """Of a server on this device."""
@@ -135,18 +143,38 @@ class Duty:
             self.began = None
             return
         pass_s = _pass_s(self.began, load)
-        burst_s = _burst_s(sharing.duty, _REST_PASSES * pass_s)
+        duty = self._duty(sharing, load.running)
+        burst_s = _burst_s(duty, _REST_PASSES * pass_s)
         if self.began is not None and now_s - self.began.at_s < burst_s:
             return
         settle()
         self._wait(_SPILL_PASSES * pass_s)
         spilt = self._look()
         worked_s = self._told(sharing.worked, self.began, spilt)
-        rest_s = max(worked_s * (1 / sharing.duty - 1), _REST_PASSES * pass_s)
+        self._book(_slowdown(sharing), self.began, spilt)
+        rest_s = max(worked_s * (1 / duty - 1), _REST_PASSES * pass_s)
         self._wait_while_busy(rest_s)
         rested = self._look()
         self._told(sharing.rested, spilt, rested)
+        self._book(0.0, spilt, rested)
         self.began = rested
+
+    def _duty(self, sharing: Sharing, running: int) -> float:
+        """Share of the time for work. What falls does so at once; what rises, as ``sharing`` lets
+        it."""
+        if self.allowance is None:
+            return sharing.duty
+        allowed = self.allowance.share(running)
+        # Not below the steady share: a duty grows by a tenth at a time, and has to be back soon.
+        sharing.most = max(allowed, self.allowance.steady)
+        return min(sharing.duty, allowed / max(_slowdown(sharing), allowed))
+
+    def _book(self, slowdown: float, since: _Seen | None, until: _Seen | None) -> None:
+        """Enter what serving lost in between into the account."""
+        if self.allowance is None or since is None or until is None:
+            return
+        seconds = until.load.busy_s - since.load.busy_s
+        self.allowance.served(seconds, until.load.running, slowdown * seconds)
 
     def _look(self) -> _Seen | None:
         load = self._load()
@@ -182,6 +210,13 @@ class Duty:
         self.rested_s += self.clock() - started_s
 
 
+def _slowdown(sharing: Sharing) -> float:
+    """Share of its speed that serving lacks while the trainer works; what is uncertain counts as
+    lost."""
+    found = sharing.slowdown
+    return _UNKNOWN if found is None else min(1.0, found + sharing.error)
+
+
 def _burst_s(duty: float, rest_s: float) -> float:
     """Work for which a rest of ``rest_s`` is due."""
     return _BURST_S if duty >= 1 else min(_BURST_S, rest_s * duty / (1 - duty))
@@ -198,9 +233,38 @@ def _pass_s(since: _Seen | None, now: Load) -> float:
 def duty_of(
     settings: TrainerSettings, run_dir: Path, stop: threading.Event, device: torch.device
 ) -> Duty:
-    """As the settings say, for a trainer on this device."""
+    """As the settings say, for a trainer on this device.
+
+    Raises:
+        SettingsError: bursts are set that cannot be.
+    """
     if settings.duty == "auto":
-        sharing = Sharing(settings.max_serving_loss)
-        server = LoadReader(run_dir)
-        return Duty(sharing=sharing, server=server, device=hardware_of(device), stop=stop)
+        return Duty(
+            sharing=Sharing(settings.max_serving_loss),
+            allowance=_allowance(settings),
+            server=LoadReader(run_dir),
+            device=hardware_of(device),
+            stop=stop,
+        )
+    if settings.burst.serving_loss is not None:
+        raise SettingsError(
+            f"trainer.burst.serving_loss needs trainer.duty auto, which measures what learning "
+            f"costs, and trainer.duty is {settings.duty:g}"
+        )
     return Duty(share=settings.duty, stop=stop)
+
+
+def _allowance(settings: TrainerSettings) -> Allowance | None:
+    """
+    Raises:
+        SettingsError: bursts cost less than what may be lost all the time.
+    """
+    burst, most = settings.burst.serving_loss, settings.max_serving_loss
+    if burst is None:
+        return None
+    if burst < most:
+        raise SettingsError(
+            f"trainer.burst.serving_loss is {burst:g}, below trainer.max_serving_loss {most:g}, "
+            f"which serving may lose on average; raise it, or leave it out for no bursts"
+        )
+    return Allowance(most, burst, settings.burst.window_s)

@@ -101,6 +101,7 @@ def follow(trainer: Trainer, target: RunTarget) -> None:
     num_traces = trainer.memory.clear()
     trainer.published = replace(trainer.published, target_fingerprint=target.fingerprint)
     trainer.pace.begin()
+    trainer.worth.hurry("the target has other weights")
     trainer.journal.event(
         "target_changed",
         step=learner.step,

@@ -286,8 +286,18 @@ def _sharing(found: Any) -> str | None:
         return None
     return (
         f"works {found['duty']:.0%} of the time while requests decode, which are slower by "
-        f"{found['slowdown']:.0%} then; serving loses {found['loss']:.1%}"
+        f"{found['slowdown']:.0%} then; serving loses {found['loss']:.1%}{_burst(found)}"
     )
+
+
+def _burst(found: dict[str, Any]) -> str:
+    """What is left for bursts, and why there is one; empty if there are none."""
+    balance_s, largest_s = found.get("balance_s"), found.get("largest_s")
+    if not isinstance(balance_s, float) or not isinstance(largest_s, float):
+        return ""
+    why = found.get("urgent")
+    now = f"; learning is urgent: {why}" if isinstance(why, str) else ""
+    return f"; may lose another {max(balance_s, 0.0):.1f} s of {largest_s:.1f} s at once{now}"
 
 
 def _time(found: Any) -> str | None:

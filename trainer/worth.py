@@ -3,6 +3,9 @@
 A trainer that learns on and on uses a device for nothing once its drafter fits the traffic. With
 ``trainer.payback_s`` it pauses when learning has not earned what it took, and with ``trainer.learn:
 on_drift`` when candidates are no better any more. Acceptance that falls on live traffic wakes it.
+
+It also says when learning is urgent, for ``trainer.allowance``: while nothing has been learnt yet
+and after acceptance has fallen, until candidates are no better.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from drafters.samples import Sample, Steps
 from policies.cost_table import CostTable, unique_pairs
 from policies.drift import DriftWatch
 from policies.payback import Payback
+from trainer.allowance import Allowance
 from trainer.gate import Judgement
 
 ENOUGH_REFUSED = 3
@@ -42,11 +46,20 @@ class Worth:
     """Why the trainer does not learn now; ``None``: it does."""
     looked_s: float = field(default_factory=time.monotonic)
     """Monotonic time up to which the window of the payback has been told."""
+    allowance: Allowance | None = None
+    """What learning may cost a server on the same device; ``None``: it does not depend on whether
+    learning is urgent."""
+    drafter: str = ""
+    """Name of the drafter that learns, among those that share the allowance."""
+    num_refused: int = 0
+    """Candidates refused in a row since learning became urgent."""
 
     def begin(self, published: Manifest) -> None:
         """The trainer starts from this version. One that a trainer has judged before fits some
         traffic: with ``on_drift``, whether it fits this one is measured first."""
         self.looked_s = time.monotonic()
+        if not published.policy.get("acceptance"):
+            self.hurry("nothing has been learnt yet")
         if self.settings.learn == "on_drift" and published.policy.get("acceptance"):
             self._rest(f"version {published.version} has learnt, and drift is measured first")
 
@@ -87,6 +100,9 @@ class Worth:
         gain = judgement.gain_over_static
         if gain is not None:
             self.payback.gain = gain
+        self.num_refused = 0 if judgement.verdict.passed else self.num_refused + 1
+        if self.num_refused >= ENOUGH_REFUSED:
+            self._calm()
         if self.settings.learn == "on_drift" and refused_in_row >= ENOUGH_REFUSED:
             self._rest(f"{refused_in_row} candidates in a row were no better")
 
@@ -141,13 +157,25 @@ class Worth:
             own_s += each_s / batch * own[place]
         self.payback.serve(decode_s, plain_s, own_s)
 
+    def hurry(self, why: str) -> None:
+        """What is learnt now pays back soon."""
+        self.num_refused = 0
+        if self.allowance is not None:
+            self.allowance.hurry(self.drafter, why)
+
+    def _calm(self) -> None:
+        if self.allowance is not None:
+            self.allowance.calm(self.drafter)
+
     def _rest(self, reason: str) -> None:
+        self._calm()
         if self.rests is None:
             self.rests = reason
             self.tell("paused", text=reason)
 
     def _wake(self, version: int) -> None:
         self.tell("drift", version=version, woke=self.rests is not None)
+        self.hurry("acceptance has fallen")
         self.rests = None
         self.payback.begin()
         self.looked_s = time.monotonic()

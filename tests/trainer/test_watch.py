@@ -85,6 +85,12 @@ def test_what_sharing_a_device_costs_is_shown(tmp_path: Path) -> None:
         "sharing    works 12% of the time while requests decode, which are slower by 40% then; "
         "serving loses 4.8%" in ask("status", tmp_path).stdout
     )
+    account = {"balance_s": 12.34, "largest_s": 15.0, "urgent": "acceptance has fallen"}
+    journal.status({**STATUS, "sharing": sharing | account})
+    assert (
+        "serving loses 4.8%; may lose another 12.3 s of 15.0 s at once; learning is urgent: "
+        "acceptance has fallen" in ask("status", tmp_path).stdout
+    )
     journal.status({**STATUS, "sharing": {"duty": 0.5, "slowdown": None, "loss": None}})
     assert "sharing" not in ask("status", tmp_path).stdout
 

@@ -15,6 +15,7 @@ import torch
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from buffer.records import Round, Rounds, Trace
+from configs.burst import BurstSettings
 from tests.trainer.conftest import World
 from tests.trainer.test_gate import judge_with, judged, trained
 from tests.trainer.test_learner import new_learner
@@ -154,6 +155,33 @@ def test_new_weights_learn_until_candidates_are_no_better(world: World, tmp_path
         trainer.judge_candidate()
 
     assert "3 candidates in a row were no better" in str(trainer.waits_for())
+
+
+def test_learning_is_urgent_until_candidates_are_no_better_and_again_after_drift(
+    world: World, tmp_path: Path
+) -> None:
+    burst = BurstSettings(serving_loss=0.2)
+    settings = settings_for(tmp_path, world.target, gate_margin=99.0, duty="auto", burst=burst)
+    trainer = build(settings)
+    account = trainer.pace.duty.allowance
+    assert account is not None and account.balance_s == account.largest_s == 15.0
+    assert account.figures()["urgent"] == "nothing has been learnt yet"
+    feed(trainer, tmp_path, several(world, 48, kept=0.8))
+    for _ in range(3):
+        assert account.urgent
+        trainer.update()
+        trainer.judge_candidate()
+    assert not account.urgent
+
+    feed(trainer, tmp_path, several(world, 96, kept=0.1, first=100))
+
+    assert account.figures()["urgent"] == "acceptance has fallen"
+    trainer.update()
+    trainer.judge_candidate()
+    assert account.urgent, "one refusal since then"
+    trainer.finish()
+    again = build(settings).pace.duty.allowance
+    assert again is not None and again.balance_s == 0.0, "what it cost before is unknown"
 
 
 def test_a_restart_remembers_what_learning_has_cost(world: World, tmp_path: Path) -> None:
