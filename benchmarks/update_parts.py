@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 
 from benchmarks.learner import release, wait_for
 from specops import device as dispatch
@@ -235,7 +234,7 @@ def kernels_of(learner: Learner, packed: Packed) -> list[dict[str, Any]]:
     activities = [torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         marked_update(learner, packed)
-    own = [one for one in profile.key_averages() if one.device_type == DeviceType.CUDA]
+    own = [one for one in profile.key_averages() if one.device_type.name == "CUDA"]
     own.sort(key=lambda one: -one.self_device_time_total)
     return [
         {"name": one.key[:90], "ms": one.self_device_time_total / 1000, "launches": one.count}

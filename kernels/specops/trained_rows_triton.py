@@ -237,10 +237,10 @@ class _Rotate(torch.autograd.Function):
         return _rotated(slope, cos, sin, slopes=True), None, None
 
 
-def rotate(x_NhD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """See ``specops.trained_rows.rotate``; cos and sin get no gradient."""
-    angles = (angle.expand(len(x_NhD), 1, -1)[:, 0].contiguous() for angle in (cos, sin))
-    out: Tensor = _Rotate.apply(x_NhD, *angles)  # type: ignore[no-untyped-call]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """See ``specops.trained_rows.rotate``; x is [N, heads, D], cos and sin get no gradient."""
+    angles = (angle.expand(len(x), 1, -1)[:, 0].contiguous() for angle in (cos, sin))
+    out: Tensor = _Rotate.apply(x, *angles)  # type: ignore[no-untyped-call]
     return out
 
 
