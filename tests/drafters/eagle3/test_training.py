@@ -89,7 +89,7 @@ HEAD = torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(6)).do
 
 
 def head(batch: TrainingBatch) -> FrozenHead:
-    return FrozenHead(HEAD.to(batch.features_TF.dtype))
+    return FrozenHead(HEAD.to(batch.features_TF))
 
 
 def every_place(batch: TrainingBatch) -> Tensor:
@@ -422,12 +422,16 @@ def test_a_bfloat16_batch_trains_float32_weights() -> None:
 def test_the_kernels_of_an_update_give_the_same_loss_and_gradients(
     unknown: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a trainer on a GPU computes, in float32 instead of bfloat16."""
-    batch = make_batch((12, 9, 12), torch.float32, unknown)
+    """What a trainer on a GPU computes, in float32 instead of bfloat16. A GPU's attention then
+    multiplies as TF32."""
+    place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    batch = make_batch((12, 9, 12), torch.float32, unknown).to(place, torch.float32)
     config = replace(make_model().config, head_dim=16)
     model = Eagle3(config)
     model.initialise(seed=3)
-    embed, plan = EMBED.float(), ChainPlan(STEPS, keep_logits=False)
+    model.to(place)
+    embed, plan = EMBED.float().to(place), ChainPlan(STEPS, keep_logits=False)
+    is_exact = place.type == "cpu"
 
     def computed() -> list[Tensor]:
         model.zero_grad()
@@ -446,8 +450,10 @@ def test_the_kernels_of_an_update_give_the_same_loss_and_gradients(
     monkeypatch.setattr(device, "_distill_blocks", lambda _: distill_triton.BLOCKS)
 
     for one, other in zip(computed(), wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(computed()[0], wanted[0], rtol=1e-5, atol=0)
+        close = {"rtol": 1e-4, "atol": 1e-6} if is_exact else {"rtol": 2e-2, "atol": 1e-3}
+        torch.testing.assert_close(one, other, **close)
+    rtol = 1e-5 if is_exact else 1e-3
+    torch.testing.assert_close(computed()[0], wanted[0], rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("chunk", [4, 9, 40, 1 << 20])
