@@ -9,7 +9,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from specops import attention, capture_pack, draft_sampling, lane_penalties, lanes_host, listed
+from specops import (
+    attention,
+    capture_pack,
+    draft_sampling,
+    lane_penalties,
+    lanes_host,
+    listed,
+    matches,
+)
 from specops import best_ids as best_definition
 from specops import chain_attention as chains_definition
 from specops import distill as distill_definition
@@ -30,6 +38,7 @@ from specops.distill import (
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
 from specops.lanes import ClosedRound, LaneState, OpenedRound
+from specops.matches import Bounds, RingText, TextDrafts
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, Rule
@@ -217,6 +226,24 @@ def close_round(
         overlap = overlap_triton.can_overlap(draft_RK.device)
         end = partial(lanes_triton.close_round, overlap=overlap)
     return end(state, opened, draft_RK, verdict, logq_RK, outputs_RC)
+
+
+def text_drafts(
+    texts_LN: Tensor,
+    lanes_R: Tensor,
+    lengths_R: Tensor,
+    spaces_R: Tensor,
+    ring: RingText | None,
+    num_draft: int,
+    bounds: Bounds,
+) -> TextDrafts:
+    """See ``specops.matches.text_drafts``."""
+    find = matches.text_drafts
+    if texts_LN.is_cuda:
+        from specops import matches_triton
+
+        find = matches_triton.text_drafts
+    return find(texts_LN, lanes_R, lengths_R, spaces_R, ring, num_draft, bounds)
 
 
 def pack_kept_rows(

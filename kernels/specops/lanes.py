@@ -4,8 +4,8 @@ to the lanes. The torch definitions.
 A lane is the state of one request in flight on the device. A round opens by gathering its lanes and
 closes by committing to them; each is one launch in ``lanes_triton``.
 
-Shapes: L lanes, R requests of a round, F integer fields, P pages of a lane, K draft tokens,
-Q = K + 1, T = R * Q rows of the target's pass.
+Shapes: L lanes, R requests of a round, F integer fields, P pages of a lane, N positions of its
+text, K draft tokens, Q = K + 1, T = R * Q rows of the target's pass.
 """
 
 from __future__ import annotations
@@ -47,6 +47,8 @@ class Field(IntEnum):
     """Number of the request's biases; see ``specops.lane_penalties``."""
     PENALIZES = 10
     """1 for a request with penalties, else 0."""
+    SPACE = 11
+    """Number of the request's namespace, for drafts from text of other requests."""
 
 
 class Column(IntEnum):
@@ -59,7 +61,10 @@ class Column(IntEnum):
     DRAFTED = 2
     CAPTURED = 3
     """Number of rows for the capture ring."""
-    TOKENS = 4
+    PICKED = 4
+    """Number of the drafter whose draft was taken, where the device has picked; else meaningless,
+    and not written when the round is closed."""
+    TOKENS = 5
     """The first draft token."""
 
 
@@ -87,6 +92,9 @@ class LaneState:
     gathered."""
     pages_LP: Tensor
     """[L, P] int32 page ids; 0 if the lane has none."""
+    texts_LN: Tensor | None = None
+    """[L, N] int32 tokens of each lane, to which rounds append what they commit; ``None``: nobody
+    reads them on the device."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +233,7 @@ def close_round(
         verdict: the outcome of verifying the draft; or, if all requests are greedy, the target's
             best ids [R, Q] int64, which ``verify_match`` compares here.
         logq_RK: [R, K] float32 log q of the draft tokens; ``None`` if they were not sampled.
-        outputs_RC: [R, 4 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
+        outputs_RC: [R, 5 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
             are not written.
     """
     num_draft = draft_RK.shape[1]
@@ -244,10 +252,17 @@ def close_round(
     tokens = torch.cat((opened.ints_FR[Field.ANCHOR][:, None], emitted_RQ), dim=1)
     anchor_R = tokens.gather(1, count_R[:, None])[:, 0]
     changed = torch.stack((length_R + count_R, opened.ints_FR[Field.NONCE] + 1, anchor_R))
-    state.ints_FL[: Field.LIMIT].index_copy_(1, opened.lanes_R.long(), changed)
+    lanes_R = opened.lanes_R.long()
+    state.ints_FL[: Field.LIMIT].index_copy_(1, lanes_R, changed)
+    if state.texts_LN is not None:
+        committed_RQ = place < count_R[:, None]
+        at_RQ = (length_R[:, None] + place)[committed_RQ]
+        of_RQ = lanes_R[:, None].expand_as(committed_RQ)[committed_RQ]
+        state.texts_LN[of_RQ, at_RQ] = emitted_RQ[committed_RQ].int()
     captured_R = count_R * opened.ints_FR[Field.CAPTURES]
     decided = torch.stack((accepted_R, found_R, opened.lens_R, captured_R), dim=1)
-    outputs_RC[:, : Column.TOKENS + num_draft] = torch.cat((decided, draft_RK), dim=1)
+    outputs_RC[:, : Column.PICKED] = decided
+    outputs_RC[:, Column.TOKENS : Column.TOKENS + num_draft] = draft_RK
     for block, reals in enumerate((logp_RK, logq_RK), start=1):
         if reals is not None and num_draft:
             start = Column.TOKENS + block * most_drafts(outputs_RC)

@@ -107,6 +107,10 @@ def close_round(
     changed[Field.LENGTH, lanes_R] = length_R + count_R
     changed[Field.NONCE, lanes_R] = ints_FR[Field.NONCE] + 1
     changed[Field.ANCHOR, lanes_R] = np.where(count_R > 0, last_R, ints_FR[Field.ANCHOR])
+    if state.texts_LN is not None:
+        rows, places = np.nonzero(np.arange(num_draft + 1) < count_R[:, None])
+        texts = state.texts_LN.numpy()
+        texts[lanes_R[rows], length_R[rows] + places] = emitted_RQ[rows, places]
     captured_R = count_R * ints_FR[Field.CAPTURES]
     outputs[:, Column.ACCEPTED] = accepted_R
     outputs[:, Column.NEXT] = found_R

@@ -179,6 +179,8 @@ def _check_state(state: LaneState) -> None:
     ):
         if tensor.dtype != dtype or not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous {dtype}, got {tensor.dtype}")
+    if (texts := state.texts_LN) is not None and texts.dtype != torch.int32:
+        raise ValueError(f"texts must be rows of int32, got {texts.dtype}")
     assert len(state.ints_FL) >= len(Field) and len(state.floats_3L) >= 3
 
 
@@ -190,16 +192,18 @@ def _store_bits(out_ptr, reals_ptr, place, is_draft):
 
 @triton.jit(
     do_not_specialize=[
-        "draft_stride", "outputs_stride", "most_drafts", "num_lanes", "num_requests", "num_draft",
+        "draft_stride", "outputs_stride", "texts_stride", "most_drafts", "num_lanes",
+        "num_requests", "num_draft",
     ],
     do_not_specialize_on_alignment=["draft_ptr"],
 )  # fmt: skip
 def _close_round(
     ints_ptr, lanes_ptr, fields_ptr, lens_ptr, draft_ptr, draft_stride, best_ptr,
     accepted_ptr, following_ptr, logp_ptr, logq_ptr, outputs_ptr, outputs_stride,
-    emitted_ptr, next_ptr, count_ptr, captured_ptr, anchor_row_ptr,
+    emitted_ptr, next_ptr, count_ptr, captured_ptr, anchor_row_ptr, texts_ptr, texts_stride,
     most_drafts, num_lanes, num_requests, num_draft,
-    QUERY_UP: tl.constexpr, BY_BEST: tl.constexpr, HAS_LOGQ: tl.constexpr, OVERLAP: tl.constexpr,
+    QUERY_UP: tl.constexpr, BY_BEST: tl.constexpr, HAS_LOGQ: tl.constexpr, HAS_TEXTS: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Commit one request's round."""
     if OVERLAP:
@@ -234,6 +238,9 @@ def _close_round(
     tl.store(own + _LENGTH * num_lanes, length + count)
     tl.store(own + _NONCE * num_lanes, nonce + 1)
     tl.store(own + _ANCHOR * num_lanes, tl.where(count > 0, last, anchor))
+    if HAS_TEXTS:
+        text = texts_ptr + lane.to(tl.int64) * texts_stride + length
+        tl.store(text + place, emitted.to(tl.int32), mask=place < count)
     captured = count * captures
     tl.store(emitted_ptr + row, emitted, mask=is_row)
     tl.store(next_ptr + request, following)
@@ -275,6 +282,7 @@ def close_round(
             outputs need not be adjacent.
     """
     _check_state(state)
+    texts = state.texts_LN
     num_requests, num_draft = draft_RK.shape
     num_query = num_draft + 1
     best = accepted = following = logp = None
@@ -305,8 +313,9 @@ def close_round(
         state.ints_FL, opened.lanes_R, opened.ints_FR, opened.lens_R, draft_RK, draft_RK.stride(0),
         best, accepted, following, logp, logq_RK, outputs_RC, outputs_RC.stride(0),
         closed.emitted_RQ, closed.next_R, closed.count_R, closed.captured_R, closed.anchor_row_R,
+        texts, 0 if texts is None else texts.stride(0),
         most_drafts(outputs_RC), state.ints_FL.shape[1], num_requests, num_draft,
         QUERY_UP=_places(num_query), BY_BEST=best is not None, HAS_LOGQ=logq_RK is not None,
-        OVERLAP=overlap, num_warps=1, launch_pdl=overlap,
+        HAS_TEXTS=texts is not None, OVERLAP=overlap, num_warps=1, launch_pdl=overlap,
     )  # fmt: skip
     return closed

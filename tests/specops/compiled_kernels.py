@@ -28,6 +28,8 @@ from specops.lane_penalties_triton import adjust_rows, count_tokens
 from specops.lanes import Column, Field, Input, LaneState
 from specops.lanes_triton import close_round, open_round
 from specops.linear import Norm
+from specops.matches import BLOCK, Bounds, RingText
+from specops.matches_triton import text_drafts
 from specops.rng import Numbering
 from specops.rope import Heads, RopeTable
 from specops.rope_triton import rope_and_write
@@ -101,6 +103,8 @@ def one_round(size: int, num_draft: int) -> None:
     adjust_rows(logits, drafts, asks, tables)
     count_tokens(logits.argmax(-1), lens, asks, tables)
     bookkeeping(size, num_draft, best_ids(logits), verdicts)
+    if num_draft:
+        from_text(size, num_draft)
     pool = torch.zeros((8 * PAGE, HEADS, DIM))
     pages, first = torch.zeros((size, 8), dtype=torch.int32), ints[1].int()
     q = torch.zeros((size * (num_draft + 1), HEADS, DIM))
@@ -112,6 +116,18 @@ def one_round(size: int, num_draft: int) -> None:
     ring = new_ring(2048, 2, DIM, "cpu", is_fp8=False, pinned=False)
     rows = q.bfloat16()
     pack_kept_rows(rows[:, :1], rows[:, 1], first, first, first, ring)
+
+
+def from_text(size: int, num_draft: int) -> None:
+    """Drafts from text, with and without a ring, and with fields laid out as in lanes."""
+    texts, fields = torch.zeros((65, 300), dtype=torch.int32), torch.zeros((12, size)).long()
+    spaces = torch.zeros(2, dtype=torch.int32)
+    ring = RingText(torch.zeros(2 * BLOCK, dtype=torch.int32), spaces, spaces.long())
+    for found in (None, ring):
+        text_drafts(
+            texts, fields[0].int(), fields[Field.LENGTH], fields[Field.SPACE], found, num_draft,
+            Bounds(2, 12),
+        )  # fmt: skip
 
 
 def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:

@@ -29,6 +29,9 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # with and without biases and penalties
         "_adjust_part": 1,
         "_count_tokens": 1,
+        # with and without finished texts
+        "_find_matches": 2,
+        "_take_drafts": 2,
         # neural drafts and given ones
         "_open_round": 2,
         # greedy, sampled with and without log q

@@ -41,7 +41,8 @@ def state_of(device, num_pages=NUM_PAGES):
     floats = torch.rand(5, NUM_LANES, generator=generator)
     pages = some(5000, NUM_LANES, num_pages).int()
     pages[NUM_LANES - 1] = 0
-    return LaneState(ints.to(device), floats.to(device), pages.to(device))
+    texts = some(1000, NUM_LANES, max(LENGTHS) + 50).int()
+    return LaneState(*(one.to(device) for one in (ints, floats, pages, texts)))
 
 
 def inputs_of(chosen, device):
@@ -174,7 +175,7 @@ def test_single_drafts_that_were_chosen_by_position_are_rows(by, device):
 def test_a_round_commits_what_was_kept(close):
     """Two draft tokens kept; all kept, but no room for the last token; an unused lane."""
     chosen, state = [0, 2, 8], state_of("cpu")
-    before = state.ints_FL.clone()
+    before, texts_before = state.ints_FL.clone(), state.texts_LN.clone()
     opened = lanes.open_round(state, inputs_of(chosen, "cpu"), 3, PAGE, Rule.BLOCK, is_given=False)
     draft = torch.tensor([[11, 12, 13], [21, 22, 23], [31, 32, 33]])
     best = torch.tensor([[11, 12, 99, 98], [21, 97, 96, 95], [31, 32, 33, 94]])
@@ -185,7 +186,7 @@ def test_a_round_commits_what_was_kept(close):
     assert closed.emitted_RQ.tolist() == [[11, 12, 99, 99], [21, 97, 97, 97], [31] * 4]
     assert closed.count_R.tolist() == [3, 2, 0]
     assert closed.anchor_row_R.tolist() == [2, 5, 8]
-    assert outputs[:, : Column.TOKENS].tolist() == [[2, 99, 3, 0], [1, 97, 1, 0], [0, 31, 0, 0]]
+    assert outputs[:, : Column.PICKED].tolist() == [[2, 99, 3, 0], [1, 97, 1, 0], [0, 31, 0, 0]]
     assert outputs[:, Column.TOKENS : Column.TOKENS + 3].tolist() == draft.tolist()
     for lane, count, anchor in ((0, 3, 99), (2, 2, 97), (8, 0, int(before[Field.ANCHOR, 8]))):
         assert state.ints_FL[Field.LENGTH, lane] == before[Field.LENGTH, lane] + count
@@ -193,6 +194,23 @@ def test_a_round_commits_what_was_kept(close):
         assert state.ints_FL[Field.ANCHOR, lane] == anchor
     others = [1, 3, 4, 5, 6, 7]
     assert torch.equal(state.ints_FL[:, others], before[:, others])
+    texts_before[0, 1:4] = torch.tensor([11, 12, 99])
+    texts_before[2, 4:6] = torch.tensor([21, 97])
+    assert torch.equal(state.texts_LN, texts_before)
+
+
+@pytest.mark.parametrize(
+    "close", [lanes.close_round, lanes_host.close_round, lanes_triton.close_round]
+)
+def test_text_that_nobody_reads_is_not_kept(close):
+    kept, bare = state_of("cpu"), dataclasses.replace(state_of("cpu"), texts_LN=None)
+    for state in (kept, bare):
+        opened = lanes.open_round(
+            state, inputs_of([0, 2], "cpu"), 3, PAGE, Rule.BLOCK, is_given=True
+        )
+        outputs = torch.zeros((2, Column.TOKENS + 9), dtype=torch.int64)
+        close(state, opened, opened.given_RK, opened.block_RQ, None, outputs)
+    assert_equal(bare, dataclasses.replace(kept, texts_LN=None))
 
 
 @pytest.mark.gpu
