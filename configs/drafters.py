@@ -33,6 +33,11 @@ class SuffixSettings(Section):
     max_match: int = Field(12, ge=1)
     """Longest suffix to look up, in tokens."""
     mixed: bool = False
-    """Let the index draft for some requests of a step in which neural drafters draft for others."""
+    """Let the index draft for some requests of a step in which neural drafters draft for others: on
+    the host as the policy picks, on the device where it is sure of its match."""
+    place: Literal["auto", "host", "device"] = "auto"
+    """Where it looks: ``device``: in a round's program, so that rounds need not wait for the host;
+    ``host``: before a round is launched, by kinds of matches whose worth the policy learns;
+    ``auto``: ``device`` on a GPU, ``host`` elsewhere."""
     recent_tokens: int = Field(400_000, ge=0)
     """Tokens of finished requests kept in the shared index. 0: index each request alone."""

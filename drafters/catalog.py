@@ -63,6 +63,17 @@ def kind_of(name: str) -> DrafterKind:
     return kind
 
 
+def placed(name: str, settings: DrafterSettings, *, on_gpu: bool) -> DrafterKind:
+    """The ``DrafterKind`` of a kind in the catalog, where the settings place it.
+
+    Args:
+        on_gpu: the server decodes on one.
+    """
+    kind, place = kind_of(name), settings.suffix.place
+    is_there = place == "device" or (place == "auto" and on_gpu)
+    return kind.on_device if kind.on_device is not None and is_there else kind
+
+
 def chosen(settings: DrafterSettings) -> tuple[str, ...]:
     """Kinds that a server with these settings runs: the main one first, then those beside it, and
     those that draft on request last.
@@ -109,14 +120,19 @@ def _beside(settings: DrafterSettings) -> tuple[str, ...]:
     return kinds
 
 
-def mixes(settings: DrafterSettings) -> dict[str, tuple[str, ...]]:
+def mixes(settings: DrafterSettings, *, on_gpu: bool) -> dict[str, tuple[str, ...]]:
     """Name -> kinds of the drafters that may draft in one round, each for some requests; neural
-    ones first."""
+    ones first. An index on the device drafts with the main drafter alone.
+
+    Args:
+        on_gpu: see ``placed``.
+    """
     neural = (settings.kind, *_beside(settings))
     found = [neural] if settings.mixed and len(neural) > 1 else []
     has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.is_neural
     if settings.suffix.mixed and has_both:
-        found.append((*neural, _BESIDE))
+        picks_itself = placed(_BESIDE, settings, on_gpu=on_gpu).traits.picks_itself
+        found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
     return mixes_of(*found)
 
 

@@ -1,12 +1,14 @@
 """The interface of every drafter, so that code outside this room need not know which one it is.
 
-There are two sorts. A *host drafter* (``HostDrafter``) proposes token ids from text alone, on the
-host, before a round is launched. A *neural drafter* (``NeuralDrafter``) computes on the device as
-part of a round's program of fixed shape. Both are lossless: verification uses the exact
-distribution that a token was drawn from, and whether a token is verified depends on its prefix
-only.
+There are three sorts. A *host drafter* (``HostDrafter``) proposes token ids from text alone, on the
+host, before a round is launched. A *text drafter* (``TextDrafter``) does so on the device, and a
+*neural drafter* (``NeuralDrafter``) computes rows there; both are part of a round's program of
+fixed shape, which is launched before the last one is read. All are lossless: verification uses the
+exact distribution that a token was drawn from, and whether a token is verified depends on its
+prefix only.
 
-Shapes: R requests, K draft tokens, T rows, m tapped layers, H hidden, Vd draft vocabulary.
+Shapes: R requests, K draft tokens, L lanes, N positions of a lane, T rows, m tapped layers, H
+hidden, Vd draft vocabulary.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ from torch import Tensor
 
 from specops.attention import DecodePass
 from specops.draft_sampling import VocabMap
+from specops.lanes import OpenedRound
+from specops.matches import TextDrafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +38,8 @@ class Traits:
     """Proposes only where text has occurred before, and nothing elsewhere."""
     draws: bool
     """Its tokens are drawn from a distribution q. Otherwise each is a function of the prefix."""
+    picks_itself: bool = False
+    """In a mix it drafts for the requests whose match it is sure of. Only text drafters."""
     shares_text: bool = False
     """Its drafts may follow text of other requests."""
     prior_acceptance: tuple[float, ...] = (0.6,)
@@ -115,6 +121,39 @@ class RanksMatches(Protocol):
         Args:
             values: tokens that a draft is expected to bring, by kind of match; ``None``: by the
                 drafter's own priors.
+        """
+
+
+class TextDrafter(Drafter, Protocol):
+    """A drafter that proposes on the device, from text that lies there. Its drafts are certain, not
+    drawn. All calls come from the engine's thread."""
+
+    def begin(self, namespace: str) -> int:
+        """A request begins.
+
+        Args:
+            namespace: text of requests in other namespaces must not influence its drafts.
+
+        Returns:
+            Number of the namespace, which rounds find in ``Field.SPACE``.
+        """
+
+    def is_sure(self, drafts: TextDrafts) -> Tensor:
+        """[R] bool: where it should draft in place of a neural drafter, by committed tokens."""
+
+    def finish(self, text_N: Tensor | None, namespace: str) -> None:
+        """A request has ended; called once for each that has begun.
+
+        Args:
+            text_N: [N] int32 on the device, its text, if drafts for later requests may be taken
+                from it. It is overwritten later.
+        """
+
+    def propose(self, texts_LN: Tensor, opened: OpenedRound, num_draft: int) -> TextDrafts:
+        """Draft for the requests of a round. Can be captured in a CUDA graph.
+
+        Args:
+            texts_LN: [L, N] int32, see ``LaneState``.
         """
 
 
@@ -268,6 +307,8 @@ class DrafterKind:
     """What the catalog knows about one kind of drafter."""
 
     traits: Traits
-    build: Callable[[DrafterContext], HostDrafter | NeuralDrafter]
+    build: Callable[[DrafterContext], HostDrafter | TextDrafter | NeuralDrafter]
     layer_ids: Callable[[Weights | None], tuple[int, ...]] = lambda _weights: ()
     """Layers of the target that it reads, given the weights it begins with."""
+    on_device: DrafterKind | None = None
+    """The same kind as a ``TextDrafter``, if it is a host drafter and can be one."""

@@ -46,8 +46,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from drafters.protocol import Traits
-from drafters.suffix.index import TRAITS
 from drafters.suffix.kinds import PRIOR_ACCEPTANCE, least_better, number_of
+from drafters.suffix.traits import TRAITS
 from oracles.suffix_recent import END, MASK, RecentText
 from oracles.suffix_running import RunningText
 

@@ -33,7 +33,7 @@ from policies.interface import (
 )
 from policies.ledger import Ledger
 from policies.lessons import Lessons, Predicted
-from policies.picks import Kinds, Picker, rows_of, with_mixes
+from policies.picks import Kinds, Picker, picked_mixes, rows_of, with_mixes
 from policies.probes import Explorer, Stretch
 from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
@@ -133,9 +133,8 @@ class GoodputPolicy:
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: Weighed | None = None
         """and all that it weighs, if its requests are alike too."""
-        self._picker = Picker(
-            context.mixes, self._acceptance, explore, context.seed, kinds.matching
-        )
+        picked = picked_mixes(context.drafters, context.mixes)
+        self._picker = Picker(picked, self._acceptance, explore, context.seed, kinds.matching)
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -279,7 +278,7 @@ class GoodputPolicy:
         self._settle()
         self._lessons.learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
-        for mix, members in self._picker.mixes.items():
+        for mix, members in self._kinds.members.items():
             if drafter in members:
                 self._versions.on_change(mix)
         self._rest.reset()

@@ -43,13 +43,19 @@ class DrafterTraits(Protocol):
 
     @property
     def is_neural(self) -> bool:
-        """It computes on the device and must catch up on rows committed without it; otherwise it
-        proposes on the host and is always up to date."""
+        """It computes on the device, and may have to catch up on rows committed without it;
+        otherwise it proposes on the host and is always up to date."""
         ...
 
     @property
     def needs_match(self) -> bool:
         """It proposes only for requests whose text it has found elsewhere."""
+        ...
+
+    @property
+    def picks_itself(self) -> bool:
+        """In a mix it drafts for the requests whose match it is sure of, so that nobody is picked
+        when a step is planned."""
         ...
 
     @property
@@ -111,12 +117,12 @@ class Pick(NamedTuple):
     propensity: float
     """Probability of this pick, given the step's decision, in (0, 1]."""
     reason: str
-    """``best``: it is expected to keep the most; ``try``: to know what it would keep. ``unmatched``
-    in place of these: the first of the mix, because the one that was picked needs a match and found
-    none in the tokens that are committed by now."""
+    """``best``: it is expected to keep the most; ``try``: to know what it would keep; ``match``: by
+    what the device found. ``unmatched`` in place of these: the first of the mix, because the one
+    that was picked needs a match and found none in the tokens that are committed by now."""
 
 
-PICK_REASONS = frozenset(("best", "try", "unmatched"))
+PICK_REASONS = frozenset(("best", "try", "unmatched", "match"))
 """Values of ``Pick.reason``. No decision has one of them as its own reason, so a round whose reason
 is among them is one of a mix."""
 

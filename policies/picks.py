@@ -49,6 +49,15 @@ class MixTraits:
     prior_draft_cost: float
     is_neural: bool = True
     needs_match: bool = False
+    picks_itself: bool = False
+
+
+def picked_mixes(
+    drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
+) -> dict[str, tuple[str, ...]]:
+    """Mixes in which who drafts for whom is planned. To the policy, any other is one drafter."""
+    alone = {kind for kind, traits in drafters.items() if traits.picks_itself}
+    return {mix: members for mix, members in mixes.items() if alone.isdisjoint(members)}
 
 
 def with_mixes(
@@ -87,6 +96,8 @@ class Kinds(NamedTuple):
     """Those that must catch up and need no match."""
     mixed: frozenset[str]
     """Mixes among those that are of use only where a request has a match."""
+    members: Mapping[str, tuple[str, ...]]
+    """Of every mix."""
 
     @classmethod
     def of(
@@ -96,7 +107,8 @@ class Kinds(NamedTuple):
         neural = frozenset({kind for kind, one in drafters.items() if one.is_neural} | {*mixes})
         needing = needing_match(drafters, mixes)
         matching = tuple(kind for kind, one in drafters.items() if one.needs_match)
-        return cls(neural, needing, matching, neural - needing, needing & mixes.keys())
+        mixed = needing & mixes.keys()
+        return cls(neural, needing, matching, neural - needing, mixed, mixes)
 
 
 def rows_of(

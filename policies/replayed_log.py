@@ -50,6 +50,7 @@ class _Traits:
 
     is_neural: bool = True
     needs_match: bool = False
+    picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)
     prior_draft_cost: float = 0.05
 

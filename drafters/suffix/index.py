@@ -40,15 +40,14 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
 from drafters.protocol import DrafterContext, DrafterKind, Traits
-from drafters.suffix import compiled
-from drafters.suffix.kinds import NAMES, PRIOR_ACCEPTANCE, table
+from drafters.suffix import compiled, on_device
+from drafters.suffix.kinds import PRIOR_ACCEPTANCE, table
 from drafters.suffix.layout import (
     LAP,
     LONGEST,
@@ -66,21 +65,15 @@ from drafters.suffix.layout import (
 )
 from drafters.suffix.recent import Finished, Namespaces, RecentText
 from drafters.suffix.running import RunningTexts
+from drafters.suffix.traits import (
+    DEVICE_REQUEST_TRAITS,
+    DEVICE_TRAITS,
+    REQUEST_TRAITS,
+    TRAITS,
+)
 
 _MOST_EAGER = 16
 """Sequences that may finish after a lookup and are indexed at once."""
-
-TRAITS = Traits(
-    is_neural=False,
-    learns=False,
-    needs_match=True,
-    draws=False,
-    shares_text=True,
-    prior_acceptance=PRIOR_ACCEPTANCE,
-    prior_draft_cost=0.005,
-    match_kinds=NAMES,
-)
-REQUEST_TRAITS = replace(TRAITS, shares_text=False)
 
 
 class SuffixIndex:
@@ -298,5 +291,9 @@ def build_for_request(context: DrafterContext) -> SuffixIndex:
     )
 
 
-KIND = DrafterKind(TRAITS, build)
-REQUEST_KIND = DrafterKind(REQUEST_TRAITS, build_for_request)
+KIND = DrafterKind(TRAITS, build, on_device=DrafterKind(DEVICE_TRAITS, on_device.build))
+REQUEST_KIND = DrafterKind(
+    REQUEST_TRAITS,
+    build_for_request,
+    on_device=DrafterKind(DEVICE_REQUEST_TRAITS, on_device.build_for_request),
+)

@@ -6,7 +6,7 @@ import pytest
 
 from configs.choices import SettingsError
 from configs.schema import DrafterSettings, Settings
-from drafters.catalog import chosen, mixes, on_request
+from drafters.catalog import chosen, kind_of, mixes, on_request, placed
 from drafters.several import learning, line_of, settings_of
 
 
@@ -31,22 +31,26 @@ def test_drafters_beside_the_main_one_come_after_it_and_mix_with_it():
     settings = settings_with(beside=[{"kind": "mtp"}, {"kind": "dflash"}])
 
     assert chosen(settings) == ("eagle3", "mtp", "dflash", "suffix")
-    assert mixes(settings) == {"eagle3+mtp+dflash": ("eagle3", "mtp", "dflash")}
-    assert mixes(settings_with(beside=[{"kind": "mtp"}], mixed=False)) == {}
-    assert mixes(settings_with()) == {}
+    assert mixes(settings, on_gpu=False) == {"eagle3+mtp+dflash": ("eagle3", "mtp", "dflash")}
+    assert mixes(settings_with(beside=[{"kind": "mtp"}], mixed=False), on_gpu=False) == {}
+    assert mixes(settings_with(), on_gpu=False) == {}
 
 
 def test_the_index_mixes_with_neural_drafters_if_settings_say_so():
     both = {"beside": [{"kind": "mtp"}]}
     mixed = {"mixed": True}
 
-    assert mixes(settings_with(suffix=mixed)) == {"eagle3+suffix": ("eagle3", "suffix")}
-    assert mixes(settings_with(suffix=mixed, **both)) == {
+    assert mixes(settings_with(suffix=mixed), on_gpu=False) == {
+        "eagle3+suffix": ("eagle3", "suffix")
+    }
+    assert mixes(settings_with(suffix=mixed, **both), on_gpu=False) == {
         "eagle3+mtp": ("eagle3", "mtp"),
         "eagle3+mtp+suffix": ("eagle3", "mtp", "suffix"),
     }
-    assert list(mixes(settings_with(suffix=mixed, mixed=False, **both))) == ["eagle3+mtp+suffix"]
-    assert mixes(settings_with(kind="suffix_request", suffix=mixed)) == {}
+    assert list(mixes(settings_with(suffix=mixed, mixed=False, **both), on_gpu=False)) == [
+        "eagle3+mtp+suffix"
+    ]
+    assert mixes(settings_with(kind="suffix_request", suffix=mixed), on_gpu=False) == {}
 
 
 def test_a_drafter_beside_must_be_neural_and_known():
@@ -79,3 +83,14 @@ def test_a_drafter_that_learns_on_request_has_a_line_of_its_own_too():
 
     assert line_of(settings, "mtp") == "mtp"
     assert settings_of(settings, "mtp").drafter.path is None
+
+
+def test_the_index_is_where_the_server_decodes_unless_settings_say_otherwise():
+    def is_there(place, *, on_gpu):
+        settings = settings_with(suffix={"place": place})
+        return placed("suffix", settings, on_gpu=on_gpu) is kind_of("suffix").on_device
+
+    assert [is_there("auto", on_gpu=there) for there in (False, True)] == [False, True]
+    assert [is_there("device", on_gpu=there) for there in (False, True)] == [True, True]
+    assert [is_there("host", on_gpu=there) for there in (False, True)] == [False, False]
+    assert placed("eagle3", settings_with(), on_gpu=True) is kind_of("eagle3")

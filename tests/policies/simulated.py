@@ -38,6 +38,7 @@ class Traits:
     needs_match: bool
     prior_acceptance: tuple[float, ...]
     prior_draft_cost: float
+    picks_itself: bool = False
 
 
 NEURAL = Traits(True, False, (0.6,), 0.08)

@@ -82,6 +82,7 @@ assert Path(policies.__file__).is_relative_to(Path.cwd()), policies.__file__
 class Traits:
     is_neural: bool = True
     needs_match: bool = False
+    picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)
     prior_draft_cost: float = 0.08
 
