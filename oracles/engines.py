@@ -31,7 +31,7 @@ from drafters.catalog import JOINED, kind_of, mixes_of
 from drafters.eagle3.model import Eagle3, config_for_target
 from drafters.eagle3.paged import PagedEagle3
 from drafters.mtp import Mtp, PagedMtp
-from drafters.protocol import DrafterContext, HostDrafter, Weights
+from drafters.protocol import DrafterContext, HostDrafter, TextDrafter, Weights
 from drafters.suffix.index import SuffixIndex
 from drafters.trainable import trainable
 from oracles.support import tiny_tokenizer
@@ -165,6 +165,7 @@ def make_engine(
     prefix_cache: bool = True,
     max_draft: int = 8,
     suffix: bool = True,
+    texts: tuple[TextDrafter, ...] = (),
     mixes_index: bool = False,
     on_request: tuple[HostDrafter, ...] = (),
     drafter: Eagle3 | Mtp | None = None,
@@ -185,6 +186,7 @@ def make_engine(
     Args:
         kind: take a drafter of this kind of the catalog instead, with ``weights`` or random ones.
         beside: further neural drafters by kind, likewise; all may draft in one round.
+        texts: drafters that read text on the device, instead of the suffix index on the host.
         mixes_index: the suffix index may draft in one round with all of them.
         overlaps: launch each round before the last one is read, as a server on a GPU does.
         fused: compute target and drafter with our fused operations.
@@ -233,7 +235,7 @@ def make_engine(
     ring = CaptureRing(ring_rows, layers, hidden_size, target.device, ring_dtype)
     parts = assemble(
         target,
-        [*([index] if suffix else []), *on_request],
+        [*([index] if suffix and not texts else []), *on_request],
         neural,
         sizes,
         Sequences(tiny_tokenizer(), eos_ids, seed),
@@ -249,6 +251,7 @@ def make_engine(
             ),
         ),
         ring,
+        texts,
     )
     return Engine(parts, policy or RandomPolicy(), listeners)
 

@@ -24,9 +24,16 @@ from buffer.run_target import former_of
 from configs.ahead import Ahead
 from configs.phases import timed
 from configs.schema import CaptureSettings, Settings
-from drafters.catalog import chosen, kind_of, mixes, on_request
+from drafters.catalog import chosen, kind_of, mixes, on_request, placed
 from drafters.initial import TargetFacts
-from drafters.protocol import DrafterContext, HostDrafter, NeuralDrafter, Weights
+from drafters.protocol import (
+    DrafterContext,
+    HostDrafter,
+    NeuralDrafter,
+    TextDrafter,
+    Traits,
+    Weights,
+)
 from drafters.several import settings_of
 from policies.arms import ArmPolicies
 from policies.catalog import build_policy, cuts_of
@@ -157,11 +164,15 @@ def build_service(
         drafters=None if settings.drafter.on_request is None else kinds,
         created_unix_s=int(time.time()),
     )
-    policies = _policies(settings, kinds, wrap)
+    drafting = parts.programs.drafting
+    traits = {kind: drafting.drafters[kind].traits for kind in kinds}
+    mixed = {name: rows.kinds for name, rows in drafting.mixes.items()}
+    policies = _policies(settings, traits, mixed, wrap)
     if policies.wants_profile:
-        mixed = "".join(f"; mixed {name}" for name in mixes(settings.drafter))
-        drafting = f"{kinds} {shapes_of(learning)}{mixed}"
-        facts = facts_of(settings, loaded.fingerprint, parts.programs.target.device, drafting)
+        together = "".join(f"; mixed {name}" for name in mixed)
+        places = "".join(f"; {kind} on the device" for kind in drafting.texts)
+        shape = f"{kinds} {shapes_of(learning)}{together}{places}"
+        facts = facts_of(settings, loaded.fingerprint, parts.programs.target.device, shape)
         with timed("found step times", "finding step times"):
             policies.calibrate(
                 kept_or_measured(settings.run_dir, facts, lambda: _profile(settings, parts))
@@ -173,21 +184,18 @@ def build_service(
 
 def _policies(
     settings: Settings,
-    kinds: tuple[str, ...],
+    every: dict[str, Traits],
+    mixed: dict[str, tuple[str, ...]],
     wrap: Callable[[DraftPolicy], DraftPolicy] | None,
 ) -> ArmPolicies:
     def new(drafters: frozenset[str]) -> DraftPolicy:
-        traits = {kind: kind_of(kind).traits for kind in kinds if kind in drafters}
-        several = {
-            name: members
-            for name, members in mixes(settings.drafter).items()
-            if drafters.issuperset(members)
-        }
+        traits = {kind: one for kind, one in every.items() if kind in drafters}
+        several = {name: members for name, members in mixed.items() if drafters.issuperset(members)}
         return build_policy(
             settings.policy, traits, settings.seed, settings.drafter.max_draft, several
         )
 
-    ordinary = new(frozenset(kinds) - set(on_request(settings.drafter)))
+    ordinary = new(frozenset(every) - set(on_request(settings.drafter)))
     return ArmPolicies(ordinary if wrap is None else wrap(ordinary), new)
 
 
@@ -211,7 +219,7 @@ def _make_parts(
     # On a GPU the driver pins the ring's memory, half a second in which nothing waits for it.
     making = Ahead("made the capture ring", partial(_ring, settings, target)) if kinds else None
     with timed("made the drafters"):
-        hosts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
+        hosts, texts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
         # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
         flat = flat_weights(neural)
     sizes = Sizes(
@@ -232,7 +240,7 @@ def _make_parts(
         overlaps=on_gpu,
         on_request=on_request(settings.drafter),
         cuts=cuts_of(settings.policy),
-        mixes=mixes(settings.drafter),
+        mixes=mixes(settings.drafter, on_gpu=on_gpu),
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
@@ -242,7 +250,7 @@ def _make_parts(
     with timed("waited for the capture ring"):
         ring = making.result() if making else None
     with timed("made pages and lanes"):
-        parts = assemble(target, hosts, neural, sizes, sequences, choices, ring)
+        parts = assemble(target, hosts, neural, sizes, sequences, choices, ring, texts)
     with torch.inference_mode(), timed("made all programs", "making all programs"):
         parts.programs.capture_all(e.draft_at_start, settings.run_dir / KERNELS_FILE)
     return parts, flat
@@ -254,9 +262,11 @@ def _make_drafters(
     num_pages: int,
     kinds: tuple[str, ...],
     learning: Learning,
-) -> tuple[list[HostDrafter], list[NeuralDrafter]]:
+) -> tuple[list[HostDrafter], list[TextDrafter], list[NeuralDrafter]]:
     hosts: list[HostDrafter] = []
+    texts: list[TextDrafter] = []
     neural: list[NeuralDrafter] = []
+    on_gpu = target.device.type == "cuda"
     for kind in kinds:
         context = DrafterContext(
             settings=settings_of(settings, kind).drafter,
@@ -270,9 +280,13 @@ def _make_drafters(
             dtype=target.dtype,
             weights=_weights_of(kind, learning),
         )
-        made: Any = kind_of(kind).build(context)
-        (neural if kind_of(kind).traits.is_neural else hosts).append(made)
-    return hosts, neural
+        form = placed(kind, settings.drafter, on_gpu=on_gpu)
+        made: Any = form.build(context)
+        if form is kind_of(kind).on_device:
+            texts.append(made)
+        else:
+            (neural if form.traits.is_neural else hosts).append(made)
+    return hosts, texts, neural
 
 
 def _weights_of(kind: str, learning: Learning) -> Weights | None:

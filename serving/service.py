@@ -179,7 +179,7 @@ class Service:
     def _learning_status(self) -> dict[str, Any]:
         if self.swapper:
             return self.swapper.status()
-        kind = next(iter(self.engine.drafting.hosts), "none")
+        kind = next(iter(self.engine.drafting.drafters), "none")
         return {
             "kind": kind,
             "version": 0,

@@ -344,8 +344,10 @@ def host_engine(max_batch: int) -> Iterator[Built]:
 
 def _fill_index(engine: Engine) -> None:
     """Let requests finish that later ones may draft from."""
-    numbers, index = np.random.default_rng(1), engine.drafting.hosts[LOOKUP]
+    numbers, index = np.random.default_rng(1), engine.drafting.hosts.get(LOOKUP)
     namespace = Request("", (0,), SamplingParams()).namespace
+    if index is None:
+        return  # it is on the device, and takes the same time however full it is
     for number in range(_RECENT_TOKENS // _RECENT_LENGTH):
         key = f"finished-{number}"
         index.begin(key, numbers.integers(_NUM_WORDS, size=_RECENT_LENGTH).tolist(), namespace)

@@ -72,7 +72,7 @@ from benchmarks.real.train_drafter import Ask, TrainingData, collect, read_data
 from buffer.backends import open_backend
 from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
-from drafters.catalog import CATALOG, kind_of
+from drafters.catalog import CATALOG
 from drafters.trainable import trainable
 from examples.machine import commit
 from examples.traffic.chat import chat_prompts
@@ -193,16 +193,19 @@ class Arm:
 
 def arms_of(service: Service, settings: Settings, kind: str, fixed_ks: Sequence[int]) -> list[Arm]:
     """All arms of one drafter, over the parts of one engine."""
-    own = build_policy(settings.policy, {kind: kind_of(kind).traits}, settings.seed, MAX_DRAFT)
+    traits = service.engine.drafting.drafters[kind].traits
+    own = build_policy(settings.policy, {kind: traits}, settings.seed, MAX_DRAFT)
     own.calibrate(profile_steps(service.engine.parts, 5, 128))
-    needs_match = kind_of(kind).traits.needs_match
 
     def arm(name: str, policy: DraftPolicy, *kinds: str) -> Arm:
         watched = Watched(policy)
         engine = Engine(service.engine.parts, watched, None, lambda _kinds: watched)
         return Arm(name, frozenset(kinds), watched, engine)
 
-    fixed = [arm(f"K = {k}", FixedPolicy(kind, k, needs_match=needs_match), kind) for k in fixed_ks]
+    fixed = [
+        arm(f"K = {k}", FixedPolicy(kind, k, needs_match=traits.needs_match), kind)
+        for k in fixed_ks
+    ]
     return [arm(PLAIN, FixedPolicy("none", 0)), *fixed, arm(POLICY, own, kind)]
 
 

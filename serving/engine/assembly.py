@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as Several
 from dataclasses import dataclass, field
 
-from drafters.protocol import HostDrafter, NeuralDrafter
+from drafters.protocol import HostDrafter, NeuralDrafter, TextDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.inbox import Inbox, Limits, Sequences
@@ -49,12 +49,14 @@ def assemble(
     sequences: Sequences,
     choices: Choices,
     ring: CaptureRing | None,
+    texts: Several[TextDrafter] = (),
 ) -> EngineParts:
     """Allocate the KV pool and make everything that an ``Engine`` needs except its policy.
 
     Args:
         neural: their pools have ``sizes.num_pages * sizes.page_size`` slots.
         ring: receives the committed rows of captured requests.
+        texts: drafters that read text on the device.
 
     Raises:
         ValueError: the ring cannot hold the rows of one step, or drafters cannot be mixed.
@@ -63,7 +65,7 @@ def assemble(
     programs = make_programs(
         target, pool, hosts, neural, sizes,
         rule=choices.rule, ring=ring, on_request=choices.on_request,
-        cuts=choices.cuts, mixes=choices.mixes, is_own=choices.is_own,
+        cuts=choices.cuts, mixes=choices.mixes, is_own=choices.is_own, texts=texts,
     )  # fmt: skip
     scheduler = Scheduler(
         PagePool(sizes.num_pages, choices.prefix_cache),

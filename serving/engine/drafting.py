@@ -20,6 +20,7 @@ from serving.engine.drafter_rows import DrafterRows
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
 from serving.engine.sequence import Sequence
+from serving.engine.text_rows import TextRows
 
 _KEPT = 1 - 1 / 32
 """See ``policies.interface.DraftRecord``."""
@@ -37,7 +38,7 @@ class _Offer:
     """Those of ``hosts`` that need a match."""
     without_match: tuple[str, ...]
     """Kinds that need none."""
-    neural: dict[str, DrafterRows | MixedRows]
+    on_device: dict[str, DrafterRows | TextRows | MixedRows]
     """With the mixes of those that may draft."""
     has_mixes: bool
 
@@ -78,6 +79,7 @@ class Drafting:
         max_draft: int,
         on_request: Collection[str] = (),
         mixes: Several[MixedRows] = (),
+        texts: Several[TextRows] = (),
     ) -> None:
         """
         Args:
@@ -86,14 +88,18 @@ class Drafting:
         """
         self.hosts = {drafter.kind: drafter for drafter in hosts}
         self.neural = {rows.kind: rows for rows in neural}
+        self.texts = {rows.kind: rows for rows in texts}
         self.mixes = {rows.kind: rows for rows in mixes}
-        self.on_device: dict[str, DrafterRows | MixedRows] = {**self.neural, **self.mixes}
+        self.on_device: dict[str, DrafterRows | TextRows | MixedRows] = {
+            **self.neural, **self.texts, **self.mixes
+        }  # fmt: skip
         """What may draft within a round's program."""
         self._noted = {kind for rows in mixes for kind in (rows.kind, *rows.kinds)}
         """Drafters whose rounds are noted for picks."""
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
-        self._ordinary = self._offer_of({*self.hosts, *self.neural} - self.on_request)
+        kinds = {*self.hosts, *self.neural, *self.texts}
+        self._ordinary = self._offer_of(kinds - self.on_request)
         self._every = frozenset(self._ordinary.kinds)
         self._offers: dict[frozenset[str], _Offer] = {}
         self._ranking = _Ranking(hosts)
@@ -107,7 +113,8 @@ class Drafting:
     @property
     def drafters(self) -> dict[str, Drafter]:
         """All of them by kind, neural ones first."""
-        return {k: rows.drafter for k, rows in self.neural.items()} | dict(self.hosts)
+        on_device = {k: rows.drafter for k, rows in (self.neural | self.texts).items()}
+        return on_device | dict(self.hosts)
 
     @property
     def version(self) -> int:
@@ -157,7 +164,7 @@ class Drafting:
 
     def _offer_of(self, kinds: Collection[str]) -> _Offer:
         hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
-        neural = {
+        on_device = {
             kind: rows
             for kind, rows in self.on_device.items()
             if all(kind in kinds for kind in rows.kinds)
@@ -165,12 +172,18 @@ class Drafting:
         with_match = tuple(d for d in hosts if d.traits.needs_match)
         matching = {d.kind for d in with_match}
         free = (
-            *(kind for kind, rows in neural.items() if matching.isdisjoint(rows.kinds)),
+            *(kind for kind, rows in on_device.items() if matching.isdisjoint(rows.kinds)),
             *(d.kind for d in hosts if not d.traits.needs_match),
         )
-        has_mixes = not self.mixes.keys().isdisjoint(neural)
-        names = (*neural, *(d.kind for d in hosts))
-        return _Offer(names, hosts, with_match, free, neural, has_mixes)
+        has_mixes = not self.mixes.keys().isdisjoint(on_device)
+        names = (*on_device, *(d.kind for d in hosts))
+        return _Offer(names, hosts, with_match, free, on_device, has_mixes)
+
+    def _reading(self, sequence: Sequence) -> list[TextRows]:
+        """Text drafters that may take drafts from a request's text, now or later."""
+        choice = sequence.request.drafters
+        offer = self._ordinary if choice is None else self._offer(choice)
+        return [rows for kind, rows in self.texts.items() if kind in offer.on_device]
 
     def _following(self, sequence: Sequence) -> tuple[HostDrafter, ...]:
         """Host drafters that follow the text of a request."""
@@ -185,6 +198,8 @@ class Drafting:
         self._num_choosing += request.drafters is not None
         for rows in self.neural.values():
             rows.begin(sequence)
+        for texts in self._reading(sequence):
+            texts.begin(sequence)
         for drafter in self._following(sequence):
             drafter.begin(request.id, sequence.tokens, namespace=request.namespace)
         sequence.num_told = len(sequence.tokens)
@@ -235,6 +250,8 @@ class Drafting:
         Args:
             keep: drafts for later requests may be taken from its text.
         """
+        for texts in self.texts.values():
+            texts.finish(sequence, keep)
         if sequence.pages:
             self._catch_up([sequence])
             self._num_choosing -= sequence.request.drafters is not None
@@ -285,11 +302,11 @@ class Drafting:
         matches = None
         if look and offer.with_match:
             matches = self._matches(batch, caps, offer.with_match)
-        members = {one.kind: one for rows in offer.neural.values() for one in rows.members}
+        members = {one.kind: one for rows in offer.on_device.values() for one in rows.members}
         missing = {kind: one.num_missing(batch) for kind, one in members.items()}
         pending = {
             kind: sum([missing[one.kind] for one in rows.members])
-            for kind, rows in offer.neural.items()
+            for kind, rows in offer.on_device.items()
         }
         return StepObs(
             step=step,

@@ -30,6 +30,8 @@ class Drafts:
     lens_R: Tensor | None = None
     """[R] int64, number of draft tokens of each request, where a host drafter has provided some;
     ``None``: as many as the round allows."""
+    picked_R: Tensor | None = None
+    """[R] int64 number of the drafter whose draft is taken, where the device has picked."""
     figures_RK3: Tensor | None = None
     """Confidence in each position before its token was drawn, in rounds that are cut."""
 

@@ -89,6 +89,7 @@ class Arrival:
             lives: [R] requests that had not ended when the round was read.
             is_timed: see ``RoundClock``. What catching up takes is for the policy to learn.
         """
+        launched = planned.launched
         accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
         if matches is not None and len(matches) > len(accepted):
@@ -97,7 +98,11 @@ class Arrival:
             decision=planned.decision,
             batch=len(planned.launched.batch),
             rows=RowOutcomes(
-                lens, accepted, matches, draft.kinds() if draft and draft.picks else None
+                # Where the device picks, a mix is one drafter to the policy.
+                lens,
+                accepted,
+                matches,
+                draft.kinds() if draft and launched.picks else None,
             ),
             step_s=self.step_s,
             draft_s=step.draft_s,

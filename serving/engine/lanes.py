@@ -71,7 +71,14 @@ class LaneRows:
 class Lanes:
     """All lanes. The last one belongs to no request: the padding of a batch uses it."""
 
-    def __init__(self, max_batch: int, pages_each: int, max_draft: int, target: Target) -> None:
+    def __init__(
+        self, max_batch: int, pages_each: int, max_draft: int, target: Target, text_length: int = 0
+    ) -> None:
+        """
+        Args:
+            text_length: tokens of each request to keep for drafters that read them on the device,
+                those that pad a prompt's last block included; 0: none do.
+        """
         self.padding = max_batch
         self._vocab_size = target.vocab_size
         self._max_draft = max_draft
@@ -82,7 +89,10 @@ class Lanes:
         self.pages = torch.zeros((max_batch + 1, pages_each), dtype=torch.int32, device=device)
         shape = (len(LANE_REALS), max_batch + 1)
         self.floats = torch.zeros(shape, dtype=torch.float32, device=device)
-        self.state = LaneState(self.ints, self.floats, self.pages)
+        texts = None
+        if text_length:
+            texts = torch.zeros((max_batch + 1, text_length), dtype=torch.int32, device=device)
+        self.state = LaneState(self.ints, self.floats, self.pages, texts)
         self.tables = new_tables(max_batch + 1, target.vocab_size, MOST_BIASES, device)
         self._free = list(range(max_batch - 1, -1, -1))
 
@@ -142,6 +152,7 @@ class Lanes:
                 sequence.matches_target,
             )
             row[Field.CAPTURES] = sequence.request.capture
+            row[Field.SPACE] = sequence.space
             row[_SAMPLING_ROWS] = lane_integers(sampling, self._vocab_size)
             pages[at, : len(sequence.pages)] = sequence.pages
             floats[:, at] = lane_reals(sampling)
@@ -153,6 +164,31 @@ class Lanes:
         self.ints.index_copy_(1, lanes_S, ints_FS)
         self.floats.index_copy_(1, lanes_S, floats_GS)
         self.pages.index_copy_(0, lanes_S, pages_SP)
+
+    def write_prefix(self, sequence: Sequence) -> None:
+        """Write the text of a request with a cached prefix, which no prompt program computes."""
+        if self.state.texts_LN is not None and sequence.num_cached:
+            ids = torch.tensor(sequence.tokens, dtype=torch.int32)
+            upload(ids, self.state.texts_LN[sequence.lane, : len(ids)])
+
+    def write_texts(self, lanes_B: Tensor, first_B: Tensor, ids_BI: Tensor) -> None:
+        """Write blocks of tokens to the texts of their lanes; part of a program.
+
+        Args:
+            lanes_B, first_B: [B] int64 lane and first position of each block.
+            ids_BI: [B, I] int64.
+        """
+        texts = self.state.texts_LN
+        if texts is None:
+            return
+        number = torch.arange(ids_BI.shape[1], device=ids_BI.device)
+        slots = (lanes_B * texts.shape[1] + first_B)[:, None] + number
+        texts.view(-1).index_copy_(0, slots.flatten(), ids_BI.flatten().int())
+
+    def text_of(self, sequence: Sequence) -> Tensor:
+        """[N] int32 the text of a request that has a lane; a view."""
+        assert self.state.texts_LN is not None and sequence.lane is not None
+        return self.state.texts_LN[sequence.lane, : len(sequence.tokens)]
 
     def _write_tables(self, sequences: list[Sequence]) -> None:
         """Write these requests' biases and penalties, and count the tokens they hold."""

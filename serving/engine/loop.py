@@ -262,6 +262,7 @@ class Engine:
             self._commits.counters.prompt_tokens += sequence.num_prompt
             self._commits.counters.cached_prompt_tokens += sequence.num_cached
             sequence.lane = self.programs.lanes.take()
+            self.programs.lanes.write_prefix(sequence)
             self.drafting.begin(sequence)
 
     # ---- rounds --------------------------------------------------------------------------------

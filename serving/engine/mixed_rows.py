@@ -3,7 +3,8 @@
 All neural members draft for all requests, and the draft of the picked one is taken: at the batch
 sizes at which drafting pays, a drafter takes as long for some requests as for all. All of them
 compute their rows at the end, so whichever drafts next for a request has its rows, in such a round
-or alone. Host drafters propose for the requests that they were picked for, before the launch.
+or alone. Host drafters propose for the requests that they were picked for, before the launch. A
+text drafter looks within the round, and drafts where it is sure of its match.
 
 Verification uses the distribution that the picked drafter drew from; what a host drafter proposes
 is certain. Which drafter is picked depends on committed tokens only, so outputs follow the target
@@ -21,10 +22,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from policies.interface import Pick
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.drafts import Drafts
 from serving.engine.lanes import LaneRows
 from serving.engine.sequence import Sequence
+from serving.engine.text_rows import TextRows
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.lanes import ClosedRound, Input, OpenedRound
 
@@ -40,13 +43,15 @@ class MixedRows:
         members: Several[DrafterRows],
         vocab_size: int,
         hosts: Several[str] = (),
+        text: TextRows | None = None,
     ) -> None:
         """
         Args:
             kind: name of the mix.
-            members: the neural drafters.
+            members: the neural drafters; one, if there is a text drafter.
             vocab_size: V.
             hosts: kinds of the host drafters.
+            text: drafts where it is sure of its match, which is found out within the round.
 
         Raises:
             ValueError: some draw their tokens and others do not.
@@ -60,17 +65,23 @@ class MixedRows:
         self.members = tuple(members)
         self.draws = members[0].draws
         self.hosts = tuple(hosts)
+        self.text = text
         self._vocab_size = vocab_size
         self._numbers = {one: number for number, one in enumerate(self.kinds)}
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of all drafters that may be picked, neural ones first."""
-        return (*(rows.kind for rows in self.members), *self.hosts)
+        texts = () if self.text is None else self.text.kinds
+        return (*(rows.kind for rows in self.members), *self.hosts, *texts)
 
     def number_of(self, drafter: str) -> int:
         """Number of a member, as rounds take it."""
         return self._numbers[drafter]
+
+    def picks(self, numbers: list[int]) -> list[Pick]:
+        """Who drafted, by the numbers that a round tells."""
+        return [Pick(self.kinds[number], 1.0, "match") for number in numbers]
 
     def catch_up(self, batch: list[Sequence]) -> int:
         """See ``DrafterRows.catch_up``; of all members."""
@@ -97,6 +108,8 @@ class MixedRows:
         assert not tells, "drafts of a mix are not cut"
         found = [one.draft(opened, rows, inputs_RI, num_draft, draws=draws) for one in self.members]
         picked_R = inputs_RI[:, Input.PICKED]
+        if self.text is not None:
+            return self._with_text(found[0], self.text, opened, num_draft)
         tokens_RK = _of_picked([one.tokens_RK for one in found], picked_R)
         is_given_R, lens_R = picked_R >= len(self.members), None
         if self.hosts:
@@ -111,6 +124,21 @@ class MixedRows:
         if self.hosts:
             law = certain_where(law, is_given_R, tokens_RK, self._vocab_size)
         return Drafts(tokens_RK, logq_RK, law, lens_R)
+
+    def _with_text(
+        self, neural: Drafts, text: TextRows, opened: OpenedRound, num_draft: int
+    ) -> Drafts:
+        """The text drafter's drafts where it is sure, else the neural drafter's."""
+        found = text.propose(opened, num_draft)
+        is_text_R = text.drafter.is_sure(found)
+        tokens_RK = torch.where(is_text_R[:, None], found.tokens_RK, neural.tokens_RK)
+        counts_R = torch.where(is_text_R, found.counts_R, num_draft)
+        lens_R = torch.minimum(opened.lens_R, counts_R)
+        picked_R = is_text_R.long()  # the neural drafter is number 0
+        if neural.law is None:
+            return Drafts(tokens_RK, None, None, lens_R, picked_R)
+        law = certain_where(neural.law, is_text_R, tokens_RK, self._vocab_size)
+        return Drafts(tokens_RK, neural.logq_RK, law, lens_R, picked_R)
 
     def _law(self, laws: list[DraftLaw], picked_R: Tensor, num_draft: int) -> DraftLaw:
         """The law of each request's picked draft, over one vocabulary for all."""

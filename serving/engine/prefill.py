@@ -183,6 +183,7 @@ class Prefill:
         positions, slots = places.positions.flatten(), places.slots.flatten()
         computed = self._target.decode(ids, positions, slots, here, self._pool)
         self._features.keep(slots, computed.features_TmH)
+        self._lanes.write_texts(blocks[:, LANE], first, blocks[:, IDS:])
         for neural in self._drafting.neural.values():
             neural.observe_blocks(rows, first, ids)
         count = min(size, len(self._outputs))

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from configs.phases import uncollected
-from drafters.protocol import HostDrafter, NeuralDrafter
+from drafters.protocol import HostDrafter, NeuralDrafter, TextDrafter
 from policies.allocation import Cut
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.cuda_graphs import Graphs
@@ -27,6 +27,7 @@ from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
+from serving.engine.text_rows import TextRows
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target
 
@@ -130,10 +131,12 @@ def make_programs(
     cuts: tuple[Cut, ...] = (),
     mixes: Mapping[str, tuple[str, ...]] | None = None,
     is_own: bool = False,
+    texts: Several[TextDrafter] = (),
 ) -> Programs:
     """Programs for these drafters and sizes.
 
     Args:
+        texts: drafters that read text on the device.
         on_request: kinds that draft only for requests that name them.
         mixes: name -> kinds of drafters that may draft in one round, neural ones first; ``None``:
             there are none.
@@ -145,7 +148,9 @@ def make_programs(
     Raises:
         ValueError: the ring cannot hold the rows of one step, or drafters cannot be mixed.
     """
-    lanes = Lanes(sizes.max_batch, sizes.pages_each, sizes.max_draft, target)
+    # The rows of a prompt's last block may lie beyond its end.
+    text_length = sizes.max_model_len + BLOCK if texts else 0
+    lanes = Lanes(sizes.max_batch, sizes.pages_each, sizes.max_draft, target, text_length)
     graphs = Graphs(target.device)
     features = FeatureStore(target, sizes.num_pages * sizes.page_size)
     rows = [
@@ -156,16 +161,18 @@ def make_programs(
         for drafter in neural
     ]  # fmt: skip
     by_kind = {one.kind: one for one in rows}
+    reading = {drafter.kind: TextRows(drafter, lanes) for drafter in texts}
     mixed = [
         MixedRows(
             name,
             [by_kind[kind] for kind in kinds if kind in by_kind],
             target.vocab_size,
-            [kind for kind in kinds if kind not in by_kind],
+            [kind for kind in kinds if kind not in by_kind and kind not in reading],
+            next((reading[kind] for kind in kinds if kind in reading), None),
         )
         for name, kinds in (mixes or {}).items()
     ]
-    drafting = Drafting(hosts, rows, sizes.max_draft, on_request, mixed)
+    drafting = Drafting(hosts, rows, sizes.max_draft, on_request, mixed, [*reading.values()])
     rounds = Rounds(
         target, pool, drafting, features, lanes, graphs,
         page_size=sizes.page_size, rule=rule, ring=ring, cuts=cuts,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import compress
+from typing import Any
 
 from policies.interface import Pick
 from serving.engine.allocating import Considered
@@ -98,3 +99,8 @@ def _scored(token: int, row: list[float], num_top: int) -> TokenLogprob:
     own, *rest = row
     best, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
     return TokenLogprob(token, own, tuple(zip(map(int, ids[:num_top]), best, strict=False)))
+
+
+def cut_to(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:
+    """The first entries of each row."""
+    return [row[:num] for row, num in zip(rows, lens, strict=True)]

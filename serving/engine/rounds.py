@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
 from serving.engine.mixed_rows import MixedRows
-from serving.engine.proposed import Decoded, Proposed, Verified
+from serving.engine.proposed import Decoded, Proposed, Verified, cut_to
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
@@ -69,7 +69,7 @@ class _Key(NamedTuple):
     """Number of requests, including padding."""
     num_draft: int
     neural: str | None
-    """Kind of the neural drafter, or name of a mix; ``None``: tokens are uploaded, or K is 0."""
+    """Kind of the drafter on the device, or a mix; ``None``: tokens are uploaded, or K is 0."""
     is_greedy: bool
     """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
@@ -184,7 +184,7 @@ class Rounds:
         self._lanes.write([s for s in batch if not s.is_in_lane])
         neural = self._drafting.on_device.get(drafter) if num_draft else None
         numbers = None
-        if isinstance(neural, MixedRows):
+        if isinstance(neural, MixedRows) and neural.text is None:
             picks = picks or (Pick(neural.kinds[0], 1.0, "best"),) * len(batch)
             numbers = [neural.number_of(pick.drafter) for pick in picks]
         else:
@@ -217,21 +217,21 @@ class Rounds:
     def leaves_rows(self, launched: Launched, drafter: str) -> bool:
         """Whether a round computes the rows of all that it commits that this neural drafter, or
         all members of this mix, need."""
+        wanted = self._drafting.on_device[drafter].members
         key = launched.key.neural
-        if key is None or key == drafter:
-            return key is not None
-        own, wanted = (self._drafting.on_device[kind].members for kind in (key, drafter))
+        own = () if key is None else self._drafting.on_device[key].members
         return set(wanted) <= set(own)
 
     def read(self, launched: Launched) -> Decoded:
         """Wait for a round and read its outcome; rounds are read in order."""
         launched.landed.wait()
         outputs = launched.outputs[: len(launched.batch)]
-        accepted, next_ids, lens, captured = outputs[:, : Column.TOKENS].T.tolist()
+        columns = outputs[:, : Column.TOKENS].T.tolist()
+        accepted, next_ids, _, captured, _ = columns
         if UNSOUND in next_ids:
             next_ids = [None if token == UNSOUND else token for token in next_ids]
         self._note_lengths(launched, accepted)
-        proposed = self._proposed(launched, outputs, accepted, lens)
+        proposed = self._proposed(launched, outputs, columns)
         numbers = None if self._ring is None else self._ring.number(captured)
         scores = []
         if launched.scores is not None:
@@ -240,26 +240,29 @@ class Rounds:
         return Decoded(proposed, Verified(accepted, next_ids), numbers, scores)
 
     def _proposed(
-        self, launched: Launched, outputs: Integers, accepted: list[int], lens: list[int]
+        self, launched: Launched, outputs: Integers, columns: list[list[int]]
     ) -> Proposed | None:
         key, num_draft = launched.key, launched.key.num_draft
         if not num_draft:
             return None
+        accepted, _, lens, _, picked = columns
         rows = outputs[:, Column.TOKENS : Column.TOKENS + num_draft].tolist()
-        tokens = rows if min(lens) == num_draft else _cut(rows, lens)
+        tokens = rows if min(lens) == num_draft else cut_to(rows, lens)
         if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
             certain = [[0.0] * kept + [float("-inf")] for kept in range(num_draft + 1)]
             p_logp = [certain[kept] for kept in accepted]
         else:
             p_logp = self._reals(outputs, 1).tolist()
         picks = None if launched.picks is None else list(launched.picks)
+        if (mix := self._drafting.mixes.get(key.neural or "")) and mix.text is not None:
+            picks = mix.picks(picked)
         q_logp = None
         if self._draws(key):
-            hosts = self._drafting.hosts
+            learned = self._drafting.neural  # what others propose is certain
             drawn = lens if picks is None else [
-                0 if pick.drafter in hosts else num for pick, num in zip(picks, lens, strict=True)
+                num if pick.drafter in learned else 0 for pick, num in zip(picks, lens, strict=True)
             ]  # fmt: skip
-            q_logp = _cut(self._reals(outputs, 2).tolist(), drawn)
+            q_logp = cut_to(self._reals(outputs, 2).tolist(), drawn)
         considered = None if launched.seen is None else launched.seen.read(len(accepted))
         return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered)
 
@@ -438,6 +441,8 @@ class Rounds:
             self._lanes.state, opened, drafts.tokens_RK, verdict, drafts.logq_RK,
             self._io.outputs[:size],
         )  # fmt: skip
+        if drafts.picked_R is not None:
+            self._io.outputs[:size, Column.PICKED] = drafts.picked_R
         if scores is not None:
             self._score(scores, closed.emitted_RQ)
         if not key.is_greedy:
@@ -488,11 +493,6 @@ class Rounds:
         own = scores_RQV.gather(2, emitted_RQ[:, :, None])
         found = torch.cat((own.double(), best.double(), ids.double()), dim=2).flatten(0, 1)
         self._io.scores[: len(found)] = found
-
-
-def _cut(rows: list[list[Any]], lens: list[int]) -> list[list[Any]]:
-    """The first entries of each row."""
-    return [row[:num] for row, num in zip(rows, lens, strict=True)]
 
 
 def _timed_as(key: _Key) -> _Key:

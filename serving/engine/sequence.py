@@ -124,6 +124,8 @@ class Sequence:
     """The lane holds its state."""
     is_flying: bool = False
     """In a round whose outcome is not committed yet: its lane is ahead of ``tokens``."""
+    space: int = 0
+    """Number of its namespace, for drafters that read text on the device."""
     num_told: int = 0
     """Number of its tokens that the host drafters know. Those beyond ``tokens`` are decided, but
     not committed yet."""

@@ -41,7 +41,8 @@ def engine_on(device, model, **options):
     model = model.to(device)
     drafter = Eagle3(config_for_target(model.config))
     drafter.initialise(1, model.get_output_embeddings().weight.cpu())
-    engine = make_engine(model, drafter=drafter.to(device), policy=RandomPolicy(), **options)
+    given = {"policy": RandomPolicy(), **options}
+    engine = make_engine(model, drafter=drafter.to(device), **given)
     assert engine.programs.graphs.are_real == (device == "cuda")
     return engine
 

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from drafters.suffix.index import REQUEST_TRAITS, SuffixIndex
+from drafters.suffix.index import SuffixIndex
+from drafters.suffix.traits import REQUEST_TRAITS
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from policies.interface import Decision
 from serving.capture.rounds import round_columns

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from drafters.eagle3.model import Eagle3, config_for_target
-from drafters.suffix.index import REQUEST_TRAITS
+from drafters.suffix.traits import REQUEST_TRAITS
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from policies.fixed import FixedPolicy
 from serving.engine.loop import Listeners
