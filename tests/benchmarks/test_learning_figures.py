@@ -3,11 +3,12 @@ of."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks.real.learning import LIVE_WINDOW, window_figures
+from benchmarks.real.learning import LIVE_WINDOW, figures_of, live_figures, window_figures
 from benchmarks.real.sharing import Way, ways_of
 
 
@@ -76,6 +77,36 @@ def test_without_a_whole_window_there_is_no_worst_one() -> None:
     found = window_figures(recording, {"phases": [phase("code", 1.0, 1.0)]})
 
     assert found["worst"] is found["worst_later"] is found["worst_over_plain"] is None
+
+
+def test_a_shift_brings_a_version_and_not_the_former_one_back() -> None:
+    recording = {
+        "answers": answers("code", 1.0, 1.0, 10) + answers("law", 11.0, 1.0, 10),
+        "phases": [
+            {"name": "code", "started_s": 0.0, "ended_s": 10.5},
+            {"name": "law", "started_s": 10.5, "ended_s": 21.0},
+        ],
+        "changes": [
+            {"at_s": 3.5, "version": 1, "rolled_back": False},
+            {"at_s": 12.5, "version": 0, "rolled_back": True},
+            {"at_s": 15.5, "version": 2, "rolled_back": False},
+        ],
+    }
+
+    assert live_figures(recording)["requests_to_first_swap"] == {"code": 3, "law": 5}
+
+
+def test_what_is_no_finished_demo_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no report\.json; name the folder of a finished"):
+        figures_of(tmp_path)
+
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "trainer").mkdir()
+    for name in ("report.json", "recording.json", "trainer/status.json", "logs/server.log"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "trainer" / "log.jsonl").write_text('{"event": "started", "unix_ms": 1}\n')
+    with pytest.raises(ValueError, match="made too few updates, or published no version"):
+        figures_of(tmp_path)
 
 
 def test_ways_to_share_a_card() -> None:
