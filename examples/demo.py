@@ -453,9 +453,9 @@ def main(
     ] = None,
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
-    signal.signal(signal.SIGTERM, interrupt)
     if any(item.partition("=")[0].strip() == "run_dir" for item in set_ or ()):
         raise typer.BadParameter("name the folder of the run with --run-dir", param_hint="--set")
+    signal.signal(signal.SIGTERM, interrupt)
     settings = with_seed(default_settings(own_gpu=own_gpu), seed)
     overrides = (*settings.overrides, *(set_ or ()))
     settings = replace(settings, run_dir=run_dir, overrides=overrides)
