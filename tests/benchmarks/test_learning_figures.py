@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from benchmarks.harness.demos import recording_of
 from benchmarks.harness.results import RESULTS
 from benchmarks.real.learning import LIVE_WINDOW, figures_of, live_figures, window_figures
 from benchmarks.real.sharing import Way, ways_of
@@ -110,6 +112,11 @@ def test_what_is_no_finished_demo_is_named(tmp_path: Path) -> None:
     (tmp_path / "trainer" / "log.jsonl").write_text('{"event": "started", "unix_ms": 1}\n')
     with pytest.raises(ValueError, match="made too few updates, or published no version"):
         figures_of(tmp_path)
+
+
+def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"holds no recording\.json; name the folder of"):
+        recording_of(tmp_path)
 
 
 def results(name: str) -> dict[str, Any]:
