@@ -243,7 +243,7 @@ def carry_out(
         ends = time.monotonic() + share_s
         figures["cells"].append(measure(stage, cell, passes, block, ends))
         write_result(out, figures)
-        write_rows("learning", rows_of(figures["cells"], stage.domains), SOURCE)
+        write_rows("learning", rows_of(figures["cells"], stage.domains), SOURCE, out.parent)
 
 
 def main(
