@@ -269,7 +269,15 @@ class Replayer:
         share_s = (time.perf_counter() - started_s) / len(turn.prompts)
         return [
             Replay(
-                domain, turn.arm, index, r.request_s, share_s, r.token_ids, r.acceptance, r.version
+                domain=domain,
+                arm=turn.arm,
+                prompt=index,
+                request_s=r.request_s,
+                share_s=share_s,
+                token_ids=r.token_ids,
+                acceptance=r.acceptance,
+                version=r.version,
+                turn=turn.prompts[0],
             )
             for index, r in zip(turn.prompts, replies, strict=True)
             if r is not None

@@ -55,6 +55,7 @@ from examples.recording import (
     VersionChange,
     learning_of,
 )
+from examples.report import build_report
 from examples.run_folder import DemoError, own_folder
 from examples.services import SERVICES, services
 from examples.shared_gpu import MpsError
@@ -373,7 +374,7 @@ def carry_out(
                     recording = run(settings, view, children)
             finally:
                 stop(children)
-            report = write(settings.run_dir, recording)
+            report, problem = build_report(recording), why_not_written(settings.run_dir, recording)
     except KeyboardInterrupt:
         console.print("Interrupted: server and trainer are stopped; no report was written.")
         return 130
@@ -381,10 +382,22 @@ def carry_out(
         console.print(str(error), markup=False, highlight=False)
         return 1
     console.print(*summary(report), sep="\n\n")
+    if problem is not None:
+        console.print(f"\n{problem}", markup=False, highlight=False, soft_wrap=True)
+        return 1
     console.print(f"\n{settings.run_dir / 'report.json'}\n{settings.run_dir / 'report.html'}")
     for line in how_to_look(settings):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     return 1 if report["failed_requests"] or report["mismatched_outputs"] else 0
+
+
+def why_not_written(run_dir: Path, recording: Recording) -> str | None:
+    """Write the report, whose figures must not be lost to a full disk; returns what went wrong."""
+    try:
+        write(run_dir, recording)
+    except OSError as error:
+        return f"The report could not be written to {run_dir}: {error}"
+    return None
 
 
 def settings_of(settings: DemoSettings) -> Settings:
@@ -440,6 +453,8 @@ def main(
     ] = None,
 ) -> None:
     """Serve, learn, swap and report on this machine, in under ten minutes."""
+    if any(item.partition("=")[0].strip() == "run_dir" for item in set_ or ()):
+        raise typer.BadParameter("name the folder of the run with --run-dir", param_hint="--set")
     signal.signal(signal.SIGTERM, interrupt)
     settings = with_seed(default_settings(own_gpu=own_gpu), seed)
     overrides = (*settings.overrides, *(set_ or ()))

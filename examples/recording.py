@@ -46,6 +46,9 @@ class Replay:
     token_ids: tuple[int, ...]
     acceptance: Acceptance
     version: int
+    turn: int
+    """First prompt of the turn in which it was answered. Every arm answers the same prompts in a
+    turn, and they share its seconds, so a turn is one measurement."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,6 +62,38 @@ def median_speedup(replays: Sequence[Replay], arm: Arm, base: Arm) -> float | No
     return statistics.median(known) if known else None
 
 
+def speedup_error(replays: Sequence[Replay], arm: Arm, base: Arm) -> float | None:
+    """Standard error of the speed of ``arm`` over that of ``base``, from how much it differs
+    between turns: a ratio of sums, linearised. ``None``: fewer than two turns, or no tokens.
+
+    Source:
+        Cochran, Sampling Techniques (1977), Section 6.4: the ratio estimate.
+    """
+    turns = _turns(replays, arm, base)
+    totals = [sum(column) for column in zip(*turns, strict=True)]
+    if len(turns) < 2 or not all(totals):
+        return None
+    shares = ([value / total for value, total in zip(t, totals, strict=True)] for t in turns)
+    squares = (
+        (tokens - seconds - base_tokens + base_seconds) ** 2
+        for tokens, seconds, base_tokens, base_seconds in shares
+    )
+    relative = math.sqrt(sum(squares) * len(turns) / (len(turns) - 1))
+    return relative * (totals[0] / totals[1]) / (totals[2] / totals[3])
+
+
+def _turns(
+    replays: Sequence[Replay], arm: Arm, base: Arm
+) -> list[tuple[float, float, float, float]]:
+    """Tokens and seconds of ``arm``, then of ``base``, for each turn that both have answered."""
+    spent: dict[tuple[str, int], dict[Arm, tuple[float, float]]] = {}
+    for replay in replays:
+        sums = spent.setdefault((replay.domain, replay.turn), {})
+        tokens, seconds = sums.get(replay.arm, (0.0, 0.0))
+        sums[replay.arm] = tokens + len(replay.token_ids), seconds + replay.share_s
+    return [(*sums[arm], *sums[base]) for sums in spent.values() if arm in sums and base in sums]
+
+
 def mismatched_outputs(replays: Iterable[Replay]) -> int:
     """Number of prompts, over all domains, to which the arms gave different tokens."""
     answers: dict[tuple[str, int], set[tuple[int, ...]]] = {}
@@ -89,6 +121,11 @@ def speeds(replays: Sequence[Replay]) -> dict[str, Any]:
             for base in ARMS
             if base != "tuned"
         },
+        **{
+            f"speedup_vs_{base}_error": speedup_error(replays, "tuned", base)
+            for base in ARMS
+            if base != "tuned"
+        },
     }
 
 
@@ -103,7 +140,9 @@ def learning_report(recording: Recording, shifted: Sequence[Replay]) -> dict[str
     saved_s = None
     if seconds["index"] and seconds["tuned"]:
         saved_s = statistics.fmean(seconds["index"]) - statistics.fmean(seconds["tuned"])
-    earned_back = math.ceil(learning.seconds / saved_s) if saved_s and saved_s > 0 else None
+    is_newer = recording.newest_version != recording.static_version
+    earns = is_newer and saved_s is not None and saved_s > 0
+    earned_back = math.ceil(learning.seconds / saved_s) if earns and saved_s else None
     return {
         "learning_device": learning.device,
         "learning_seconds": learning.seconds,
@@ -165,6 +204,10 @@ DEFINITIONS = {
         "Completion tokens over the seconds that they took, on held-out prompts, the arms in turn "
         "on one server, trainer stopped, replay_clients requests at a time. Phases of one domain "
         "share its replay. The top-level speeds are over the phases in shifted_phases together."
+    ),
+    "speedup_errors": (
+        "Standard errors of the speedups, from how much they differ between turns of the replay; "
+        "null: fewer than two turns."
     ),
     "plain": "Requests with max_draft 0: the target alone.",
     "static": (
@@ -297,13 +340,24 @@ def mood_of_faults(count: int) -> Mood:
     return "bad" if count else "good"
 
 
+SURE = 2.0
+"""Standard errors above 1 from which a speedup is shown to be a gain."""
+
+
 def headline(report: dict[str, Any]) -> tuple[str, Mood]:
-    """One sentence on what the demo showed, from the speeds on shifted traffic."""
+    """One sentence on what the demo showed, from the speeds on shifted traffic.
+
+    Learning paid if the newest weights are faster than the frozen server and than the frozen
+    weights, both by more than chance would make them: by ``SURE`` standard errors, and in each of
+    several runs.
+    """
     plain, static, index = (report[f"speedup_vs_{arm}"] for arm in ("plain", "static", "index"))
     if plain is None or static is None or index is None:
         return "The speeds were not measured", "neutral"
     if mood_of_speedup(plain) == "bad":
         return f"Drafting did not pay: {plain:.2f} times plain decoding", "bad"
+    if report["newest_version"] == report["static_version"]:
+        return "Nothing was learned: no version came after the first phase", "neutral"
     for speedup, name in ((static, "the frozen server"), (index, "the frozen weights")):
         if mood_of_speedup(speedup) == "bad":
             return f"Learning did not pay: {speedup:.2f} times as fast as {name}", "bad"
@@ -311,11 +365,29 @@ def headline(report: dict[str, Any]) -> tuple[str, Mood]:
         return "Learning changed nothing: the newest weights are as fast as the frozen ones", (
             "neutral"
         )
-    return (
-        f"Learning paid: {static:.2f} times as fast as the frozen server, {index:.2f} times by the "
-        f"weights",
-        "good",
+    how = (
+        f"{static:.2f} times as fast as the frozen server, {index:.2f} times by the weights"
+        f"{_within(report)}"
     )
+    if is_sure(report, "static") and is_sure(report, "index"):
+        return f"Learning paid: {how}", "good"
+    return f"Not shown that learning paid: {how}", "neutral"
+
+
+def is_sure(report: dict[str, Any], base: str) -> bool:
+    """Whether tuned is faster than an arm by more than chance. Results of before errors were kept
+    have none: then only their runs say so."""
+    error = report.get(f"speedup_vs_{base}_error") or 0.0
+    speedups = [run[f"speedup_vs_{base}"] for run in report.get("runs", ())]
+    return report[f"speedup_vs_{base}"] - SURE * error > 1 and all(
+        mood_of_speedup(speedup) == "good" for speedup in speedups
+    )
+
+
+def _within(report: dict[str, Any]) -> str:
+    errors = [report.get(f"speedup_vs_{base}_error") for base in ("static", "index")]
+    known = [f"{SURE * error:.2f}" for error in errors if error is not None]
+    return f" (± {' and '.join(known)})" if known else ""
 
 
 # Texts
@@ -374,6 +446,8 @@ def busy_line(report: dict[str, Any]) -> str:
 
 def learning_line(report: dict[str, Any]) -> str:
     """What learning took, and when it was earned back, in one sentence."""
+    if not report["learning_updates"]:
+        return "The trainer made no update."
     spent = (
         f"Learning took {report['learning_seconds']:.0f} {report['learning_device']}-seconds in "
         f"{report['learning_updates']} updates"

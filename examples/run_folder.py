@@ -27,22 +27,32 @@ def own_folder(run_dir: Path) -> Iterator[None]:
     """Lock the run folder and remove what an earlier demo left in it.
 
     Raises:
-        DemoError: the folder does not carry a demo's marker, or another demo runs in it.
+        DemoError: the folder does not carry a demo's marker, cannot be written, or another demo
+            runs in it.
     """
     marker = run_dir / MARKER
-    if run_dir.exists() and any(run_dir.iterdir()) and not marker.exists():
+    if run_dir.is_dir() and any(run_dir.iterdir()) and not marker.exists():
         raise DemoError(
             f"{run_dir} was not created by the demo (it holds no {MARKER}), so nothing in it was "
             f"touched. Move it away, or choose another folder with --run-dir."
         )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    with marker.open("a") as file:
+    with _opened(marker) as file:
         _lock(file, run_dir)
         for name in OWN:
             shutil.rmtree(run_dir / name, ignore_errors=True)
         for name in OWN_FILES:
             (run_dir / name).unlink(missing_ok=True)
         yield
+
+
+def _opened(marker: Path) -> IO[str]:
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        return marker.open("a")
+    except OSError as error:
+        raise DemoError(
+            f"{marker.parent} cannot be written ({error}). Choose another folder with --run-dir."
+        ) from None
 
 
 def _lock(file: IO[str], run_dir: Path) -> None:

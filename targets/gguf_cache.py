@@ -115,9 +115,13 @@ def _convert_if_needed(file: Path, content: str, folder: Path) -> None:
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed
     partial.mkdir()
-    convert(file, partial)
-    _record(partial, file, content)
-    _put_in_place(partial, folder)
+    try:
+        convert(file, partial)
+        _record(partial, file, content)
+        _put_in_place(partial, folder)
+    except BaseException:  # on a full disk, what was written would keep it full
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     log.info("converted %s in %.1f s", file, time.perf_counter() - started_s)
 
 

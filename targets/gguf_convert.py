@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from targets.gguf_config import SHAPE, Described, described
+from targets.gguf_metadata import refuse_nonsense
 from targets.gguf_tokenizer import save_tokenizer, tokenizer_of
 
 DTYPE = "bfloat16"
@@ -82,12 +83,18 @@ def convert(file: Path, folder: Path) -> None:
     metadata = {name: field.contents() for name, field in reader.fields.items()}
     try:
         _refuse(metadata)
+        refuse_nonsense(metadata, len(reader.tensors))
         tokenizer = tokenizer_of(metadata)
         model = described(metadata, _divisors(reader), is_tied=_is_tied(reader))
         sources = _sources(reader, model, metadata["general.architecture"])
         _write_weights(folder / "model.safetensors", sources, model, metadata)
     except (ValueError, NotImplementedError) as error:
         raise ValueError(f"cannot convert {file}: {error}") from error
+    except (ArithmeticError, AttributeError, LookupError, TypeError) as error:
+        raise ValueError(
+            f"cannot convert {file}: its metadata do not fit together "
+            f"({type(error).__name__}: {error}); fetch it again"
+        ) from error
     save_tokenizer(tokenizer, folder)
     _write_json(folder / "config.json", model.config)
     _write_json(folder / "generation_config.json", _generation(metadata))
@@ -119,7 +126,7 @@ def _refuse(metadata: Mapping[str, Any]) -> None:
             f"{', '.join(ARCHITECTURES)} are converted; name a folder with its safetensors"
         )
     parts = metadata.get("split.count", 1)
-    if parts > 1:
+    if parts not in (0, 1):
         raise ValueError(f"it is one of {parts} parts; join them with llama-gguf-split --merge")
     scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none":

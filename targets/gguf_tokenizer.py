@@ -165,7 +165,9 @@ def _vocabulary(metadata: Mapping[str, Any]) -> dict[str, int]:
 
 def _pair(merge: str) -> tuple[str, str]:
     """Both sides of a merge; a space separates them, and may begin the first one."""
-    at = merge.index(" ", 1)
+    at = merge.find(" ", 1)
+    if at < 0:
+        raise ValueError(f"its tokenizer has a merge of one part, {merge!r}")
     return merge[:at], merge[at + 1 :]
 
 

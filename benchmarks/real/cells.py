@@ -15,7 +15,6 @@ Writes ``cells.json`` and rows of ``rows/learning.json`` in ``benchmarks/results
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from benchmarks.harness.demos import recording_of
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from examples.arms import ALL_ARMS, Arm, setups
 from examples.clients import Replayer, Server, Traffic, Turn
@@ -220,7 +220,7 @@ def carry_out(
     out: Path,
 ) -> None:
     """Start the server and measure all cells; writes what is known after each."""
-    recording = json.loads((settings.run_dir / "recording.json").read_text())
+    recording = recording_of(settings.run_dir)
     children.append(begin_server(settings))
     texts = gather_texts(settings)
     by_phase = {phase.name: phase.domain for phase in settings.phases}
@@ -243,7 +243,7 @@ def carry_out(
         ends = time.monotonic() + share_s
         figures["cells"].append(measure(stage, cell, passes, block, ends))
         write_result(out, figures)
-        write_rows("learning", rows_of(figures["cells"], stage.domains), SOURCE)
+        write_rows("learning", rows_of(figures["cells"], stage.domains), SOURCE, out.parent)
 
 
 def main(

@@ -78,7 +78,8 @@ def seconds_to_swap(events: list[dict[str, Any]], server_log: str) -> list[float
 
 def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
     """What live requests saw, with the K that the policy chose: from when on they got
-    ``GOOD_TOKENS`` tokens a step, and after how many requests of a phase a version came."""
+    ``GOOD_TOKENS`` tokens a step, and after how many requests of a phase the next version came, be
+    it one that was trained before the shift."""
     answers, phases = recording["answers"], recording["phases"]
     good = next(
         (
@@ -90,7 +91,11 @@ def live_figures(recording: dict[str, Any]) -> dict[str, Any]:
     )
     first_swap: dict[str, int] = {}
     for phase in phases:
-        swaps = [c["at_s"] for c in recording["changes"] if c["at_s"] >= phase["started_s"]]
+        swaps = [
+            change["at_s"]
+            for change in recording["changes"]
+            if change["at_s"] >= phase["started_s"] and not change["rolled_back"]
+        ]
         until_s = min(swaps, default=phase["ended_s"])
         first_swap[phase["name"]] = sum(
             a["phase"] == phase["name"] and a["finished_s"] < until_s for a in answers
@@ -324,10 +329,26 @@ def _kept(figures: dict[str, Any]) -> float:
     return float(kept)
 
 
+_FILES = ("report.json", "recording.json", "trainer/log.jsonl", "trainer/status.json",
+          "logs/server.log")  # fmt: skip
+
+
 def figures_of(run: Path) -> dict[str, Any]:
-    """All that one run shows."""
+    """All that one run shows.
+
+    Raises:
+        ValueError: it is no finished demo, or its trainer learned too little to say how fast.
+    """
+    if lacking := [name for name in _FILES if not (run / name).is_file()]:
+        raise ValueError(f"{run} holds no {lacking[0]}; name the folder of a finished demo")
     lines = (run / "trainer" / "log.jsonl").read_text().splitlines()
     events = [json.loads(line) for line in lines]
+    named = [event["event"] for event in events]
+    if named.count("update") < 2 or not {"gate", "published"} <= set(named):
+        raise ValueError(
+            f"the trainer of {run} made too few updates, or published no version; a longer demo is "
+            f"needed"
+        )
     report = json.loads((run / "report.json").read_text())
     server_log = (run / "logs" / "server.log").read_text()
     lags = seconds_to_swap(events, server_log)
@@ -365,13 +386,17 @@ def main(
     if mps + own_gpu + auto > 1:
         raise typer.BadParameter("give one of --mps, --own-gpu and --auto")
     how = "mps" if mps else "own" if own_gpu else "auto" if auto else None
-    figures = [figures_of(run) for run in runs]
+    try:
+        figures = [figures_of(run) for run in runs]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="RUNS") from None
     name = "learning" if how is None else f"learning_{how}"
     about = {"mps": mps, "own_gpu": own_gpu, "auto": auto, "runs": figures}
-    write_result(out or RESULTS / f"{name}.json", about)
+    out = RESULTS / f"{name}.json" if out is None else out
+    write_result(out, about)
     rows = rows_of(figures, mps=mps, own_gpu=own_gpu, auto=auto)
     flag = {"mps": " --mps", "own": " --own-gpu", "auto": " --auto"}.get(how or "", "")
-    write_rows("learning", rows, f"python -m benchmarks.real.learning{flag}")
+    write_rows("learning", rows, f"python -m benchmarks.real.learning{flag}", out.parent)
     for row in rows:
         typer.echo(f"{row.measure}: {row.value} (goal: {row.goal}, holds: {row.holds})")
 

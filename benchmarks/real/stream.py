@@ -24,7 +24,6 @@ Writes ``benchmarks/results/stream.json`` with a point for every ``CURVE`` reque
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from benchmarks.harness.demos import recording_of
 from benchmarks.harness.results import (
     RESULTS,
     Out,
@@ -268,10 +268,10 @@ def main(
     out: Out = RESULTS / "stream.json",
 ) -> None:
     """Read finished demos, and write what they show."""
-    recordings = [json.loads((run / "recording.json").read_text()) for run in runs]
+    recordings = [recording_of(run) for run in runs]
     figures: dict[str, Any] = {"streams": [stream_figures(one) for one in recordings]}
     if scratch is not None:
-        found = json.loads((scratch / "recording.json").read_text())
+        found = recording_of(scratch)
         figures["scratch"] = scratch_figures(found, recordings[0])
     write_result(out, figures)
     rows = rows_of(figures)

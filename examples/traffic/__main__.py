@@ -30,9 +30,9 @@ def main(
     else:
         try:
             found = chat_prompts(dict.fromkeys(DOMAINS, count), seed)
-        except ValueError as error:
+            write_prompts(out, itertools.chain.from_iterable(found.values()))
+        except (ValueError, OSError) as error:
             raise typer.BadParameter(str(error)) from None
-        write_prompts(out, itertools.chain.from_iterable(found.values()))
         typer.echo(f"{len(DOMAINS) * count:,} prompts in {out}")
     typer.echo(f"{time.perf_counter() - started_s:.1f} s")
 

@@ -69,7 +69,8 @@ def read_prompts(path: Path) -> list[Prompt]:
         PromptError: the file cannot be read or holds no prompt, or a line is not one.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not ``splitlines``: JSON may hold the other ends of lines that it knows, such as U+2028.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"{path}: cannot be read: {error}") from None
     found = [_parsed(path, n, line) for n, line in enumerate(lines, start=1) if line.strip()]
@@ -101,8 +102,13 @@ def _parsed(path: Path, number: int, line: str) -> Prompt:
 
 
 def _problems(error: ValidationError) -> Iterator[str]:
-    """``field: what is wrong``, for each."""
-    for one in error.errors():
+    """``field: what is wrong``, for each. Bad items are left out of a list, which is then too short
+    as well: only the items are named."""
+    problems = error.errors()
+    inner = {one["loc"][:1] for one in problems if len(one["loc"]) > 1}
+    for one in problems:
+        if one["type"] == "too_short" and one["loc"] in inner:
+            continue
         field = ".".join(map(str, one["loc"]))
         yield f"{field}: {_said(one)}" if field else _said(one)
 

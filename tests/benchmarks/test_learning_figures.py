@@ -3,12 +3,18 @@ of."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
-from benchmarks.real.learning import LIVE_WINDOW, window_figures
+from benchmarks.harness.demos import recording_of
+from benchmarks.harness.results import RESULTS
+from benchmarks.real.learning import LIVE_WINDOW, figures_of, live_figures, window_figures
 from benchmarks.real.sharing import Way, ways_of
+from oracles.support import REPOSITORY
 
 
 def answers(phase: str, from_s: float, each_s: float, num: int) -> list[dict[str, Any]]:
@@ -76,6 +82,84 @@ def test_without_a_whole_window_there_is_no_worst_one() -> None:
     found = window_figures(recording, {"phases": [phase("code", 1.0, 1.0)]})
 
     assert found["worst"] is found["worst_later"] is found["worst_over_plain"] is None
+
+
+def test_a_shift_brings_a_version_and_not_the_former_one_back() -> None:
+    recording = {
+        "answers": answers("code", 1.0, 1.0, 10) + answers("law", 11.0, 1.0, 10),
+        "phases": [
+            {"name": "code", "started_s": 0.0, "ended_s": 10.5},
+            {"name": "law", "started_s": 10.5, "ended_s": 21.0},
+        ],
+        "changes": [
+            {"at_s": 3.5, "version": 1, "rolled_back": False},
+            {"at_s": 12.5, "version": 0, "rolled_back": True},
+            {"at_s": 15.5, "version": 2, "rolled_back": False},
+        ],
+    }
+
+    assert live_figures(recording)["requests_to_first_swap"] == {"code": 3, "law": 5}
+
+
+def test_what_is_no_finished_demo_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"holds no report\.json; name the folder of a finished"):
+        figures_of(tmp_path)
+
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "trainer").mkdir()
+    for name in ("report.json", "recording.json", "trainer/status.json", "logs/server.log"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "trainer" / "log.jsonl").write_text('{"event": "started", "unix_ms": 1}\n')
+    with pytest.raises(ValueError, match="made too few updates, or published no version"):
+        figures_of(tmp_path)
+
+
+def test_a_folder_without_a_recording_is_named(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match=r"holds no recording\.json; name the folder of"):
+        recording_of(tmp_path)
+
+
+def results(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", ["learning", "learning_own", "learning_auto"])
+def test_the_readme_shows_the_present_figures_of_learning(name: str) -> None:
+    (run,) = results(name)["runs"]
+    readme = (REPOSITORY / "README.md").read_text()
+    (row,) = (line for line in readme.splitlines() if line[:1] == "|" and f"/{name}.json" in line)
+
+    cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+    assert cells == [
+        f"{run['report']['speedup_vs_plain']:.2f}",
+        f"{run['report']['speedup_vs_static']:.2f}",
+        f"{round(run['loop']['rows_per_s'], -3):,.0f}",
+        f"{run['windows']['worst_over_plain']:.2f}",
+    ]
+
+
+def test_documents_show_the_present_figures_of_cells() -> None:
+    def figures(temperature: float, scope: str, base: str) -> list[str]:
+        own = [cell for cell in results("cells")["cells"] if cell["temperature"] == temperature]
+        found = {cell["clients"]: cell["by_domain"][scope] for cell in own}
+        return [
+            f"{f['vs_plain']['tuned'] if base == 'plain' else f['tuned_over_static']:.2f}"
+            for f in (found[1], found[8], found[32])
+        ]
+
+    readme = " ".join((REPOSITORY / "README.md").read_text().split())
+    table = (REPOSITORY / "docs" / "performance.md").read_text()
+    for temperature in (0.7, 0.0):
+        over_plain = figures(temperature, "all", "plain")
+        over_static = figures(temperature, "shifted", "static")
+        assert "{}, {} and {}".format(*over_plain) in readme
+        assert "{}, {} and {}".format(*over_static) in readme
+        (line,) = (
+            line for line in table.splitlines()
+            if line.startswith(f"| tuned ÷ plain, all domains, {temperature:g} |")
+        )  # fmt: skip
+        assert [cell.split()[0] for cell in line.strip("| ").split("|")[1:]] == over_plain
 
 
 def test_ways_to_share_a_card() -> None:

@@ -62,6 +62,7 @@ def sample_replays(prompts: int) -> tuple[Replay, ...]:
             tokens_of(domain, prompt),
             spent(domain, arm),
             7,
+            prompt,
         )
         for domain in DOMAINS
         for arm in ALL_ARMS

@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 
 from examples.arms import ALL_ARMS
@@ -14,12 +15,14 @@ from examples.demo import (
     gather_texts,
     how_to_look,
     is_enough,
+    main,
     settings_of,
     version_changes,
+    why_not_written,
 )
 from examples.live import Now, line, sparkline, summary
 from examples.plan import DemoSettings, real_settings, with_prompts, with_requests
-from examples.recording import VersionChange
+from examples.recording import Recording, VersionChange
 from examples.report import build_report
 from examples.run_folder import MARKER, DemoError, own_folder
 from examples.texts import Kept, Phase
@@ -189,6 +192,34 @@ def test_two_demos_do_not_share_a_folder(tmp_path: Path):
         own_folder(tmp_path),
     ):
         pass
+
+
+def test_a_place_that_cannot_be_a_folder_is_named(tmp_path: Path):
+    (tmp_path / "taken").write_text("a file")
+
+    for run_dir in (tmp_path / "taken", tmp_path / "taken" / "demo"):
+        with (
+            pytest.raises(DemoError, match=r"taken.* cannot be written .*--run-dir"),
+            own_folder(run_dir),
+        ):
+            pass
+
+
+def test_the_folder_of_a_run_has_one_option():
+    # As a setting it would reach server and trainer alone, and the demo would wait for them.
+    with pytest.raises(typer.BadParameter, match="with --run-dir"):
+        main(set_=["run_dir=elsewhere"])
+
+
+def test_a_report_that_cannot_be_written_says_so_and_loses_no_figures(tmp_path: Path):
+    recording = sample_recording()
+    (tmp_path / "report.json").mkdir()
+
+    assert "could not be written" in why_not_written(tmp_path, recording)
+    assert Recording.from_json((tmp_path / "recording.json").read_text()) == recording
+
+    (tmp_path / "report.json").rmdir()
+    assert why_not_written(tmp_path, recording) is None
 
 
 def test_changes_of_version_are_the_servers_own_swaps_and_rollbacks():

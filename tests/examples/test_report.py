@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
+import random
 import re
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +17,15 @@ from examples import picture
 from examples import report as reporting
 from examples.arms import ALL_ARMS
 from examples.recording import Answer, Goals, Learning, Recording, VersionChange, learning_of
-from examples.report import Check, build_report, checks, headline
+from examples.report import (
+    Check,
+    build_report,
+    checks,
+    headline,
+    learning_line,
+    speeds,
+    speedup_error,
+)
 from tests.examples.sample import TOKENS, acceptance_of, sample_recording
 
 
@@ -203,7 +214,7 @@ def test_headline_and_colours_of_a_drafter_that_learned(recording: Recording):
     assert report["speedup_vs_static"] > report["speedup_vs_index"] > 1
     assert headline(report) == (
         f"Learning paid: {report['speedup_vs_static']:.2f} times as fast as the frozen server, "
-        f"{report['speedup_vs_index']:.2f} times by the weights",
+        f"{report['speedup_vs_index']:.2f} times by the weights (± 0.10 and 0.04)",
         "good",
     )
     assert page_of(recording).count('<b class="good">') == 5  # three speedups and no faults
@@ -239,6 +250,70 @@ def test_a_speedup_shown_as_one_is_no_gain(recording: Recording):
         "Learning changed nothing: the newest weights are as fast as the frozen ones",
         "neutral",
     )
+
+
+def scattered(recording: Recording, share: float, seed: int = 0) -> Recording:
+    """The recording with times of turns that differ by chance."""
+    rng = random.Random(seed)
+    return replace(
+        recording,
+        replays=tuple(
+            replace(r, share_s=r.share_s * math.exp(rng.gauss(0, share))) for r in recording.replays
+        ),
+    )
+
+
+def test_a_gain_that_chance_may_have_made_is_not_called_one():
+    recording = scattered(with_speed(sample_recording(prompts=12), "tuned", 0.82), 0.3)
+    report = build_report(recording)
+
+    assert report["speedup_vs_static"] > 1.05 and report["speedup_vs_index"] > 1.01
+    text, mood = headline(report)
+    assert text.startswith("Not shown that learning paid: 1.") and mood == "neutral"
+    assert "Learning paid" not in page_of(recording)
+
+
+def test_of_several_runs_each_must_have_gained(recording: Recording):
+    report = build_report(recording)
+    runs = [{"speedup_vs_static": 1.4, "speedup_vs_index": speed} for speed in (1.2, 1.3)]
+    assert headline({**report, "runs": runs})[1] == "good"
+
+    runs[0]["speedup_vs_index"] = 1.0
+    assert headline({**report, "runs": runs})[1] == "neutral"
+
+
+def test_without_a_version_nothing_was_learned(recording: Recording):
+    same = replace(recording, newest_version=recording.static_version)
+    report = build_report(same)
+
+    assert headline(report) == (
+        "Nothing was learned: no version came after the first phase",
+        "neutral",
+    )
+    assert report["earned_back_after_requests"] is None
+    idle = replace(same, learning=Learning("CPU", 0.0, 0, 0))
+    assert learning_line(build_report(idle)) == "The trainer made no update."
+
+
+def test_the_error_of_a_speedup_is_the_scatter_of_repeated_replays():
+    recording = sample_recording(prompts=20)
+    repeated = [
+        [r for r in scattered(recording, 0.2, seed).replays if r.domain == "c"]
+        for seed in range(100)
+    ]
+    speedups = [speeds(replays)["speedup_vs_index"] for replays in repeated]
+    errors = [speedup_error(replays, "tuned", "index") for replays in repeated]
+
+    assert statistics.fmean(errors) == pytest.approx(statistics.stdev(speedups), rel=0.2)
+
+
+def test_prompts_of_one_turn_are_one_measurement():
+    single = scattered(sample_recording(prompts=20), 0.2).replays
+    doubled = [replace(r, prompt=r.prompt + 100 * n) for n in (0, 1) for r in single]
+
+    error = speedup_error(single, "tuned", "index")
+    assert speedup_error(doubled, "tuned", "index") == pytest.approx(error)
+    assert speedup_error([r for r in single if r.turn == 0][:6], "tuned", "index") is None
 
 
 def test_failed_requests_are_red(recording: Recording):

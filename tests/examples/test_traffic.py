@@ -103,6 +103,7 @@ def lines_of(folder: Path, *lines: str) -> Path:
 
 def test_prompts_survive_their_file(tmp_path: Path):
     prompts = [
+        asked("lines", "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight"),
         asked("law", "What is a tort?"),
         Prompt(prompt="Once upon", domain="tales", max_tokens=9, temperature=0.3),
         Prompt(messages=(Message(role="system", content="a"), Message(role="user", content="b"))),
@@ -112,7 +113,7 @@ def test_prompts_survive_their_file(tmp_path: Path):
     write_prompts(path, prompts)
 
     assert read_prompts(path) == prompts
-    assert json.loads(path.read_text().splitlines()[1]) == {
+    assert json.loads(path.read_text().split("\n")[2]) == {
         "prompt": "Once upon",
         "domain": "tales",
         "max_tokens": 9,
@@ -144,6 +145,18 @@ def test_a_bad_line_is_named_with_its_field(tmp_path: Path, line: str, message: 
 
     assert str(caught.value).startswith(f"{path}, line 3: ")
     assert message in str(caught.value)
+
+
+def test_a_bad_item_of_a_list_is_the_only_problem_that_is_named(tmp_path: Path):
+    with pytest.raises(PromptError, match=r"line 1: messages\.0\.role: [^;]+$"):
+        read_prompts(lines_of(tmp_path, '{"messages": [{"role": "tool", "content": "a"}]}'))
+
+
+@pytest.mark.parametrize("content", [b'\xef\xbb\xbf{"prompt": "a"}\n', b'{"prompt": "a"}\r\n'])
+def test_a_file_of_another_system_is_read(tmp_path: Path, content: bytes):
+    (tmp_path / "mine.jsonl").write_bytes(content)
+
+    assert read_prompts(tmp_path / "mine.jsonl") == [Prompt(prompt="a")]
 
 
 def test_files_that_hold_nothing_are_refused(tmp_path: Path):

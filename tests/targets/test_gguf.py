@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
+from oracles import gguf_files
 from oracles.engines import request_of, run
 from oracles.forked import Forked
 from oracles.gguf_files import MODELS, random_source, write_gguf
@@ -357,6 +358,61 @@ def test_what_cannot_be_converted_is_refused_by_name(fields, message, source, tm
     with pytest.raises(ValueError, match=message):
         target_folder(str(file), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("gguf-*/"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"llama.block_count": 4_000_000_000}, "block_count = 4000000000; a whole number"),
+        ({"llama.block_count": 2_000_000_000}, "block_count = 2000000000, and has 29 tensors"),
+        ({"llama.block_count": 0}, "block_count = 0; a whole number above 0"),
+        ({"llama.attention.head_count": 0}, "head_count = 0; a whole number above 0"),
+        ({"llama.attention.head_count": [4, 4, 4]}, r"head_count = \[4, 4, 4\]; a whole number"),
+        ({"llama.context_length": "2048"}, "context_length = '2048'; a whole number above 0"),
+        (
+            {"llama.attention.layer_norm_rms_epsilon": -1.0},
+            r"epsilon = -1\.0; a finite number above 0",
+        ),
+        ({"llama.rope.freq_base": float("nan")}, "freq_base = nan; a finite number above 0"),
+        ({"tokenizer.ggml.eos_token_id": 999_999}, "eos_token_id = 999999, and its vocabulary"),
+        ({"tokenizer.ggml.token_type": [1, 1]}, "has 288 tokens, and types of 2"),
+        ({"tokenizer.ggml.tokens": "abc"}, r"no list tokenizer\.ggml\.tokens"),
+        ({"tokenizer.ggml.merges": ["ab"]}, "has a merge of one part, 'ab'"),
+    ],
+)
+def test_metadata_that_no_model_has_are_refused_by_name(fields, message, source, tmp_path):
+    file = write_gguf(tmp_path / "model.gguf", source, fields=fields)
+
+    with pytest.raises(ValueError, match=rf"(?s)cannot convert .*model\.gguf: .*{message}"):
+        target_folder(str(file), tmp_path / "cache")
+
+
+@pytest.mark.parametrize(
+    "lacking", ["embedding_length", "block_count", "head_count", "tokens", "merges"]
+)
+def test_metadata_that_a_model_needs_are_named_if_they_are_missing(
+    lacking, source, tmp_path, monkeypatch
+):
+    every = gguf_files._fields
+    monkeypatch.setattr(
+        gguf_files,
+        "_fields",
+        lambda *given: {k: v for k, v in every(*given).items() if not k.endswith(f".{lacking}")},
+    )
+    file = write_gguf(tmp_path / "model.gguf", source)
+
+    with pytest.raises(ValueError, match=rf"cannot convert .*{lacking}"):
+        target_folder(str(file), tmp_path / "cache")
+
+
+def test_a_conversion_that_fails_leaves_nothing_of_what_it_wrote(source, tmp_path):
+    last = {"output_norm.weight": np.full(64, np.inf, np.float32)}
+    file = write_gguf(tmp_path / "model.gguf", source, tensors=last)
+
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        target_folder(str(file), tmp_path / "cache")
+
+    assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_missing_and_unknown_tensors_are_refused_by_name(source, tmp_path):
