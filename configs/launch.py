@@ -52,7 +52,7 @@ class LaunchSettings(Section):
     nodes: int = Field(1, ge=1, le=1024)
     """Hosts, or pods."""
     gpus_per_node: int = Field(1, ge=0, le=64)
-    """GPUs of each host that are used. 0: it trains on CPUs."""
+    """GPUs of each host that are used. 0: it trains on CPUs, as with ``trainer.device: cpu``."""
     processes_per_node: int | None = Field(None, ge=1, le=64)
     """Processes on each host. ``None``: one for each GPU, or one."""
     cpus_per_process: int = Field(4, ge=1, le=256)

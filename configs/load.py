@@ -361,6 +361,8 @@ def _type_text(annotation: Any) -> str:
         return _type_text(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
         return f"a list of {_type_text(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "a mapping of {} to {}".format(*map(_type_text, get_args(annotation)))
     parts = _members(annotation)
     if len(parts) > 1:
         return " or ".join(_type_text(part) for part in parts)

@@ -93,6 +93,8 @@ def launch(
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
     settings = _settings(config, set_, print_config, context.args)
+    if dry_run or on is not Place.LOCAL:
+        _check_names(settings)
     job = Job(settings, tuple(map(str, config or ())), tuple(set_ or ()))
     if on is not Place.LOCAL:
         if processes > 1:
@@ -107,6 +109,26 @@ def launch(
     else:
         with _exit_codes():
             run_alone(settings)
+
+
+def _check_names(settings: Settings) -> None:
+    """What a trainer checks once it has imported torch: a job elsewhere would wait for its turn
+    only to be refused.
+
+    Raises:
+        typer.Exit: with code 2 if a name is unknown.
+    """
+    from drafters.objectives import objective_of
+    from policies.draws.catalog import entry
+    from targets.device import check_device
+
+    try:
+        objective_of(settings.trainer)
+        entry(settings.trainer.draw)
+        check_device(settings.trainer.device, "trainer.device")
+    except SettingsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
 
 
 def _start(place: Place, job: Job, dry_run: bool) -> None:

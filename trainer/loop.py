@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,16 @@ QUIET_S = 15.0
 """After this time without a trace, a candidate is judged without waiting for more updates."""
 
 
-def run(*trainers: Trainer) -> None:
+def run(*trainers: Trainer, still_ours: Callable[[], None] = lambda: None) -> None:
     """Train until told to stop, then save a checkpoint. The trainers of several drafters make one
-    update each in turn; one that waits does not delay the others."""
+    update each in turn; one that waits does not delay the others.
+
+    Args:
+        still_ours: called often; raises if the run folder is no longer this trainer's, which then
+            writes nothing more.
+    """
     try:
-        _train(trainers)
+        _train(trainers, still_ours)
         for trainer in trainers:
             trainer.learner.end()
     finally:
@@ -49,10 +54,11 @@ def run(*trainers: Trainer) -> None:
             trainer.intake.close()
 
 
-def _train(trainers: Sequence[Trainer]) -> None:
+def _train(trainers: Sequence[Trainer], still_ours: Callable[[], None]) -> None:
     for trainer in trainers:
         trainer.intake.start()
     while active := [trainer for trainer in trainers if not trainer.is_done()]:
+        still_ours()
         turns = [trainer.take_turn() for trainer in active]
         if not any(turns):
             with active[0].updates.times.during("waiting"):
@@ -63,6 +69,7 @@ def _train(trainers: Sequence[Trainer]) -> None:
                 trainer.judge_candidate()
             if trainer.checkpoint_is_due():
                 trainer.checkpoint()
+    still_ours()
     for trainer in trainers:
         trainer.finish()
 

@@ -61,6 +61,17 @@ def test_the_manifest_is_valid_for_kubernetes(nodes: int) -> None:
     assert options.standalone == (nodes == 1)
 
 
+def test_a_trainer_on_cpus_asks_for_no_gpu() -> None:
+    found = documents_of(*POD, "trainer.device=cpu", "launch.processes_per_node=3")["Job"]
+
+    (container,) = found["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {"requests": {"cpu": "12"}}
+    options = get_args_parser().parse_args(container["command"][3:])
+    assert options.nproc_per_node == "3"
+    assert "gpus-per-node" not in script_of("trainer.device=cpu")
+    assert "--gpus-per-node=1" in script_of()
+
+
 def test_a_manifest_that_kubernetes_would_refuse_fails_this_check() -> None:
     job = documents_of(*POD)["Job"]
     job["spec"]["template"]["spec"]["containers"][0]["imagePullPolices"] = "Always"
@@ -91,6 +102,20 @@ def test_the_settings_in_a_manifest_are_those_of_the_command_without_its_secrets
         ("kubernetes", (CLAIM, "run_dir=/runs/x"), "launch.kubernetes.image must name"),
         ("kubernetes", (IMAGE, "run_dir=/runs/x"), "is on none of launch.kubernetes.claims"),
         ("kubernetes", (IMAGE, CLAIM, "run_dir=/runs-x/x"), "is on none of"),
+        ("kubernetes", (IMAGE, CLAIM, "run_dir=/runs/../x"), "run_dir /runs/../x is on none of"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={runs: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/runs/: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/dev: claim}"), "mounted by the Job"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/etc/slipstream/x: c}"), "by the Job"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/runs: A claim}"), "lower-case letters"),
+        ("kubernetes", (*POD, "trainer.device=cuda:1"), "takes GPU 1: a job of launch.gpus_per"),
+        ("slurm", ("trainer.device=cuda:1", "device=cuda:0"), "takes GPU 1: a job of launch.gpus"),
+        ("slurm", ("trainer.device=cuda", "launch.gpus_per_node=0"), "gpus_per_node=0 has too few"),
+        ("slurm", ("launch.processes_per_node=3", "launch.gpus_per_node=2"), "has too few"),
+        ("slurm", ("trainer.loss=mse",), "trainer.loss 'mse' is unknown; known: forward_kl"),
+        ("torchrun", ("trainer.draw=turn",), "trainer.draw 'turn' is unknown"),
+        ("local", ("trainer.device=gpu",), "trainer.device must be auto, cpu, cuda or cuda:N"),
         ("torchrun", ("launch.nodes=2",), "set launch.endpoint to HOST:PORT"),
         ("slurm", ("buffer.url=redis://:pw@host/0",), "buffer.url holds a secret"),
     ],
@@ -158,8 +183,9 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
     )
 
     words = ran.stdout.split("\0")[:-1]
-    assert words[:4] == ["--kill-on-bad-exit=1", sys.executable, "-m", "torch.distributed.run"]
-    options = get_args_parser().parse_args(words[4:])
+    assert words[:2] == ["--cpus-per-task=16", "--kill-on-bad-exit=1"]
+    assert words[2:5] == [sys.executable, "-m", "torch.distributed.run"]
+    options = get_args_parser().parse_args(words[5:])
     assert (options.nnodes, options.nproc_per_node) == ("2", "4")
     assert (options.rdzv_endpoint, options.rdzv_id) == ("first:29500", "77")
     assert options.training_script_args[-1] == f"run_dir={NASTY}"
