@@ -38,7 +38,14 @@ from drafters.catalog import chosen
 from drafters.trainable import learning_kinds
 from reporting.catalog import check_writers
 from targets.find import checked_folder
-from trainer.places import Job, local_command, plan_for, shown_locally
+from trainer.places import (
+    TORCHRUN_WAITS,
+    TORCHRUN_WAITS_S,
+    Job,
+    local_command,
+    plan_for,
+    shown_locally,
+)
 from trainer.policy_command import fit_policy
 from trainer.process import TrainerDiedError, run_alone, run_among
 from trainer.processes import supervise
@@ -148,6 +155,7 @@ def _start(place: Place, job: Job, dry_run: bool) -> None:
         typer.echo(f"{plan.command[0]} is not installed on this host", err=True)
         raise typer.Exit(code=1)
     if plan.text is None:
+        os.environ.setdefault(TORCHRUN_WAITS, str(TORCHRUN_WAITS_S))
         os.execvp(plan.command[0], plan.command)  # it gets the signals
     raise typer.Exit(code=subprocess.run(plan.command, input=plan.text.encode()).returncode)
 

@@ -295,6 +295,7 @@ class Trainer:
             "steps_since_judged": self.pace.steps_since_judged,
             "refused_in_row": self.pace.refused_in_row,
             "worth": self.worth.to_json(),
+            "highest_version": max(self.publisher.candidate.highest, self.published.version),
             "random": self.random.bit_generator.state,
             "memory": memory,
             "locations": self.intake.locations(keys_in(memory)),

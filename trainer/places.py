@@ -28,6 +28,11 @@ SETTINGS_FILE = "settings.yaml"
 SETTINGS_FOLDER = "/etc/slipstream"
 """Of the settings in a pod."""
 SHARED_MEMORY = "/dev/shm"
+TORCHRUN_WAITS_S = 110
+"""Seconds that torchrun gives its processes to end once it was told to; by default it kills them
+after 30, which a checkpoint of a large drafter may take."""
+TORCHRUN_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Variable that says so."""
 _MOUNT = re.compile(r"/[^:\0/][^:\0]*")
 _CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
@@ -191,7 +196,7 @@ def _slurm(job: Job, cwd: Path) -> Plan:
         "account": slurm.account,
         "time": slurm.time_limit,
         "mem": slurm.memory,
-        "signal": "TERM@60",
+        "signal": f"TERM@{TORCHRUN_WAITS_S + 10}",
         "output": f"{launch.name}-%j.log",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value is not None]
@@ -202,6 +207,7 @@ def _slurm(job: Job, cwd: Path) -> Plan:
         "#!/bin/bash",
         *lines,
         "set -euo pipefail",
+        f"export {TORCHRUN_WAITS}={TORCHRUN_WAITS_S}",
         # Not `scontrol | head`: head leaves first, and scontrol's SIGPIPE would end the job.
         'hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
         "first=\"${hosts%%$'\\n'*}\"",
@@ -303,6 +309,7 @@ def _job(settings: Settings) -> dict[str, Any]:
         "image": kubernetes.image,
         "command": ["python", *_run(settings, _pods_meet(launch))],
         "args": ["--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}"],
+        "env": [{"name": TORCHRUN_WAITS, "value": str(TORCHRUN_WAITS_S)}],
         "resources": _resources(settings),
         "volumeMounts": mounts,
     }
@@ -313,7 +320,7 @@ def _job(settings: Settings) -> dict[str, Any]:
         "subdomain": launch.name,
         # They would be variables that begin with SLIPSTREAM_, which settings do, and be refused.
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 120,
+        "terminationGracePeriodSeconds": TORCHRUN_WAITS_S + 10,
         "containers": [container],
         "volumes": volumes,
     }

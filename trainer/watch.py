@@ -205,6 +205,8 @@ class _Learning:
 
     def lines(self, event: Mapping[str, Any]) -> Iterator[str]:
         if _is_update(event):
+            if self._updates and _seconds([self._updates[-1], event]) < 0:  # a clock set back
+                yield from self.ended()
             self._updates.append(event)
             if _seconds(self._updates) >= LINE_EVERY_S:
                 yield from self.ended()
@@ -254,7 +256,12 @@ def _rows_per_s(path: Path) -> float | None:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         events = [_event(line) for line in file.read().split(b"\n")[1:]]
     updates = [one for one in events if _is_update(one)]
-    recent = [one for one in updates if _seconds([one, updates[-1]]) <= LINE_EVERY_S]
+    recent = list[dict[str, Any]]()
+    for one in reversed(updates):  # not beyond a place where somebody has set the clock back
+        is_later = bool(recent) and _seconds([one, recent[0]]) < 0
+        if is_later or _seconds([one, updates[-1]]) > LINE_EVERY_S:
+            break
+        recent.insert(0, one)
     seconds = _seconds(recent)
     return sum(int(one["rows"]) for one in recent[1:]) / seconds if seconds else None
 

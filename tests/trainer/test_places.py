@@ -59,6 +59,10 @@ def test_the_manifest_is_valid_for_kubernetes(nodes: int) -> None:
     assert (options.nnodes, options.nproc_per_node) == (str(nodes), "2")
     assert options.training_script_args == ["rank", "--config", "/etc/slipstream/settings.yaml"]
     assert options.standalone == (nodes == 1)
+    (waits,) = container["env"]
+    grace_s = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert 60 < int(waits["value"]) < grace_s  # torchrun would kill it after 30
+    assert waits["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
 
 
 def test_a_trainer_on_cpus_asks_for_no_gpu() -> None:
@@ -163,7 +167,7 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
 ) -> None:
     script = script_of("launch.nodes=2", "launch.gpus_per_node=4", f"run_dir={NASTY}")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for name, text in (("srun", 'printf "%s\\0" "$@"'), ("scontrol", "echo first; seq 100000")):
+    for name, text in (("srun", 'printf "%s\\0" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"'), ("scontrol", "echo first; seq 100000")):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
@@ -182,7 +186,8 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
         },
     )
 
-    words = ran.stdout.split("\0")[:-1]
+    *words, waits_s = ran.stdout.split("\0")[:-1]
+    assert f"#SBATCH --signal=TERM@{int(waits_s) + 10}\n" in script
     assert words[:2] == ["--cpus-per-task=16", "--kill-on-bad-exit=1"]
     assert words[2:5] == [sys.executable, "-m", "torch.distributed.run"]
     options = get_args_parser().parse_args(words[5:])

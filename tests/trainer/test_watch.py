@@ -143,6 +143,21 @@ def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(
     assert "no trainer runs in this folder (any more)" in shown.stdout
 
 
+def test_a_clock_that_is_set_back_neither_ends_lines_nor_turns_rates_negative(
+    tmp_path: Path,
+) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        journal_of(tmp_path)
+        for at in (2000, 4000, 6000, 8000):
+            _append(tmp_path, {"event": "update", "unix_ms": at, **UPDATE})
+
+        shown, logs = ask("status", tmp_path), ask("logs", tmp_path)
+
+    assert "rows/s     450\n" in shown.stdout
+    said = [line[20:] for line in logs.stdout.splitlines()]
+    assert said[-1] == "step 40: 16 updates of 3600 rows in all, loss 0.5000"
+
+
 def test_logs_wait_for_a_trainer_that_is_just_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
