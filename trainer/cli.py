@@ -49,7 +49,7 @@ from trainer.places import (
 from trainer.policy_command import fit_policy
 from trainer.process import TrainerDiedError, run_alone, run_among
 from trainer.processes import supervise
-from trainer.watch import NoSuchRunError, log_lines, status_of, stop
+from trainer.watch import NoSuchRunError, RunStatus, log_lines, status_of, stop
 
 app = typer.Typer(
     cls=Commands,
@@ -173,10 +173,13 @@ def status(
 
     Exit code 0: it runs. 1: it does not. 2: there is no such run.
     """
+    if watch and as_json:
+        typer.echo("--watch is for people: give it or --json", err=True)
+        raise typer.Exit(code=2)
     with _words():
         found = status_of(run)
         if watch:
-            _show_live(run)
+            found = _show_live(run, found)
         elif as_json:
             typer.echo(json.dumps(found.to_json()))
         else:
@@ -184,17 +187,19 @@ def status(
     raise typer.Exit(code=0 if found.owner is not None else 1)
 
 
-def _show_live(run: Path) -> None:
+def _show_live(run: Path, found: RunStatus) -> RunStatus:
+    """Returns what was shown last."""
     from rich.live import Live
     from rich.text import Text
 
     with contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
         while True:
-            found = status_of(run)
             live.update(Text("\n".join(found.to_lines())), refresh=True)
             if found.owner is None:
-                return
+                break
             time.sleep(1)
+            found = status_of(run)
+    return found
 
 
 @app.command()
@@ -234,8 +239,18 @@ def _words() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=2 if isinstance(error, NoSuchRunError) else 1) from error
+
+
+def _text_of(error: Exception) -> str:
+    """What to say of an error that ends a command."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return (
+            f"{error.filename}: permission denied. Server, trainer and these commands must be run "
+            f"by the user who owns the run's files"
+        )
+    return str(error)
 
 
 @app.command(hidden=True)
@@ -288,7 +303,7 @@ def _exit_codes() -> Iterator[None]:
     except TrainerDiedError as error:
         raise typer.Exit(code=1) from error
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
 
 

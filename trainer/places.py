@@ -203,6 +203,7 @@ def _slurm(job: Job, cwd: Path) -> Plan:
     endpoint, number = '"$first:' + f'{launch.port}"', '"$SLURM_JOB_ID"'
     before = shlex.join([sys.executable, *_run(settings, ["MEETING"]), *job.options(cwd)])
     meeting = f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {number}"
+    command = before.replace(" MEETING ", f" {meeting} ", 1)
     script = [
         "#!/bin/bash",
         *lines,
@@ -212,7 +213,7 @@ def _slurm(job: Job, cwd: Path) -> Plan:
         'hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
         "first=\"${hosts%%$'\\n'*}\"",
         # srun does not take the number of cores from sbatch since 22.05: it would give each one.
-        f"exec srun --cpus-per-task={num_cpus} --kill-on-bad-exit=1 {before.replace(' MEETING ', f' {meeting} ', 1)}",
+        f"exec srun --cpus-per-task={num_cpus} --kill-on-bad-exit=1 {command}",
     ]
     return Plan(("sbatch",), "\n".join(script) + "\n")
 
@@ -227,8 +228,8 @@ def _kubernetes(job: Job, cwd: Path) -> Plan:
     run_dir = Path(os.path.normpath(settings.run_dir))
     if not any(run_dir.is_relative_to(path) for path in kubernetes.claims):
         raise ValueError(
-            f"run_dir {settings.run_dir} is on none of launch.kubernetes.claims: checkpoints would end with "
-            f"their pod. Set, for example, launch.kubernetes.claims={{/runs: CLAIM}} and "
+            f"run_dir {settings.run_dir} is on none of launch.kubernetes.claims: checkpoints would "
+            f"end with their pod. Set, for example, launch.kubernetes.claims={{/runs: CLAIM}} and "
             f"run_dir=/runs/NAME"
         )
     documents = [_config_map(settings), _job(settings)]
@@ -247,7 +248,9 @@ def _check_claims(claims: Mapping[str, str]) -> None:
     for path, claim in claims.items():
         wrong = None
         if not _MOUNT.fullmatch(path) or path != os.path.normpath(path):
-            wrong = "a claim is mounted at an absolute path below /, without '..', ':' or a / behind"
+            wrong = (
+                "a claim is mounted at an absolute path below /, without '..', ':' or a / behind"
+            )
         elif any(Path(one).is_relative_to(path) or Path(path).is_relative_to(one) for one in taken):
             wrong = f"{' and '.join(taken)} are mounted by the Job itself"
         elif not _CLAIM.fullmatch(claim):

@@ -142,7 +142,14 @@ def stop(run: Path, timeout_s: float) -> str:
             f"the trainer of {run} is process {owner.pid} on {owner.host}, and this is "
             f"{socket.gethostname()}: stop it there, or cancel its job"
         )
-    os.kill(owner.pid, STOP_SIGNAL)
+    try:
+        os.kill(owner.pid, STOP_SIGNAL)
+    except ProcessLookupError:
+        pass  # it has just ended
+    except PermissionError:
+        raise ValueError(
+            f"process {owner.pid}, the trainer of {run}, is another user's: stop it as that user"
+        ) from None
     deadline = time.monotonic() + timeout_s
     while owner_of(folder) == owner:
         if time.monotonic() >= deadline:

@@ -167,7 +167,10 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
 ) -> None:
     script = script_of("launch.nodes=2", "launch.gpus_per_node=4", f"run_dir={NASTY}")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for name, text in (("srun", 'printf "%s\\0" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"'), ("scontrol", "echo first; seq 100000")):
+    for name, text in (
+        ("srun", 'printf "%s\\0" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"'),
+        ("scontrol", "echo first; seq 100000"),
+    ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from trainer import watch
+from trainer import cli, watch
 from trainer.cli import app
 from trainer.journal import Journal
 from trainer.lock import STOP_SIGNAL, Owner, RunGoneError, only_trainer
@@ -241,6 +241,57 @@ def test_a_trainer_that_ended_otherwise_was_not_stopped(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert f"process {pid} ended, but not as told: its last state is 'failed: OSE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (PermissionError(1, "Operation not permitted"), 1, "is another user's: stop it as that"),
+        (ProcessLookupError(3, "No such process"), 1, "was told to stop and still runs"),
+    ],
+)
+def test_a_trainer_that_cannot_be_signalled_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, code: int, says: str
+) -> None:
+    def kill(pid: int, number: int) -> None:
+        raise error
+
+    monkeypatch.setattr(watch.os, "kill", kill)
+    with only_trainer(tmp_path / "trainer"):
+        result = ask("stop", tmp_path, "--timeout", 0.1)
+
+    assert (result.exit_code, says in result.stderr) == (code, True)
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_file_of_another_user_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    path = tmp_path / "trainer" / "lock"
+    path.parent.mkdir()
+
+    def owner_of(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(watch, "owner_of", owner_of)
+    result = ask(command, tmp_path)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{path}: permission denied. Server, trainer and these")
+
+
+def test_watching_ends_with_the_trainer_and_its_exit_code_is_that_of_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        journal_of(tmp_path)
+        living = watch.status_of(tmp_path)
+    found = iter([living, living, watch.status_of(tmp_path)])
+    monkeypatch.setattr(cli, "status_of", lambda run: next(found))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+
+    assert ask("status", tmp_path, "--watch").exit_code == 1
+    assert ask("status", tmp_path, "--watch", "--json").exit_code == 2
 
 
 @pytest.mark.parametrize(
