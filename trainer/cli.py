@@ -100,8 +100,6 @@ def launch(
 ) -> None:
     """Learn from the traces of ``run_dir`` until told to stop."""
     settings = _settings(config, set_, print_config, context.args)
-    if dry_run or on is not Place.LOCAL:
-        _check_names(settings)
     job = Job(settings, tuple(map(str, config or ())), tuple(set_ or ()))
     if on is not Place.LOCAL:
         if processes > 1:
@@ -109,6 +107,7 @@ def launch(
             raise typer.Exit(code=2)
         _start(on, job, dry_run)
     elif dry_run:
+        _check_names(settings)
         typer.echo(shown_locally(job, processes, Path.cwd()), nl=False)
     elif processes > 1:
         command = local_command(job, Path.cwd())
@@ -148,6 +147,7 @@ def _start(place: Place, job: Job, dry_run: bool) -> None:
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error
+    _check_names(job.settings)
     if dry_run:
         typer.echo(plan.shown(), nl=False)
         return
