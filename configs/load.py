@@ -141,13 +141,29 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)
+        problem = _why_endless(source, tree)
+        if problem is None:
+            return tree
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = f"{source}{line}: {error.problem}"
     except yaml.YAMLError as error:
         problem = f"{source}: not YAML: {error}"
+    except RecursionError:
+        problem = f"{source}: nested too deep"
+    except ValueError:  # such as !!int x
+        problem = f"{source}: a value is not of the type that its tag says"
     raise SettingsError(problem)  # out here: the error of YAML quotes the line, secrets and all
+
+
+def _why_endless(source: str, tree: Any) -> str | None:
+    """An alias may stand within its own anchor."""
+    try:
+        json.dumps(tree, default=str, skipkeys=True)
+    except ValueError:
+        return f"{source}: a value contains itself"
+    return None
 
 
 def _from_file(name: Path) -> _Layer:

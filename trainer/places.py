@@ -170,6 +170,11 @@ def _deepspeed(job: Job, cwd: Path) -> Plan:
         raise ValueError(
             f"launch.nodes is {launch.nodes}: set launch.hostfile to the list of hosts"
         )
+    if launch.hostfile is not None and not launch.hostfile.is_file():
+        raise ValueError(
+            f"launch.hostfile {launch.hostfile} is no file: DeepSpeed would go on with this host "
+            f"alone"
+        )
     hosts = [] if launch.hostfile is None else ["--hostfile", str(launch.hostfile)]
     sizes = ["--num_nodes", str(launch.nodes), "--num_gpus", str(num_processes(job.settings))]
     rank = ["--master_port", str(launch.port), "--no_local_rank", "--module", "trainer", "rank"]

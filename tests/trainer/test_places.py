@@ -118,6 +118,7 @@ def test_the_settings_in_a_manifest_are_those_of_the_command_without_its_secrets
         ("slurm", ("trainer.device=cuda", "launch.gpus_per_node=0"), "gpus_per_node=0 has too few"),
         ("slurm", ("launch.processes_per_node=3", "launch.gpus_per_node=2"), "has too few"),
         ("slurm", ("trainer.loss=mse",), "trainer.loss 'mse' is unknown; known: forward_kl"),
+        ("deepspeed", ("launch.hostfile=/no/hosts",), "launch.hostfile /no/hosts is no file"),
         ("torchrun", ("trainer.draw=turn",), "trainer.draw 'turn' is unknown"),
         ("local", ("trainer.device=gpu",), "trainer.device must be auto, cpu, cuda or cuda:N"),
         ("torchrun", ("launch.nodes=2",), "set launch.endpoint to HOST:PORT"),
