@@ -185,7 +185,8 @@ class Trainer:
         """Wait for the updates that were launched, and write what is known of them."""
         started = time.monotonic()
         reports = self.learner.settle()
-        self._worked(time.monotonic() - started)
+        if reports:  # with none, nothing was waited for, and learning did not take the microseconds
+            self._worked(time.monotonic() - started)
         self._follow(reports)
         self.write_updates()
 
