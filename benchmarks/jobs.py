@@ -130,6 +130,18 @@ def wrong_usage(folder: Path) -> Iterator[Case]:
         2,
         "launch.kubernetes.image must name",
     )
+    yield asked(
+        "a job for an unknown loss",
+        ("launch", "--on", "slurm", "--dry-run", "--set", "trainer.loss=mse"),
+        2,
+        "trainer.loss 'mse' is unknown",
+    )
+    yield asked(
+        "a job for a GPU that it does not get",
+        ("launch", "--on", "slurm", "--dry-run", "--config", "two_gpu"),
+        2,
+        "trainer.device is 'cuda:1'",
+    )
     yield asked("the status of no run", ("status", str(none)), 2, "no such run")
     yield asked("the logs of a run without trainer", ("logs", str(empty)), 2, "no trainer")
     yield asked("to stop a run without trainer", ("stop", str(empty)), 2, "no trainer")

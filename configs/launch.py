@@ -21,8 +21,8 @@ class SlurmSettings(Section):
     account: str | None = Field(None, pattern=_NAME)
     """Account that is charged. ``None``: the user's default."""
     time_limit: str | None = Field(None, pattern=r"^([0-9]{1,3}-)?[0-9]{1,3}(:[0-9]{2}){0,2}$")
-    """Longest duration, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS. A minute before it the
-    trainer is told to stop. ``None``: the partition's."""
+    """Longest duration, as Slurm writes it: minutes, HH:MM:SS or D-HH:MM:SS. Two minutes before it
+    the trainer is told to stop. ``None``: the partition's."""
     memory: str | None = Field(None, pattern=r"^[1-9][0-9]{0,6}[KMGT]?$")
     """Memory of each node, in MiB without a letter. ``None``: the partition's default."""
 
@@ -52,7 +52,7 @@ class LaunchSettings(Section):
     nodes: int = Field(1, ge=1, le=1024)
     """Hosts, or pods."""
     gpus_per_node: int = Field(1, ge=0, le=64)
-    """GPUs of each host that are used. 0: it trains on CPUs."""
+    """GPUs of each host that are used. 0: it trains on CPUs, as with ``trainer.device: cpu``."""
     processes_per_node: int | None = Field(None, ge=1, le=64)
     """Processes on each host. ``None``: one for each GPU, or one."""
     cpus_per_process: int = Field(4, ge=1, le=256)

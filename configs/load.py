@@ -141,13 +141,29 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, source: str) -> Any:
     try:
-        return yaml.load(text, Loader=_Loader)
+        tree = yaml.load(text, Loader=_Loader)
+        problem = _why_endless(source, tree)
+        if problem is None:
+            return tree
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         problem = f"{source}{line}: {error.problem}"
     except yaml.YAMLError as error:
         problem = f"{source}: not YAML: {error}"
+    except RecursionError:
+        problem = f"{source}: nested too deep"
+    except ValueError:  # such as !!int x
+        problem = f"{source}: a value is not of the type that its tag says"
     raise SettingsError(problem)  # out here: the error of YAML quotes the line, secrets and all
+
+
+def _why_endless(source: str, tree: Any) -> str | None:
+    """An alias may stand within its own anchor."""
+    try:
+        json.dumps(tree, default=str, skipkeys=True)
+    except ValueError:
+        return f"{source}: a value contains itself"
+    return None
 
 
 def _from_file(name: Path) -> _Layer:
@@ -361,6 +377,8 @@ def _type_text(annotation: Any) -> str:
         return _type_text(get_args(annotation)[0])
     if get_origin(annotation) is tuple:
         return f"a list of {_type_text(get_args(annotation)[0])}"
+    if get_origin(annotation) is dict:
+        return "a mapping of {} to {}".format(*map(_type_text, get_args(annotation)))
     parts = _members(annotation)
     if len(parts) > 1:
         return " or ".join(_type_text(part) for part in parts)

@@ -407,7 +407,8 @@ class TrainerSettings(Section):
     first."""
     payback_s: float | None = Field(None, gt=0)
     """Pause when learning has saved less of serving's time within so many seconds than it took, and
-    go on once acceptance has fallen. ``None``: learn whether it pays or not."""
+    go on once acceptance has fallen. They begin with its first work. ``None``: learn whether it
+    pays or not."""
     checkpoint_every_s: float = Field(30.0, gt=0)
     """Seconds between two checkpoints of the trainer."""
     keep_checkpoints: int = Field(2, ge=1)

@@ -14,6 +14,10 @@ from policies.cusum import LIMIT, Cusum
 
 _REFERENCE_ROUNDS = 1000
 """Rounds of a domain from which its usual acceptance is taken."""
+_FEWEST_ROUNDS = 100
+"""Rounds of a domain that must do as its usual acceptance once the target is another one."""
+_LATE_TRACES = 64
+"""Traces in a row that may be of requests, or of a server, that had not taken the version yet."""
 _MOST_DOMAINS = 32
 """Domains watched one by one; clients name them, so further ones are watched together."""
 
@@ -25,10 +29,12 @@ class _Domain:
     rounds: int = 0
     kept: int = 0
     cusum: Cusum = field(default_factory=Cusum)
+    wanted: int = _REFERENCE_ROUNDS
+    """Rounds from which its usual acceptance is known."""
 
     @property
     def is_known(self) -> bool:
-        return self.rounds >= _REFERENCE_ROUNDS
+        return self.rounds >= self.wanted
 
     @property
     def rate(self) -> float:
@@ -42,13 +48,16 @@ class DriftWatch:
     version: int | None = None
     domains: dict[str, _Domain] = field(default_factory=dict)
     num_alarms: int = 0
+    num_older: int = 0
+    """Traces of older versions since the last one of this version."""
 
     def observe(self, domain: str, version: int, rounds: int, kept: int) -> bool:
         """Take in one trace.
 
         Args:
-            version: newest one that drafted in it. Traces of older ones say nothing; a newer one
-                begins anew.
+            version: newest one that drafted in it. A newer one begins anew, and so does an older
+                one that many traces in a row are of: servers have gone back to it. A few traces of
+                older ones say nothing.
             rounds: those in which it drafted.
             kept: those of them whose first token was accepted.
 
@@ -56,7 +65,7 @@ class DriftWatch:
             Acceptance has fallen: an alarm, after which that domain's usual acceptance is taken
             anew.
         """
-        if rounds == 0 or (self.version is not None and version < self.version):
+        if rounds == 0 or self._is_late(version):
             return False
         if version != self.version:
             self.version, self.domains = version, {}
@@ -67,10 +76,34 @@ class DriftWatch:
             if one.cusum.notices_shift(surprise, rounds):
                 fell = surprise < 0
                 self.num_alarms += fell
-                one.rounds = one.kept = 0
+                one.rounds, one.kept, one.wanted = 0, 0, _REFERENCE_ROUNDS
                 return fell
         if not one.is_known:
             one.rounds, one.kept = one.rounds + rounds, one.kept + kept
+        return False
+
+    def replace_target(self) -> bool:
+        """The target has other weights: from now on, acceptance is held against what it was under
+        the former ones.
+
+        Returns:
+            Whether that is known of any domain. If not, a fall cannot be noticed.
+        """
+        self.domains = {n: d for n, d in self.domains.items() if d.rounds >= _FEWEST_ROUNDS}
+        for one in self.domains.values():
+            one.wanted = min(one.wanted, one.rounds)
+            one.cusum.reset()
+        return bool(self.domains)
+
+    def _is_late(self, version: int) -> bool:
+        """The trace is of a version that was in use before, and may not be any more."""
+        if self.version is None or version >= self.version:
+            self.num_older = 0
+            return False
+        self.num_older += 1
+        if self.num_older <= _LATE_TRACES:
+            return True
+        self.num_older = 0
         return False
 
     @property

@@ -51,7 +51,11 @@ class Payback:
 
     def passed(self, seconds: float) -> bool:
         """So much time went by while the trainer was not paused. True once a window is over in
-        which learning has not earned what it took; then the next window begins."""
+        which learning has not earned what it took; then the next window begins. A window begins
+        with the first work in it: waiting for traces costs nothing that could be earned back."""
+        if not self.window_spent_s:
+            self.begin()
+            return False
         self.window_s += seconds
         if self.within_s is None or self.window_s < self.within_s:
             return False

@@ -15,6 +15,16 @@ _only: int | None = None
 """The GPU that this process has been confined to, as numbered before."""
 
 
+def check_device(name: str, setting: str = "device") -> None:
+    """Whether this can be the name of a device, on whatever host.
+
+    Raises:
+        SettingsError: it cannot.
+    """
+    if not _DEVICE.fullmatch(name):
+        raise SettingsError(f"{setting} must be auto, cpu, cuda or cuda:N, got {name!r}")
+
+
 def pick_device(name: str, setting: str = "device", *, further: int = 0) -> torch.device:
     """Device from its setting; ``auto`` is CUDA if available, else the CPU.
 
@@ -30,12 +40,10 @@ def pick_device(name: str, setting: str = "device", *, further: int = 0) -> torc
         SettingsError: there is no such device, or CUDA is requested but not available; or this
             process uses another GPU already.
     """
-    found = _DEVICE.fullmatch(name)
-    if not found:
-        raise SettingsError(f"{setting} must be auto, cpu, cuda or cuda:N, got {name!r}")
+    check_device(name, setting)
     if name == "cpu":
         return torch.device("cpu")
-    index = int(found[1] or 0) + further
+    index = int(name.partition(":")[2] or 0) + further
     # Before anything initializes CUDA, which is when it reads the variable.
     if index and torch.cuda.device_count():
         process = f" and this is process {further} of its host" if further else ""

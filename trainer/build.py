@@ -334,7 +334,9 @@ def resume(trainer: Trainer, saved: Checkpoint, backend: Backend) -> None:
         trainer.learner.lr_scale = state["lr_scale"] if is_same_rate else 1.0
         trainer.pace.steps_since_judged = state["steps_since_judged"]
         trainer.pace.refused_in_row = state["refused_in_row"]
-        trainer.worth.restore(state.get("worth", {}))  # checkpoints from before lack it
+        # Checkpoints from before lack these two.
+        trainer.worth.restore(state.get("worth", {}))
+        trainer.publisher.candidate.highest = int(state.get("highest_version", 0))
         trainer.random.bit_generator.state = state["random"]
         seen = SeenTraces.from_json(state["offsets"]["seen"])
         again = _seen_by(saved.damaged, seen)

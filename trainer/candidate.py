@@ -139,6 +139,7 @@ def _published(
                 keep=trainer.settings.trainer.keep_versions,
                 epoch=publisher.epoch,
                 policy=fitted_policy(trainer.settings.run_dir),
+                above=publisher.candidate.highest,
             )
         except OSError as error:  # the disk is full, or the buffer's service away
             return Outcome(judgement, None, error)
@@ -196,6 +197,7 @@ def _promote(trainer: Trainer, published: Manifest) -> None:
     """The candidate is the newest version now, which the next ones must beat."""
     candidate = trainer.publisher.candidate
     trainer.published = published
+    candidate.highest = max(candidate.highest, published.version)
     trainer.pace.refused_in_row = 0
     assert candidate.model is not None, "it was judged"
     trainer.judge.promote(candidate.model, was_judged=True)

@@ -38,11 +38,18 @@ from drafters.catalog import chosen
 from drafters.trainable import learning_kinds
 from reporting.catalog import check_writers
 from targets.find import checked_folder
-from trainer.places import Job, local_command, plan_for, shown_locally
+from trainer.places import (
+    TORCHRUN_WAITS,
+    TORCHRUN_WAITS_S,
+    Job,
+    local_command,
+    plan_for,
+    shown_locally,
+)
 from trainer.policy_command import fit_policy
 from trainer.process import TrainerDiedError, run_alone, run_among
 from trainer.processes import supervise
-from trainer.watch import NoSuchRunError, log_lines, status_of, stop
+from trainer.watch import NoSuchRunError, RunStatus, log_lines, status_of, stop
 
 app = typer.Typer(
     cls=Commands,
@@ -100,6 +107,7 @@ def launch(
             raise typer.Exit(code=2)
         _start(on, job, dry_run)
     elif dry_run:
+        _check_names(settings)
         typer.echo(shown_locally(job, processes, Path.cwd()), nl=False)
     elif processes > 1:
         command = local_command(job, Path.cwd())
@@ -107,6 +115,26 @@ def launch(
     else:
         with _exit_codes():
             run_alone(settings)
+
+
+def _check_names(settings: Settings) -> None:
+    """What a trainer checks once it has imported torch: a job elsewhere would wait for its turn
+    only to be refused.
+
+    Raises:
+        typer.Exit: with code 2 if a name is unknown.
+    """
+    from drafters.objectives import objective_of
+    from policies.draws.catalog import entry
+    from targets.device import check_device
+
+    try:
+        objective_of(settings.trainer)
+        entry(settings.trainer.draw)
+        check_device(settings.trainer.device, "trainer.device")
+    except SettingsError as error:
+        typer.echo(str(error), err=True)
+        raise typer.Exit(code=2) from error
 
 
 def _start(place: Place, job: Job, dry_run: bool) -> None:
@@ -119,6 +147,7 @@ def _start(place: Place, job: Job, dry_run: bool) -> None:
     except ValueError as error:
         typer.echo(str(error), err=True)
         raise typer.Exit(code=2) from error
+    _check_names(job.settings)
     if dry_run:
         typer.echo(plan.shown(), nl=False)
         return
@@ -126,6 +155,7 @@ def _start(place: Place, job: Job, dry_run: bool) -> None:
         typer.echo(f"{plan.command[0]} is not installed on this host", err=True)
         raise typer.Exit(code=1)
     if plan.text is None:
+        os.environ.setdefault(TORCHRUN_WAITS, str(TORCHRUN_WAITS_S))
         os.execvp(plan.command[0], plan.command)  # it gets the signals
     raise typer.Exit(code=subprocess.run(plan.command, input=plan.text.encode()).returncode)
 
@@ -143,10 +173,13 @@ def status(
 
     Exit code 0: it runs. 1: it does not. 2: there is no such run.
     """
+    if watch and as_json:
+        typer.echo("--watch is for people: give it or --json", err=True)
+        raise typer.Exit(code=2)
     with _words():
         found = status_of(run)
         if watch:
-            _show_live(run)
+            found = _show_live(run, found)
         elif as_json:
             typer.echo(json.dumps(found.to_json()))
         else:
@@ -154,17 +187,19 @@ def status(
     raise typer.Exit(code=0 if found.owner is not None else 1)
 
 
-def _show_live(run: Path) -> None:
+def _show_live(run: Path, found: RunStatus) -> RunStatus:
+    """Returns what was shown last."""
     from rich.live import Live
     from rich.text import Text
 
     with contextlib.suppress(KeyboardInterrupt), Live(refresh_per_second=4) as live:
         while True:
-            found = status_of(run)
             live.update(Text("\n".join(found.to_lines())), refresh=True)
             if found.owner is None:
-                return
+                break
             time.sleep(1)
+            found = status_of(run)
+    return found
 
 
 @app.command()
@@ -204,8 +239,18 @@ def _words() -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=2 if isinstance(error, NoSuchRunError) else 1) from error
+
+
+def _text_of(error: Exception) -> str:
+    """What to say of an error that ends a command."""
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return (
+            f"{error.filename}: permission denied. Server, trainer and these commands must be run "
+            f"by the user who owns the run's files"
+        )
+    return str(error)
 
 
 @app.command(hidden=True)
@@ -258,7 +303,7 @@ def _exit_codes() -> Iterator[None]:
     except TrainerDiedError as error:
         raise typer.Exit(code=1) from error
     except (ValueError, OSError) as error:
-        typer.echo(str(error), err=True)
+        typer.echo(_text_of(error), err=True)
         raise typer.Exit(code=exit_code(error)) from error
 
 

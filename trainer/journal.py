@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from buffer.files import OWNER_FOLDER, open_regular
-from configs.logs import Lasting
+from configs.logs import Outage
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,10 @@ class Journal:
         self._lines = _Lines(f"{drafter}: " if drafter else "")
         self._hears = hears or (lambda name, values: None)
         self._last_status: dict[str, Any] = {}
-        self._problem = Lasting()
-        """Why the last write failed; a problem that lasts is logged once."""
+        # One each: on a full disk one file may still be written while the other is not.
+        self._outages = {
+            path: Outage(f"write {path}") for path in (self._log_path, self._status_path)
+        }
         self._status_s = -math.inf
         """Monotonic time of the last status."""
 
@@ -53,7 +55,7 @@ class Journal:
         """Append ``{"event": name, "unix_ms": now, ...}``; NaN and infinities become null."""
         line = {"event": name, "unix_ms": int(time.time() * 1000), **values}
         text = json.dumps(_plain(line), allow_nan=False).encode() + b"\n"
-        self._write(lambda: self._append(text))
+        self._write(self._log_path, lambda: self._append(text))
         self._lines.event(name, values)
         self._hears(name, values)
 
@@ -67,7 +69,7 @@ class Journal:
         self._status_s = time.monotonic()
         body = {"unix_ms": int(time.time() * 1000), "pid": os.getpid(), **values}
         text = json.dumps(_plain(body), allow_nan=False, indent=1)
-        self._write(lambda: self._replace_status(text))
+        self._write(self._status_path, lambda: self._replace_status(text))
         self._last_status = values
         self._lines.status(values)
         self._hears("status", values)
@@ -78,15 +80,17 @@ class Journal:
         self.event("failed", text=text)
         self.status({**self._last_status, "state": f"failed: {text}"})
 
-    def _write(self, write: Callable[[], None]) -> None:
+    def _write(self, path: Path, write: Callable[[], None]) -> None:
         """A full disk costs the report, not the trainer."""
+        outage = self._outages[path]
         try:
             write()
         except OSError as error:
-            if self._problem.is_new(str(error)):
-                log.error("events and status are not written (%s); training continues", error)
+            if line := outage.failed(error.strerror or str(error)):
+                log.error("%s; training continues", line)
         else:
-            self._problem.is_new(None)
+            if line := outage.ended():
+                log.info(line)
 
     def _append(self, text: bytes) -> None:
         if self._log_path.exists() and not _ends_a_line(self._log_path):
@@ -192,7 +196,7 @@ _TEXTS = {
     "target_changed": (
         logging.WARNING,
         "the target's weights were replaced by those in %(folder)s: %(traces)d traces of the "
-        "former ones are dropped, and learning goes on from version %(version)d",
+        "former ones are dropped, and what was learnt since version %(version)d is kept",
     ),
     "target_not_followed": (
         logging.ERROR,
@@ -207,6 +211,7 @@ _TEXTS = {
         "acceptance of version %(version)d has fallen on live traffic (learning was paused: "
         "%(woke)s)",
     ),
+    "woke": (logging.INFO, "%(text)s"),
     "rate_reset": (logging.INFO, "%(text)s"),
     "restored": (logging.WARNING, "weights restored from %(source)s: %(text)s"),
     "checkpoint": (logging.DEBUG, "checkpoint %(name)s: %(bytes)d bytes in %(seconds).1f s"),

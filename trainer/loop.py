@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,11 +37,16 @@ QUIET_S = 15.0
 """After this time without a trace, a candidate is judged without waiting for more updates."""
 
 
-def run(*trainers: Trainer) -> None:
+def run(*trainers: Trainer, still_ours: Callable[[], None] = lambda: None) -> None:
     """Train until told to stop, then save a checkpoint. The trainers of several drafters make one
-    update each in turn; one that waits does not delay the others."""
+    update each in turn; one that waits does not delay the others.
+
+    Args:
+        still_ours: called often; raises if the run folder is no longer this trainer's, which then
+            writes nothing more.
+    """
     try:
-        _train(trainers)
+        _train(trainers, still_ours)
         for trainer in trainers:
             trainer.learner.end()
     finally:
@@ -49,10 +54,11 @@ def run(*trainers: Trainer) -> None:
             trainer.intake.close()
 
 
-def _train(trainers: Sequence[Trainer]) -> None:
+def _train(trainers: Sequence[Trainer], still_ours: Callable[[], None]) -> None:
     for trainer in trainers:
         trainer.intake.start()
     while active := [trainer for trainer in trainers if not trainer.is_done()]:
+        still_ours()
         turns = [trainer.take_turn() for trainer in active]
         if not any(turns):
             with active[0].updates.times.during("waiting"):
@@ -63,6 +69,7 @@ def _train(trainers: Sequence[Trainer]) -> None:
                 trainer.judge_candidate()
             if trainer.checkpoint_is_due():
                 trainer.checkpoint()
+    still_ours()
     for trainer in trainers:
         trainer.finish()
 
@@ -178,7 +185,8 @@ class Trainer:
         """Wait for the updates that were launched, and write what is known of them."""
         started = time.monotonic()
         reports = self.learner.settle()
-        self._worked(time.monotonic() - started)
+        if reports:  # with none, nothing was waited for, and learning did not take the microseconds
+            self._worked(time.monotonic() - started)
         self._follow(reports)
         self.write_updates()
 
@@ -288,6 +296,7 @@ class Trainer:
             "steps_since_judged": self.pace.steps_since_judged,
             "refused_in_row": self.pace.refused_in_row,
             "worth": self.worth.to_json(),
+            "highest_version": max(self.publisher.candidate.highest, self.published.version),
             "random": self.random.bit_generator.state,
             "memory": memory,
             "locations": self.intake.locations(keys_in(memory)),

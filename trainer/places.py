@@ -8,6 +8,8 @@ characters by the settings' schema.
 
 from __future__ import annotations
 
+import os
+import re
 import shlex
 import shutil
 import sys
@@ -25,6 +27,14 @@ from configs.schema import Settings
 SETTINGS_FILE = "settings.yaml"
 SETTINGS_FOLDER = "/etc/slipstream"
 """Of the settings in a pod."""
+SHARED_MEMORY = "/dev/shm"
+TORCHRUN_WAITS_S = 110
+"""Seconds that torchrun gives its processes to end once it was told to; by default it kills them
+after 30, which a checkpoint of a large drafter may take."""
+TORCHRUN_WAITS = "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+"""Variable that says so."""
+_MOUNT = re.compile(r"/[^:\0/][^:\0]*")
+_CLAIM = re.compile(r"[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,9 +103,34 @@ def plan_for(place: str, job: Job, cwd: Path) -> Plan:
     return PLACES[place](job, cwd)
 
 
-def num_processes(launch: LaunchSettings) -> int:
+def num_gpus(settings: Settings) -> int:
+    """GPUs that are used on each host: none by a trainer on CPUs."""
+    return 0 if settings.trainer.device == "cpu" else settings.launch.gpus_per_node
+
+
+def num_processes(settings: Settings) -> int:
     """Processes on each host."""
-    return launch.processes_per_node or max(launch.gpus_per_node, 1)
+    return settings.launch.processes_per_node or max(num_gpus(settings), 1)
+
+
+def check_gpus(settings: Settings) -> None:
+    """Whether a job gets the GPUs that its processes will ask for: each takes the next one, from
+    that of ``trainer.device`` on.
+
+    Raises:
+        ValueError: it does not.
+    """
+    device, count, processes = settings.trainer.device, num_gpus(settings), num_processes(settings)
+    if not device.startswith("cuda") and not count:
+        return
+    first = int(device.partition(":")[2] or 0) if device.startswith("cuda") else 0
+    if first + processes > count:
+        raise ValueError(
+            f"trainer.device is {device!r}, and the first of {processes} processes on each host "
+            f"takes GPU {first}: a job of launch.gpus_per_node={settings.launch.gpus_per_node} has "
+            f"too few. Its GPUs are its own and begin with 0: set trainer.device to cuda and "
+            f"launch.gpus_per_node to the number of processes, or trainer.device to cpu"
+        )
 
 
 def _torchrun(job: Job, cwd: Path) -> Plan:
@@ -106,16 +141,17 @@ def _torchrun(job: Job, cwd: Path) -> Plan:
             f"and give the same command on each of them"
         )
     meeting = ["--standalone"] if launch.nodes == 1 else _meeting(str(launch.endpoint), launch.name)
-    return Plan((sys.executable, *_run(launch, meeting), *job.options(cwd)))
+    return Plan((sys.executable, *_run(job.settings, meeting), *job.options(cwd)))
 
 
 def _meeting(endpoint: str, name: str) -> list[str]:
     return ["--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", name]
 
 
-def _run(launch: LaunchSettings, meeting: Sequence[str]) -> list[str]:
+def _run(settings: Settings, meeting: Sequence[str]) -> list[str]:
     """Arguments of Python that start the processes of one host."""
-    sizes = ["--nnodes", str(launch.nodes), "--nproc-per-node", str(num_processes(launch))]
+    nodes = str(settings.launch.nodes)
+    sizes = ["--nnodes", nodes, "--nproc-per-node", str(num_processes(settings))]
     rank = ["--max-restarts", "0", "-m", "trainer", "rank"]
     return ["-m", "torch.distributed.run", *sizes, *meeting, *rank]
 
@@ -134,45 +170,55 @@ def _deepspeed(job: Job, cwd: Path) -> Plan:
         raise ValueError(
             f"launch.nodes is {launch.nodes}: set launch.hostfile to the list of hosts"
         )
+    if launch.hostfile is not None and not launch.hostfile.is_file():
+        raise ValueError(
+            f"launch.hostfile {launch.hostfile} is no file: DeepSpeed would go on with this host "
+            f"alone"
+        )
     hosts = [] if launch.hostfile is None else ["--hostfile", str(launch.hostfile)]
-    sizes = ["--num_nodes", str(launch.nodes), "--num_gpus", str(num_processes(launch))]
+    sizes = ["--num_nodes", str(launch.nodes), "--num_gpus", str(num_processes(job.settings))]
     rank = ["--master_port", str(launch.port), "--no_local_rank", "--module", "trainer", "rank"]
     return Plan((launcher, *hosts, *sizes, *rank, *job.options(cwd)))
 
 
 def _slurm(job: Job, cwd: Path) -> Plan:
-    launch, slurm = job.settings.launch, job.settings.launch.slurm
+    settings, launch, slurm = job.settings, job.settings.launch, job.settings.launch.slurm
+    check_gpus(settings)
     for one in job.overrides:
         if one.partition("=")[0] in SECRETS and has_password(one):
             raise ValueError(
                 f"{one.partition('=')[0]} holds a secret, which a job's script must not: set it in "
                 f"the environment, which sbatch passes on"
             )
+    num_cpus = launch.cpus_per_process * num_processes(settings)
     wanted: dict[str, object | None] = {
         "job-name": launch.name,
         "nodes": launch.nodes,
         "ntasks-per-node": 1,
-        "cpus-per-task": launch.cpus_per_process * num_processes(launch),
-        "gpus-per-node": launch.gpus_per_node or None,
+        "cpus-per-task": num_cpus,
+        "gpus-per-node": num_gpus(settings) or None,
         "partition": slurm.partition,
         "account": slurm.account,
         "time": slurm.time_limit,
         "mem": slurm.memory,
-        "signal": "TERM@60",
+        "signal": f"TERM@{TORCHRUN_WAITS_S + 10}",
         "output": f"{launch.name}-%j.log",
     }
     lines = [f"#SBATCH --{name}={value}" for name, value in wanted.items() if value is not None]
     endpoint, number = '"$first:' + f'{launch.port}"', '"$SLURM_JOB_ID"'
-    before = shlex.join([sys.executable, *_run(launch, ["MEETING"]), *job.options(cwd)])
+    before = shlex.join([sys.executable, *_run(settings, ["MEETING"]), *job.options(cwd)])
     meeting = f"--rdzv-backend c10d --rdzv-endpoint {endpoint} --rdzv-id {number}"
+    command = before.replace(" MEETING ", f" {meeting} ", 1)
     script = [
         "#!/bin/bash",
         *lines,
         "set -euo pipefail",
+        f"export {TORCHRUN_WAITS}={TORCHRUN_WAITS_S}",
         # Not `scontrol | head`: head leaves first, and scontrol's SIGPIPE would end the job.
         'hosts="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"',
         "first=\"${hosts%%$'\\n'*}\"",
-        f"exec srun --kill-on-bad-exit=1 {before.replace(' MEETING ', f' {meeting} ', 1)}",
+        # srun does not take the number of cores from sbatch since 22.05: it would give each one.
+        f"exec srun --cpus-per-task={num_cpus} --kill-on-bad-exit=1 {command}",
     ]
     return Plan(("sbatch",), "\n".join(script) + "\n")
 
@@ -182,11 +228,13 @@ def _kubernetes(job: Job, cwd: Path) -> Plan:
     launch, kubernetes = settings.launch, settings.launch.kubernetes
     if kubernetes.image is None:
         raise ValueError("launch.kubernetes.image must name a container image with this package")
-    run_dir = settings.run_dir
+    check_gpus(settings)
+    _check_claims(kubernetes.claims)
+    run_dir = Path(os.path.normpath(settings.run_dir))
     if not any(run_dir.is_relative_to(path) for path in kubernetes.claims):
         raise ValueError(
-            f"run_dir {run_dir} is on none of launch.kubernetes.claims: checkpoints would end with "
-            f"their pod. Set, for example, launch.kubernetes.claims={{/runs: CLAIM}} and "
+            f"run_dir {settings.run_dir} is on none of launch.kubernetes.claims: checkpoints would "
+            f"end with their pod. Set, for example, launch.kubernetes.claims={{/runs: CLAIM}} and "
             f"run_dir=/runs/NAME"
         )
     documents = [_config_map(settings), _job(settings)]
@@ -194,6 +242,26 @@ def _kubernetes(job: Job, cwd: Path) -> Plan:
         documents.insert(0, _service(launch))
     text = yaml.safe_dump_all(documents, sort_keys=False, default_flow_style=False)
     return Plan(("kubectl", "apply", "-f", "-"), text)
+
+
+def _check_claims(claims: Mapping[str, str]) -> None:
+    """
+    Raises:
+        ValueError: Kubernetes would refuse one, or it would hide what a pod needs.
+    """
+    taken = (SETTINGS_FOLDER, SHARED_MEMORY)
+    for path, claim in claims.items():
+        wrong = None
+        if not _MOUNT.fullmatch(path) or path != os.path.normpath(path):
+            wrong = (
+                "a claim is mounted at an absolute path below /, without '..', ':' or a / behind"
+            )
+        elif any(Path(one).is_relative_to(path) or Path(path).is_relative_to(one) for one in taken):
+            wrong = f"{' and '.join(taken)} are mounted by the Job itself"
+        elif not _CLAIM.fullmatch(claim):
+            wrong = "the name of a claim has lower-case letters, digits, '-' and '.' alone"
+        if wrong is not None:
+            raise ValueError(f"launch.kubernetes.claims: {path!r}: {claim!r} cannot be: {wrong}")
 
 
 def _named(kind: str, version: str, launch: LaunchSettings) -> dict[str, Any]:
@@ -238,7 +306,7 @@ def _job(settings: Settings) -> dict[str, Any]:
     ]
     mounts += [
         {"name": "settings", "mountPath": SETTINGS_FOLDER},
-        {"name": "shared-memory", "mountPath": "/dev/shm"},
+        {"name": "shared-memory", "mountPath": SHARED_MEMORY},
     ]
     volumes += [
         {"name": "settings", "configMap": {"name": launch.name}},
@@ -247,9 +315,10 @@ def _job(settings: Settings) -> dict[str, Any]:
     container: dict[str, Any] = {
         "name": "trainer",
         "image": kubernetes.image,
-        "command": ["python", *_run(launch, _pods_meet(launch))],
+        "command": ["python", *_run(settings, _pods_meet(launch))],
         "args": ["--config", f"{SETTINGS_FOLDER}/{SETTINGS_FILE}"],
-        "resources": _resources(launch),
+        "env": [{"name": TORCHRUN_WAITS, "value": str(TORCHRUN_WAITS_S)}],
+        "resources": _resources(settings),
         "volumeMounts": mounts,
     }
     if kubernetes.env_secret is not None:
@@ -259,7 +328,7 @@ def _job(settings: Settings) -> dict[str, Any]:
         "subdomain": launch.name,
         # They would be variables that begin with SLIPSTREAM_, which settings do, and be refused.
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": 120,
+        "terminationGracePeriodSeconds": TORCHRUN_WAITS_S + 10,
         "containers": [container],
         "volumes": volumes,
     }
@@ -282,11 +351,13 @@ def _pods_meet(launch: LaunchSettings) -> list[str]:
     return _meeting(f"{launch.name}-0.{launch.name}:{launch.port}", launch.name)
 
 
-def _resources(launch: LaunchSettings) -> dict[str, Any]:
-    asked: dict[str, Any] = {"cpu": str(launch.cpus_per_process * num_processes(launch))}
+def _resources(settings: Settings) -> dict[str, Any]:
+    launch = settings.launch
+    asked: dict[str, Any] = {"cpu": str(launch.cpus_per_process * num_processes(settings))}
     if launch.kubernetes.memory is not None:
         asked["memory"] = launch.kubernetes.memory
-    gpus = {"nvidia.com/gpu": str(launch.gpus_per_node)} if launch.gpus_per_node else {}
+    count = num_gpus(settings)
+    gpus = {"nvidia.com/gpu": str(count)} if count else {}
     return {"requests": asked | gpus, "limits": gpus} if gpus else {"requests": asked}
 
 

@@ -17,7 +17,7 @@ from configs.phases import seconds_of_life, timed, took, uncollected
 from configs.schema import Settings
 from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
-from trainer.lock import only_trainer
+from trainer.lock import STOP_SIGNAL, RunGoneError, RunLock, only_trainer
 from trainer.run_target import Place, target_of_run
 
 if TYPE_CHECKING:
@@ -38,8 +38,8 @@ def run_alone(settings: Settings) -> None:
         TrainerDiedError: it could not continue.
     """
     stop = stop_on_signal()
-    with _owned(settings), reports_of(settings, "trainer") as reports:
-        _train(settings, stop, reports)
+    with _owned(settings) as lock, reports_of(settings, "trainer") as reports:
+        _train(settings, stop, reports, lock)
 
 
 def run_among(settings: Settings, lifeline: int | None) -> None:
@@ -58,17 +58,19 @@ def run_among(settings: Settings, lifeline: int | None) -> None:
         stop = stop_on_signal()
         if lifeline is not None:
             _watch(lifeline, stop.set)
-        with _owned(settings), reports_of(settings, "trainer") as reports:
-            _train(settings, stop, reports, is_alone=False)
+        with _owned(settings) as lock, reports_of(settings, "trainer") as reports:
+            _train(settings, stop, reports, lock, is_alone=False)
         return
     if lifeline is not None:
         # The first process stops and lets this one go; should it not, this one has no use.
-        _watch(lifeline, threading.Timer(60, os._exit, (1,)).start)
+        last_resort = threading.Timer(60, os._exit, (1,))
+        last_resort.daemon = True  # else a process that has ended in time would wait for it
+        _watch(lifeline, last_resort.start)
     _work(settings)
 
 
 @contextlib.contextmanager
-def _owned(settings: Settings) -> Iterator[None]:
+def _owned(settings: Settings) -> Iterator[RunLock]:
     """The run folder, for this trainer alone.
 
     Raises:
@@ -82,20 +84,27 @@ def _owned(settings: Settings) -> Iterator[None]:
             f"checkpoints and versions there; not starting. Make room there, or choose another "
             f"run_dir"
         )
-    with only_trainer(settings.run_dir / "trainer"):
-        yield
+    with only_trainer(settings.run_dir / "trainer") as lock:
+        yield lock
 
 
 def stop_on_signal() -> threading.Event:
-    """An event that SIGTERM and SIGINT set; a second signal ends the process at once."""
+    """An event that SIGTERM and SIGINT set, a second of which ends the process at once; and
+    ``STOP_SIGNAL``, which may come any number of times."""
     stop = threading.Event()
 
+    # Not by logging: the interrupted code may hold its locks.
     def handle(number: int, _frame: object) -> None:
         stop.set()
         signal.signal(number, signal.SIG_DFL)
-        # Not by logging: the interrupted code may hold its locks.
         os.write(2, b"stopping after this update; a second signal stops at once\n")
 
+    def stop_gently(_number: int, _frame: object) -> None:
+        if not stop.is_set():
+            os.write(2, b"stopping after this update, as trainer stop asks\n")
+        stop.set()
+
+    signal.signal(STOP_SIGNAL, stop_gently)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
     return stop
@@ -117,7 +126,11 @@ def _watch(lifeline: int, at_end: Callable[[], None]) -> None:
 
 
 def _train(
-    settings: Settings, stop: threading.Event, reports: Reports, is_alone: bool = True
+    settings: Settings,
+    stop: threading.Event,
+    reports: Reports,
+    lock: RunLock,
+    is_alone: bool = True,
 ) -> None:
     log.info("starting: target %s, run_dir %s", settings.target, settings.run_dir)
     if (begun_s := seconds_of_life()) is not None:
@@ -125,6 +138,7 @@ def _train(
     place = _imported_and_found(settings)
     from trainer.build import build_trainers
     from trainer.group import joined, single
+    from trainer.links import GroupError
     from trainer.loop import run
 
     among = contextlib.nullcontext(single()) if is_alone else joined(settings.trainer.device)
@@ -138,9 +152,12 @@ def _train(
             return
         notice_suspension(trainers[0].pace.duty)
         try:
-            run(*trainers)
+            run(*trainers, still_ours=lock.check)
         except Exception as error:
-            log.critical("the trainer died: %s: %s", type(error).__name__, error, exc_info=True)
+            # What another process or the run folder did says it all; a traceback would hide it.
+            is_told = isinstance(error, GroupError | RunGoneError)
+            text = "the trainer died: %s: %s"
+            log.critical(text, type(error).__name__, error, exc_info=not is_told)
             for trainer in trainers:
                 with contextlib.suppress(OSError):  # a full disk may be what it died of
                     trainer.journal.failed(error)

@@ -58,6 +58,9 @@ class Candidate:
     """``Pace.working_s`` then."""
     judging_s: float = 0.0
     """Seconds that judging it took, rests and publishing excepted."""
+    highest: int = 0
+    """Highest version that this run is known to have published, by a checkpoint, too: somebody may
+    have deleted the store."""
     pool: ThreadPoolExecutor = field(
         default_factory=lambda: ThreadPoolExecutor(1, thread_name_prefix="publisher")
     )
@@ -175,6 +178,7 @@ def publish_version(
     learning_s: float | None = None,
     epoch: int | None = None,
     policy: Mapping[str, Any] | None = None,
+    above: int = 0,
 ) -> Manifest:
     """Write the next version to the store, and remove old ones.
 
@@ -186,14 +190,15 @@ def publish_version(
         keep: number of newest versions that stay.
         epoch: of the trainer that publishes; ``None``: publish whoever has taken over.
         policy: further calibration of the draft policy for these weights.
+        above: a version that was published before, whatever the store says.
 
     Raises:
         ValueError: a weight is not finite, or another trainer has taken over; nothing is published.
         OSError: the disk is full or failed; nothing is published.
     """
     manifest = Manifest(
-        # Above its parent even where somebody deleted the store, and its record of numbers with it.
-        version=max(store.next_version(), parent.version + 1),
+        # Above all others even where somebody deleted the store, and its record of numbers with it.
+        version=max(store.next_version(), parent.version + 1, above + 1),
         parent=parent.version,
         kind=parent.kind,
         drafter_config=parent.drafter_config,

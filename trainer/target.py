@@ -111,6 +111,7 @@ def follow(trainer: Trainer, target: RunTarget) -> None:
         folder=target.folder,
         traces=num_traces,
     )
+    trainer.worth.replace_target()
 
 
 def _read_head(target: RunTarget, head: TargetHead) -> Callable[[], None]:

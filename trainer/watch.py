@@ -7,7 +7,6 @@ process number, which the system gives to others.
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +17,7 @@ from typing import Any, Literal
 from buffer.files import open_regular
 from buffer.small_json import is_whole, parse_small_json, read_small_json
 from trainer.journal import LINE_EVERY_S, text_of
-from trainer.lock import Owner, owner_of
+from trainer.lock import STOP_SIGNAL, Owner, owner_of
 
 POLL_S = 0.25
 START_S = 10.0
@@ -131,7 +130,7 @@ def stop(run: Path, timeout_s: float) -> str:
 
     Raises:
         NoSuchRunError: see ``status_of``.
-        ValueError: no trainer runs, or it runs on another host.
+        ValueError: no trainer runs, it runs on another host, or it ended otherwise.
         TimeoutError: it still runs.
     """
     folder = _folder_of(run)
@@ -143,7 +142,14 @@ def stop(run: Path, timeout_s: float) -> str:
             f"the trainer of {run} is process {owner.pid} on {owner.host}, and this is "
             f"{socket.gethostname()}: stop it there, or cancel its job"
         )
-    os.kill(owner.pid, signal.SIGTERM)
+    try:
+        os.kill(owner.pid, STOP_SIGNAL)
+    except ProcessLookupError:
+        pass  # it has just ended
+    except PermissionError:
+        raise ValueError(
+            f"process {owner.pid}, the trainer of {run}, is another user's: stop it as that user"
+        ) from None
     deadline = time.monotonic() + timeout_s
     while owner_of(folder) == owner:
         if time.monotonic() >= deadline:
@@ -154,8 +160,13 @@ def stop(run: Path, timeout_s: float) -> str:
             )
         time.sleep(POLL_S)
     last = _read_status(folder / "status.json")
+    if last.get("pid") != owner.pid:
+        return f"process {owner.pid} stopped before it trained"
     if last.get("state") != "stopped":
-        return f"process {owner.pid} ended: {last.get('state', 'before it trained')}"
+        raise ValueError(
+            f"process {owner.pid} ended, but not as told: its last state is {last.get('state')!r}. "
+            f"Its log says why; started again, it resumes from its last checkpoint"
+        )
     return f"process {owner.pid} stopped at step {last.get('step')}, version {last.get('version')}"
 
 
@@ -200,7 +211,9 @@ class _Learning:
         self._updates: list[Mapping[str, Any]] = []
 
     def lines(self, event: Mapping[str, Any]) -> Iterator[str]:
-        if event.get("event") == "update":
+        if _is_update(event):
+            if self._updates and _seconds([self._updates[-1], event]) < 0:  # a clock set back
+                yield from self.ended()
             self._updates.append(event)
             if _seconds(self._updates) >= LINE_EVERY_S:
                 yield from self.ended()
@@ -215,8 +228,8 @@ class _Learning:
         if not updates:
             return
         last = updates[-1]
-        rows, count = (sum(int(one.get(key, 0)) for one in updates) for key in ("rows", "updates"))
-        loss = last.get("loss")
+        rows, count = (sum(int(one[key]) for one in updates) for key in ("rows", "updates"))
+        loss = last["loss"]
         yield (
             f"{_clock(last)} step {last.get('step')}: {count} updates of {rows} rows in all, "
             f"loss {'not finite' if loss is None else format(loss, '.4f')}"
@@ -249,8 +262,13 @@ def _rows_per_s(path: Path) -> float | None:
     with open(open_regular(path), "rb") as file:
         file.seek(max(0, path.stat().st_size - _TAIL_BYTES))
         events = [_event(line) for line in file.read().split(b"\n")[1:]]
-    updates = [one for one in events if one.get("event") == "update"]
-    recent = [one for one in updates if _seconds([one, updates[-1]]) <= LINE_EVERY_S]
+    updates = [one for one in events if _is_update(one)]
+    recent = list[dict[str, Any]]()
+    for one in reversed(updates):  # not beyond a place where somebody has set the clock back
+        is_later = bool(recent) and _seconds([one, recent[0]]) < 0
+        if is_later or _seconds([one, updates[-1]]) > LINE_EVERY_S:
+            break
+        recent.insert(0, one)
     seconds = _seconds(recent)
     return sum(int(one["rows"]) for one in recent[1:]) / seconds if seconds else None
 
@@ -270,8 +288,18 @@ def _event(line: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) and is_whole(found.get("unix_ms")) else {}
 
 
+def _is_update(event: Mapping[str, Any]) -> bool:
+    """It tells of updates, with the figures that this version of the program writes."""
+    has_counts = is_whole(event.get("rows")) and is_whole(event.get("updates"))
+    has_loss = "loss" in event and isinstance(event["loss"], float | int | None)
+    return event.get("event") == "update" and has_counts and has_loss
+
+
 def _clock(event: Mapping[str, Any]) -> str:
-    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(event["unix_ms"]) / 1000))
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(int(event["unix_ms"]) / 1000))
+    except (ValueError, OverflowError, OSError):  # no such time
+        return f"{event['unix_ms']} ms"
 
 
 def _traces(found: Any) -> str:
@@ -282,7 +310,8 @@ def _traces(found: Any) -> str:
 
 def _sharing(found: Any) -> str | None:
     """What a trainer on the server's device costs; ``None`` if nothing was measured."""
-    if not isinstance(found, dict) or not isinstance(found.get("loss"), float):
+    shares = ("loss", "duty", "slowdown")
+    if not isinstance(found, dict) or not all(isinstance(found.get(x), float) for x in shares):
         return None
     return (
         f"works {found['duty']:.0%} of the time while requests decode, which are slower by "

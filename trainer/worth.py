@@ -106,6 +106,17 @@ class Worth:
         if self.settings.learn == "on_drift" and refused_in_row >= ENOUGH_REFUSED:
             self._rest(f"{refused_in_row} candidates in a row were no better")
 
+    def replace_target(self) -> None:
+        """The target has other weights. A paused trainer goes on pausing as long as acceptance is
+        what it was; if that is not known, it learns."""
+        if not self.drift.replace_target() and self.rests is not None:
+            self.tell(
+                "woke",
+                text="the target has other weights, and acceptance under the former ones is not "
+                "known: learning goes on",
+            )
+            self._go_on()
+
     def figures(self) -> dict[str, Any]:
         """For the status."""
         return {
@@ -176,6 +187,9 @@ class Worth:
     def _wake(self, version: int) -> None:
         self.tell("drift", version=version, woke=self.rests is not None)
         self.hurry("acceptance has fallen")
+        self._go_on()
+
+    def _go_on(self) -> None:
         self.rests = None
         self.payback.begin()
         self.looked_s = time.monotonic()

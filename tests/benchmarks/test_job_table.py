@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.results import RESULTS
-from benchmarks.job_table import OWN, TABLE, Copied, main, payback_row
+from benchmarks.job_table import OWN, TABLE, Copied, copies, main, payback_row, paybacks
 
 
 def row(name: str, source: str, value: float = 1.0) -> dict[str, object]:
@@ -26,6 +26,14 @@ def test_copies_are_replaced_and_own_rows_stay(tmp_path: Path):
     main(tmp_path)
 
     assert json.loads((folder / "jobs.json").read_text()) == [own, row("10. new", reports, 2.0)]
+
+
+def test_the_published_table_is_what_the_published_results_give():
+    """If this fails: ``python -m benchmarks.job_table`` makes the table again."""
+    table = json.loads((RESULTS / "rows" / "jobs.json").read_text())
+
+    copied = [one for one in table if one["source"] not in OWN]
+    assert copied == [*copies(RESULTS), *paybacks(RESULTS)]
 
 
 def test_options_of_a_command_belong_to_it_and_longer_names_do_not():

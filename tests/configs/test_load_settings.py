@@ -152,6 +152,9 @@ def test_a_text_setting_keeps_its_text():
     ("text", "said"),
     [
         ("seed: 1\nseed: 2\n", "mine.yaml, line 2: key 'seed' appears twice"),
+        ("trainer: &a {lr: {x: *a}}\n", "mine.yaml: a value contains itself"),
+        (f"seed: {'[' * 3000}{']' * 3000}\n", "mine.yaml: nested too deep"),
+        ("seed: !!int x\n", "mine.yaml: a value is not of the type that its tag says"),
         ("engine:\n  max_batch: 1\n  max_batch: 1\n", "mine.yaml, line 3: key 'max_batch' appears"),
         ("- 1\n", "mine.yaml: must be key: value lines, got list"),
         ("engine: [\n", "mine.yaml, line 2: "),

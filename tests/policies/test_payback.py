@@ -115,6 +115,16 @@ def test_a_window_fails_if_it_earned_less_than_it_took(earned_s, fails):
     assert not account.passed(59.0), "the next window has begun"
 
 
+def test_time_without_work_is_in_no_window():
+    account = Payback(within_s=60.0, gain=2.0)
+    for _ in range(9):
+        assert not account.passed(59.0), "it waits for traces"
+    account.spend(5.0)
+
+    assert not account.passed(59.0)
+    assert account.passed(1.0)
+
+
 def test_without_a_time_no_window_fails():
     account = Payback(within_s=None)
     account.spend(1e6)
@@ -164,3 +174,33 @@ def test_clients_cannot_make_the_watch_grow():
     watch = DriftWatch()
     feed(watch, [(f"d{n}", 0.5) for n in range(500)], 500)
     assert len(watch.domains) <= 33
+
+
+def test_after_a_roll_back_the_version_in_use_again_is_watched():
+    watch = DriftWatch()
+    feed(watch, [("a", 0.7)], 100, version=5)
+    for seed in range(3):  # late ones say nothing
+        assert feed(watch, [("a", 0.1)], 60, version=4, seed=seed) == 0
+        assert feed(watch, [("a", 0.7)], 1, version=5) == 0
+    assert watch.version == 5
+
+    assert feed(watch, [("a", 0.7)], 150, version=4, seed=2) == 0
+    assert watch.version == 4
+    assert feed(watch, [("a", 0.3)], 60, version=4, seed=3) > 0
+
+
+@pytest.mark.parametrize("traces", [4, 10, 60])
+def test_acceptance_under_another_target_is_held_against_that_under_the_former(traces):
+    watch = DriftWatch()
+    feed(watch, [("a", 0.7)], traces)
+
+    assert watch.replace_target()
+    assert feed(watch, [("a", 0.3)], 40, seed=1) > 0, "and not what it is to be from now on"
+
+
+def test_a_few_rounds_are_nothing_to_hold_another_target_against():
+    watch = DriftWatch()
+    feed(watch, [("a", 0.7)], 3)
+
+    assert not watch.replace_target()
+    assert not DriftWatch().replace_target()

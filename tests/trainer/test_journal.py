@@ -151,8 +151,30 @@ def test_a_full_disk_costs_the_report_and_not_the_trainer(
             journal.status({"state": "training"})
     journal.event("stopped", step=2)
 
-    assert len(messages(caplog, logging.ERROR)) == 1
+    said = messages(caplog, logging.ERROR)
+    assert said == [
+        f"cannot write {tmp_path / name} (No space left on device); training continues"
+        for name in ("log.jsonl", "status.json")
+    ]
     assert json.loads((tmp_path / "log.jsonl").read_text())["step"] == 2
+
+
+def test_a_file_that_is_written_now_and_then_does_not_repeat_what_fails_for_the_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="trainer")
+    (tmp_path / "log.jsonl").mkdir()
+    journal = Journal(tmp_path)
+
+    for _ in range(3):
+        journal.event("update", updates=1, rows=3)
+        journal.status({"state": "stopped"})
+    (tmp_path / "log.jsonl").rmdir()
+    journal.event("update", updates=1, rows=3)
+
+    first, last = messages(caplog)
+    assert first.startswith(f"cannot write {tmp_path / 'log.jsonl'} (it is a folder")
+    assert last.startswith(f"can write {tmp_path / 'log.jsonl'} again, after ")
 
 
 def test_a_status_is_due_when_it_is_old_or_says_something_else(

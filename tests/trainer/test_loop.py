@@ -361,6 +361,15 @@ def test_a_store_that_was_deleted_does_not_begin_again_at_0(world: World, tmp_pa
 
     assert FolderWeights(tmp_path / "weights").versions() == [3]
 
+    trainer.finish()
+    trainer.intake.close()
+    shutil.rmtree(tmp_path / "weights")
+    again = build(settings_for(tmp_path, world.target, gate_margin=0.01))
+    again.update()
+    again.judge_candidate()
+
+    assert FolderWeights(tmp_path / "weights").versions() == [0, 4], "also not after a restart"
+
 
 def test_version_0_stays_whatever_is_published_after_it(world: World, tmp_path: Path) -> None:
     write_traces(tmp_path, world.traces)

@@ -59,6 +59,21 @@ def test_the_manifest_is_valid_for_kubernetes(nodes: int) -> None:
     assert (options.nnodes, options.nproc_per_node) == (str(nodes), "2")
     assert options.training_script_args == ["rank", "--config", "/etc/slipstream/settings.yaml"]
     assert options.standalone == (nodes == 1)
+    (waits,) = container["env"]
+    grace_s = spec["template"]["spec"]["terminationGracePeriodSeconds"]
+    assert 60 < int(waits["value"]) < grace_s  # torchrun would kill it after 30
+    assert waits["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+
+
+def test_a_trainer_on_cpus_asks_for_no_gpu() -> None:
+    found = documents_of(*POD, "trainer.device=cpu", "launch.processes_per_node=3")["Job"]
+
+    (container,) = found["spec"]["template"]["spec"]["containers"]
+    assert container["resources"] == {"requests": {"cpu": "12"}}
+    options = get_args_parser().parse_args(container["command"][3:])
+    assert options.nproc_per_node == "3"
+    assert "gpus-per-node" not in script_of("trainer.device=cpu")
+    assert "--gpus-per-node=1" in script_of()
 
 
 def test_a_manifest_that_kubernetes_would_refuse_fails_this_check() -> None:
@@ -91,6 +106,21 @@ def test_the_settings_in_a_manifest_are_those_of_the_command_without_its_secrets
         ("kubernetes", (CLAIM, "run_dir=/runs/x"), "launch.kubernetes.image must name"),
         ("kubernetes", (IMAGE, "run_dir=/runs/x"), "is on none of launch.kubernetes.claims"),
         ("kubernetes", (IMAGE, CLAIM, "run_dir=/runs-x/x"), "is on none of"),
+        ("kubernetes", (IMAGE, CLAIM, "run_dir=/runs/../x"), "run_dir /runs/../x is on none of"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={runs: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/runs/: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/: claim}"), "an absolute path"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/dev: claim}"), "mounted by the Job"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/etc/slipstream/x: c}"), "by the Job"),
+        ("kubernetes", (IMAGE, "launch.kubernetes.claims={/runs: A claim}"), "lower-case letters"),
+        ("kubernetes", (*POD, "trainer.device=cuda:1"), "takes GPU 1: a job of launch.gpus_per"),
+        ("slurm", ("trainer.device=cuda:1", "device=cuda:0"), "takes GPU 1: a job of launch.gpus"),
+        ("slurm", ("trainer.device=cuda", "launch.gpus_per_node=0"), "gpus_per_node=0 has too few"),
+        ("slurm", ("launch.processes_per_node=3", "launch.gpus_per_node=2"), "has too few"),
+        ("slurm", ("trainer.loss=mse",), "trainer.loss 'mse' is unknown; known: forward_kl"),
+        ("deepspeed", ("launch.hostfile=/no/hosts",), "launch.hostfile /no/hosts is no file"),
+        ("torchrun", ("trainer.draw=turn",), "trainer.draw 'turn' is unknown"),
+        ("local", ("trainer.device=gpu",), "trainer.device must be auto, cpu, cuda or cuda:N"),
         ("torchrun", ("launch.nodes=2",), "set launch.endpoint to HOST:PORT"),
         ("slurm", ("buffer.url=redis://:pw@host/0",), "buffer.url holds a secret"),
     ],
@@ -138,7 +168,10 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
 ) -> None:
     script = script_of("launch.nodes=2", "launch.gpus_per_node=4", f"run_dir={NASTY}")
     subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-    for name, text in (("srun", 'printf "%s\\0" "$@"'), ("scontrol", "echo first; seq 100000")):
+    for name, text in (
+        ("srun", 'printf "%s\\0" "$@" "$TORCH_ELASTIC_SHUTDOWN_TIMEOUT"'),
+        ("scontrol", "echo first; seq 100000"),
+    ):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
 
@@ -157,9 +190,11 @@ def test_the_slurm_script_starts_torchrun_on_every_host_and_executes_nothing_it_
         },
     )
 
-    words = ran.stdout.split("\0")[:-1]
-    assert words[:4] == ["--kill-on-bad-exit=1", sys.executable, "-m", "torch.distributed.run"]
-    options = get_args_parser().parse_args(words[4:])
+    *words, waits_s = ran.stdout.split("\0")[:-1]
+    assert f"#SBATCH --signal=TERM@{int(waits_s) + 10}\n" in script
+    assert words[:2] == ["--cpus-per-task=16", "--kill-on-bad-exit=1"]
+    assert words[2:5] == [sys.executable, "-m", "torch.distributed.run"]
+    options = get_args_parser().parse_args(words[5:])
     assert (options.nnodes, options.nproc_per_node) == ("2", "4")
     assert (options.rdzv_endpoint, options.rdzv_id) == ("first:29500", "77")
     assert options.training_script_args[-1] == f"run_dir={NASTY}"

@@ -129,6 +129,25 @@ def test_what_was_read_ahead_of_the_former_weights_teaches_nothing(
     trainer.intake.close()
 
 
+def test_a_paused_trainer_learns_for_other_weights_unless_it_can_tell_that_drafts_are_as_good(
+    world: World, other: World, tmp_path: Path
+) -> None:
+    trainer = build(settings_for(tmp_path, world.target, learn="on_drift"))
+    for rounds, goes_on in ((1000, False), (0, True)):
+        trainer.worth.rests = "as this test wants it"
+        if rounds:
+            trainer.worth.drift.observe("", 0, rounds, rounds // 2)
+        else:
+            trainer.worth.drift.domains.clear()
+        pair = (world, other) if rounds else (other, world)
+        replaced(tmp_path, *pair)
+        trainer.take_in_traces()
+
+        assert trainer.intake.expected.target_fingerprint == pair[1].fingerprint
+        assert (trainer.worth.rests is None) == goes_on
+        assert len(events(tmp_path, "woke")) == goes_on
+
+
 @pytest.mark.parametrize("how", ["gone", "other weights"])
 def test_weights_that_cannot_be_read_are_not_followed_and_it_says_so(
     world: World, other: World, tmp_path: Path, how: str

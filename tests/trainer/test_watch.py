@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner, Result
 
-from trainer import watch
+from trainer import cli, watch
 from trainer.cli import app
 from trainer.journal import Journal
-from trainer.lock import Owner, only_trainer
+from trainer.lock import STOP_SIGNAL, Owner, RunGoneError, only_trainer
+from trainer.process import stop_on_signal
 
 STATUS = {
     "state": "training",
@@ -144,6 +149,21 @@ def test_logs_tell_events_and_ten_seconds_of_learning_in_a_line(
     assert "no trainer runs in this folder (any more)" in shown.stdout
 
 
+def test_a_clock_that_is_set_back_neither_ends_lines_nor_turns_rates_negative(
+    tmp_path: Path,
+) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        journal_of(tmp_path)
+        for at in (2000, 4000, 6000, 8000):
+            _append(tmp_path, {"event": "update", "unix_ms": at, **UPDATE})
+
+        shown, logs = ask("status", tmp_path), ask("logs", tmp_path)
+
+    assert "rows/s     450\n" in shown.stdout
+    said = [line[20:] for line in logs.stdout.splitlines()]
+    assert said[-1] == "step 40: 16 updates of 3600 rows in all, loss 0.5000"
+
+
 def test_logs_wait_for_a_trainer_that_is_just_starting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -167,16 +187,19 @@ def test_logs_wait_for_a_trainer_that_is_just_starting(
     assert next(owners, "all asked") == "all asked"
 
 
-def _hold(run: Path, ends: bool) -> int:
-    """A child that holds the lock, and ends on SIGTERM or not."""
+def _hold(run: Path, ends: bool, state: str = "stopped") -> int:
+    """A child that holds the lock, and ends when told to or not."""
     pid = os.fork()
     if pid == 0:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if ends else signal.SIG_IGN)
+        stop = stop_on_signal() if ends else threading.Event()
+        if not ends:
+            signal.signal(STOP_SIGNAL, signal.SIG_IGN)
         with only_trainer(run / "trainer"):
-            journal_of(run, "stopped")
+            journal_of(run, state)
             (run / "ready").touch()
-            time.sleep(120)
-        os._exit(0)
+            stop.wait(120)
+            time.sleep(0.5)  # it writes a checkpoint
+        os._exit(7)
     deadline = time.monotonic() + 60
     while not (run / "ready").exists():
         assert time.monotonic() < deadline
@@ -199,6 +222,130 @@ def test_stop_waits_for_the_end_and_says_when_there_is_none(tmp_path: Path, ends
         assert result.stdout == f"process {pid} stopped at step 40, version 3\n"
     else:
         assert f"process {pid} was told to stop and still runs after 0.5 s" in result.stderr
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_whoever_stops_a_trainer_that_is_stopping_waits_too(tmp_path: Path) -> None:
+    pid = _hold(tmp_path, True)
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            told = list(pool.map(lambda _: watch.stop(tmp_path, 60.0), range(3)))
+    finally:
+        _, code = os.waitpid(pid, 0)
+
+    assert os.waitstatus_to_exitcode(code) == 7  # by itself: no signal ended it
+    assert told == [f"process {pid} stopped at step 40, version 3"] * 3
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_trainer_that_ended_otherwise_was_not_stopped(tmp_path: Path) -> None:
+    pid = _hold(tmp_path, True, "failed: OSError: full")
+    try:
+        result = ask("stop", tmp_path)
+    finally:
+        os.waitpid(pid, 0)
+
+    assert result.exit_code == 1
+    assert f"process {pid} ended, but not as told: its last state is 'failed: OSE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (PermissionError(1, "Operation not permitted"), 1, "is another user's: stop it as that"),
+        (ProcessLookupError(3, "No such process"), 1, "was told to stop and still runs"),
+    ],
+)
+def test_a_trainer_that_cannot_be_signalled_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: OSError, code: int, says: str
+) -> None:
+    def kill(pid: int, number: int) -> None:
+        raise error
+
+    monkeypatch.setattr(watch.os, "kill", kill)
+    with only_trainer(tmp_path / "trainer"):
+        result = ask("stop", tmp_path, "--timeout", 0.1)
+
+    assert (result.exit_code, says in result.stderr) == (code, True)
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "stop"])
+def test_a_file_of_another_user_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    path = tmp_path / "trainer" / "lock"
+    path.parent.mkdir()
+
+    def owner_of(folder: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(watch, "owner_of", owner_of)
+    result = ask(command, tmp_path)
+
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"{path}: permission denied. Server, trainer and these")
+
+
+def test_watching_ends_with_the_trainer_and_its_exit_code_is_that_of_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with only_trainer(tmp_path / "trainer"):
+        journal_of(tmp_path)
+        living = watch.status_of(tmp_path)
+    found = iter([living, living, watch.status_of(tmp_path)])
+    monkeypatch.setattr(cli, "status_of", lambda run: next(found))
+    monkeypatch.setattr(cli.time, "sleep", lambda seconds: None)
+
+    assert ask("status", tmp_path, "--watch").exit_code == 1
+    assert ask("status", tmp_path, "--watch", "--json").exit_code == 2
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"event": "update", "unix_ms": 5, "rows": None, "updates": 1, "loss": 0.5},
+        {"event": "update", "unix_ms": 5, "rows": 1, "updates": 1, "loss": "low"},
+        {"event": "update", "unix_ms": 5},
+        {"event": "gate", "unix_ms": 1 << 52, "step": "x"},
+        {"event": "stopped", "unix_ms": "noon"},
+    ],
+)
+def test_what_another_version_wrote_ends_no_command(tmp_path: Path, line: dict[str, Any]) -> None:
+    journal_of(tmp_path, "stopped")
+    _append(tmp_path, line)
+    status = {**STATUS, "state": 5, "sharing": {"loss": 0.5}, "time": {"a": 1}, "gate": 3}
+    (tmp_path / "trainer" / "status.json").write_text(json.dumps(status))
+
+    shown, logs = ask("status", tmp_path), ask("logs", tmp_path)
+
+    assert (shown.exit_code, logs.exit_code) == (1, 0)
+    assert "step 40: 12 updates of 2700 rows in all, loss 0.5000" in logs.stdout
+    assert "step       40" in shown.stdout
+
+
+def test_a_trainer_whose_run_was_moved_or_taken_ends_and_one_deleted_is_made_again(
+    tmp_path: Path,
+) -> None:
+    run = tmp_path / "run"
+    with only_trainer(run / "trainer") as lock:
+        lock.check(at_once=True)
+        run.rename(tmp_path / "elsewhere")
+
+        with pytest.raises(RunGoneError, match="run was moved while its trainer worked"):
+            lock.check(at_once=True)
+        lock.check()  # it has just looked
+        assert not run.exists()  # nothing was written to the old place
+    with only_trainer(run / "trainer") as lock:
+        shutil.rmtree(run)
+        lock.check(at_once=True)
+        with pytest.raises(ValueError, match="another trainer"), only_trainer(run / "trainer"):
+            pass
+        shutil.rmtree(run)
+        with (
+            only_trainer(run / "trainer"),
+            pytest.raises(RunGoneError, match="was deleted while its trainer worked: another"),
+        ):
+            lock.check(at_once=True)
 
 
 def test_a_trainer_on_another_host_is_not_signalled(tmp_path: Path) -> None:

@@ -127,6 +127,18 @@ def test_a_trainer_that_does_not_earn_what_it_takes_pauses_and_wakes_on_drift(
     assert drift["woke"] is True
 
 
+def test_a_trainer_that_waits_for_its_first_traces_spends_nothing_and_does_not_pause(
+    world: World, tmp_path: Path
+) -> None:
+    trainer = build(settings_for(tmp_path, world.target, payback_s=1e-6))
+    for _ in range(3):
+        assert not trainer.take_turn()
+
+    assert trainer.worth.payback.spent_s == 0.0
+    assert trainer.worth.rests is None
+    assert str(trainer.waits_for()).startswith("traces: 0 of")
+
+
 def test_a_version_that_has_learnt_measures_drift_before_it_learns_more(
     world: World, tmp_path: Path
 ) -> None:
