@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import gc
-
-# Until all tests are collected, so not for the half a million objects of torch, transformers and
-# their tests, which the collector would traverse dozens of times: a quarter of the time.
-gc.disable()
-
 import json
 import math
 import os
@@ -29,6 +24,10 @@ from typing import Any
 import pytest
 import torch
 
+# Until all tests are collected: the collector would traverse the objects of torch, transformers and
+# our tests dozens of times, which takes a quarter of the time.
+gc.disable()
+
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -39,22 +38,39 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
 torch.set_num_threads(1)
 
 
+class Hidden:
+    """What exists when all tests are collected is hidden from the garbage collector. It lives as
+    long as this process, and a full collection takes half a second to traverse it, 800,000 objects:
+    each test of a broker or a service ends or begins with one."""
+
+    def __init__(self) -> None:
+        self.is_thawed = False
+        self._unfreeze = gc.unfreeze
+
+    def hide(self) -> None:
+        gc.freeze()
+        self.is_thawed = False
+
+    def thaw(self) -> None:
+        """In the place of ``gc.unfreeze``. Asking for the number of hidden objects counts them."""
+        self._unfreeze()
+        self.is_thawed = True
+
+
+_hidden = Hidden()
+gc.unfreeze = _hidden.thaw
+
+
 def pytest_collection_finish() -> None:
+    _hidden.hide()
     gc.enable()
-    _hide_from_collector()
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    if gc.get_freeze_count() == 0:  # a service that ended has thawed all
+    if _hidden.is_thawed:  # a service has ended
         gc.collect()
-        _hide_from_collector()
-
-
-def _hide_from_collector() -> None:
-    """What exists now lives as long as this process. A full collection traverses 800,000 objects
-    otherwise, half a second, and tests of services and brokers begin or end with one."""
-    gc.freeze()
+        _hidden.hide()
 
 
 @pytest.fixture(autouse=True)

@@ -1,8 +1,9 @@
 """Sampled output follows the target's distribution through the whole engine, whoever drafts.
 
-The joint law of the first three tokens (8 x 8 x 8 cells) is computed from the target and compared
-by chi-squared at p = 1e-9 with what the engine emitted, in two regimes: a drafter close to the
-target and one opposed to it. Planted bugs must be seen, or the test protects nothing.
+The joint law of the first three tokens (8 x 8 x 8 cells), and of the two that rounds decide, is
+computed from the target and compared by chi-squared at p = 1e-9 with what the engine emitted, in
+two regimes: a drafter close to the target and one opposed to it. Planted bugs must be seen, or the
+test protects nothing.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import specops.verify
 import specops.verify_logits
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
-from oracles.joint_law import chi_squared_excess
+from oracles.joint_law import rounds_excess
 from oracles.plain_reference import adjusted
 from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
 from specops.verify_logits import Rule
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]
-NUM_SAMPLES = 4_000
+NUM_SAMPLES = 2_000
 SHAPES = {
     "whole": {"temperature": 1.0},
     "truncated": {"temperature": 1.4, "top_k": 6, "top_p": 0.95, "min_p": 0.02},
@@ -122,9 +123,9 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
 
     counts, _ = sample(regime, PENALIZED, overlaps=overlaps)
 
-    assert chi_squared_excess(counts, law) < 1
+    assert rounds_excess(counts, law) < 1
     without = expected_law(soft_target(regime), {"temperature": 1.0})
-    assert chi_squared_excess(counts, without) > 1, "the penalties change nothing to be seen"
+    assert rounds_excess(counts, without) > 1, "the penalties change nothing to be seen"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +147,7 @@ def test_the_joint_law_is_the_targets(regime, shape, rule, overlaps):
     counts, rate = sample(regime, SHAPES[shape], rule=rule, overlaps=overlaps)
 
     assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
-    assert chi_squared_excess(counts, law) < 1
+    assert rounds_excess(counts, law) < 1
 
 
 def redraw_from_target(p, q, draft, lens, accept_u, next_u):
@@ -187,6 +188,6 @@ def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
     law = expected_law(soft_target("opposed"), {"temperature": 1.0})
     monkeypatch.setattr(specops.verify_logits, f"verify_{rule.name.lower()}", mutant)
 
-    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
+    counts, _ = sample("opposed", {"temperature": 1.0}, rule=rule)
 
-    assert chi_squared_excess(counts, law) > 1
+    assert rounds_excess(counts, law) > 1
