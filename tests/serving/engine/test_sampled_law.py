@@ -22,7 +22,7 @@ from specops.verify import Verdict
 from specops.verify_logits import Rule
 
 V, LENGTH, PROMPT = 8, 3, [1, 5]
-NUM_SAMPLES = 2_000
+NUM_SAMPLES = 3_000
 SHAPES = {
     "whole": {"temperature": 1.0},
     "truncated": {"temperature": 1.4, "top_k": 6, "top_p": 0.95, "min_p": 0.02},
@@ -188,6 +188,6 @@ def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
     law = expected_law(soft_target("opposed"), {"temperature": 1.0})
     monkeypatch.setattr(specops.verify_logits, f"verify_{rule.name.lower()}", mutant)
 
-    counts, _ = sample("opposed", {"temperature": 1.0}, rule=rule)
+    counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
 
     assert rounds_excess(counts, law) > 1
