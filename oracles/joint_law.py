@@ -392,9 +392,9 @@ def chi_squared_excess(counts: Tensor, law: Tensor) -> float:
     return float(statistic / limit)
 
 
-def rounds_excess(counts: Tensor, law: Tensor) -> float:
-    """The larger ``chi_squared_excess`` of all three tokens and of the last two, which rounds
-    decide; the first is the prompt's. A bug in every round shows in the fewer cells of two tokens
-    with a third of the samples."""
-    both = (counts, law), (counts.sum(dim=0), law.sum(dim=0))
-    return max(chi_squared_excess(*one) for one in both)
+def law_excess(counts: Tensor, law: Tensor) -> float:
+    """The largest ``chi_squared_excess`` of all three tokens, of the first two and of the last two.
+    A bug in every round shows in the fewer cells of two tokens with a third of the samples."""
+    both = counts, law
+    pairs = [tuple(x.sum(dim=dim) for x in both) for dim in (0, 2)]
+    return max(chi_squared_excess(*one) for one in (both, *pairs))

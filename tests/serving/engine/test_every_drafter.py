@@ -19,7 +19,7 @@ from drafters.protocol import weights_were_overwritten
 from drafters.suffix.index import REQUEST_TRAITS, SuffixIndex
 from drafters.trainable import learning_kinds, trainable
 from oracles.engines import make_engine, new_weights, random_model, request_of, run
-from oracles.joint_law import rounds_excess
+from oracles.joint_law import law_excess
 from policies.fixed import FixedPolicy
 from specops.distill import FrozenHead
 from specops.verify_logits import Rule
@@ -155,7 +155,7 @@ def excesses(kind, rule, num_samples=700):
     assert {drafter for drafter, _ in figures.steps_by_arm} - {"none"} == {kind}
     assert 200 < figures.num_accepted_tokens < figures.num_draft_tokens / 2
     laws = [expected_law(soft_target("opposed"), SHAPES[shape]) for shape, _ in cells]
-    return [rounds_excess(of_cell, law) for of_cell, law in zip(counts, laws, strict=True)]
+    return [law_excess(of_cell, law) for of_cell, law in zip(counts, laws, strict=True)]
 
 
 @pytest.mark.parametrize("rule", CELLS)

@@ -11,7 +11,7 @@ import torch
 from drafters.protocol import Weights, weights_were_overwritten
 from drafters.trainable import trainable
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
-from oracles.joint_law import rounds_excess
+from oracles.joint_law import law_excess
 from policies.interface import Decision, Pick
 from serving.capture.rounds import round_columns
 from serving.engine.loop import Engine, Listeners
@@ -112,7 +112,7 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced):
         counts[tuple(collected.token_ids[:LENGTH])] += 1
     by_drafter = engine.figures().drafters
     assert all(by_drafter[kind].tokens > 200 for kind in PAIR)
-    assert rounds_excess(counts, law) < 1
+    assert law_excess(counts, law) < 1
 
 
 def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch):
@@ -143,7 +143,7 @@ def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch):
     counts = torch.zeros(V, V, V, dtype=torch.float64)
     for collected in got.values():
         counts[tuple(collected.token_ids[:LENGTH])] += 1
-    assert rounds_excess(counts, law) > 1
+    assert law_excess(counts, law) > 1
 
 
 def rounds_of(model, policy, kinds, weights):

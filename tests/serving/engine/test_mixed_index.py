@@ -11,7 +11,7 @@ import torch
 from configs.schema import Settings
 from drafters.suffix.index import SuffixIndex
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
-from oracles.joint_law import rounds_excess
+from oracles.joint_law import law_excess
 from policies.interface import Decision
 from serving.build import build_service
 from serving.capture.rounds import round_columns
@@ -139,7 +139,7 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced, 
     by_drafter = engine.figures().drafters
     assert all(by_drafter[kind].tokens > 200 for kind in ("eagle3", "suffix"))
     assert 0 < by_drafter["suffix"].accepted < by_drafter["suffix"].tokens
-    assert rounds_excess(counts, law) < 1
+    assert law_excess(counts, law) < 1
 
 
 def neural_law_for_all(law, is_given_R, tokens_RK, vocab_size):
@@ -161,7 +161,7 @@ def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch, mutant):
 
     counts = counts_of(law_engine(), SHAPES["whole"])
 
-    assert rounds_excess(counts, expected_law(soft_target("opposed"), SHAPES["whole"])) > 1
+    assert law_excess(counts, expected_law(soft_target("opposed"), SHAPES["whole"])) > 1
 
 
 def test_seeded_answers_do_not_depend_on_who_drafts():

@@ -1,8 +1,7 @@
 """Sampled output follows the target's distribution through the whole engine, whoever drafts.
 
-The joint law of the first three tokens (8 x 8 x 8 cells), and of the two that rounds decide, is
-computed from the target and compared by chi-squared at p = 1e-9 with what the engine emitted, in
-two regimes: a drafter close to the target and one opposed to it. Planted bugs must be seen, or the
+The joint law of the first three tokens (8 x 8 x 8 cells), and of two in succession, is computed
+from the target and compared by chi-squared at p = 1e-9 with what the engine emitted, in two regimes: a drafter close to the target and one opposed to it. Planted bugs must be seen, or the
 test protects nothing.
 """
 
@@ -15,7 +14,7 @@ import specops.verify
 import specops.verify_logits
 from drafters.eagle3.model import Eagle3, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
-from oracles.joint_law import rounds_excess
+from oracles.joint_law import law_excess
 from oracles.plain_reference import adjusted
 from specops.sampling import distribution, sampling_rows
 from specops.verify import Verdict
@@ -123,9 +122,9 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
 
     counts, _ = sample(regime, PENALIZED, overlaps=overlaps)
 
-    assert rounds_excess(counts, law) < 1
+    assert law_excess(counts, law) < 1
     without = expected_law(soft_target(regime), {"temperature": 1.0})
-    assert rounds_excess(counts, without) > 1, "the penalties change nothing to be seen"
+    assert law_excess(counts, without) > 1, "the penalties change nothing to be seen"
 
 
 @pytest.mark.parametrize(
@@ -147,7 +146,7 @@ def test_the_joint_law_is_the_targets(regime, shape, rule, overlaps):
     counts, rate = sample(regime, SHAPES[shape], rule=rule, overlaps=overlaps)
 
     assert (rate > 0.7) if regime == "close" else (rate < 0.45), f"acceptance {rate:.2f}"
-    assert rounds_excess(counts, law) < 1
+    assert law_excess(counts, law) < 1
 
 
 def redraw_from_target(p, q, draft, lens, accept_u, next_u):
@@ -190,4 +189,4 @@ def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
 
     counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
 
-    assert rounds_excess(counts, law) > 1
+    assert law_excess(counts, law) > 1
