@@ -61,7 +61,8 @@ _hidden = Hidden()
 gc.unfreeze = _hidden.thaw
 
 
-def pytest_collection_finish() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
     _hidden.hide()
     gc.enable()
 

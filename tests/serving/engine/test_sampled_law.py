@@ -1,8 +1,9 @@
 """Sampled output follows the target's distribution through the whole engine, whoever drafts.
 
 The joint law of the first three tokens (8 x 8 x 8 cells), and of two in succession, is computed
-from the target and compared by chi-squared at p = 1e-9 with what the engine emitted, in two regimes: a drafter close to the target and one opposed to it. Planted bugs must be seen, or the
-test protects nothing.
+from the target and compared by chi-squared at p = 1e-9 with what the engine emitted, in two
+regimes: a drafter close to the target and one opposed to it. Planted bugs must be seen, or the test
+protects nothing.
 """
 
 from __future__ import annotations
