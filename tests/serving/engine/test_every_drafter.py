@@ -30,7 +30,7 @@ from tests.serving.engine.test_sampled_law import (
     LENGTH,
     SHAPES,
     V,
-    expected_law,
+    law_of,
     redraw_from_target,
     reuse_the_uniform,
     soft_target,
@@ -154,7 +154,7 @@ def excesses(kind, rule, num_samples=700):
     figures = engine.figures()
     assert {drafter for drafter, _ in figures.steps_by_arm} - {"none"} == {kind}
     assert 200 < figures.num_accepted_tokens < figures.num_draft_tokens / 2
-    laws = [expected_law(soft_target("opposed"), SHAPES[shape]) for shape, _ in cells]
+    laws = [law_of("opposed", shape) for shape, _ in cells]
     return [law_excess(of_cell, law) for of_cell, law in zip(counts, laws, strict=True)]
 
 

@@ -8,6 +8,8 @@ protects nothing.
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -90,6 +92,12 @@ def expected_law(model, shape):
     return first[:, None, None] * second[:, :, None] * third
 
 
+@cache
+def law_of(regime, shape):
+    """``expected_law`` of the soft target, by the names of both; 0.1 s."""
+    return expected_law(soft_target(regime), SHAPES[shape])
+
+
 def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule=Rule.BLOCK, overlaps=False):
     """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
     model = soft_target(regime)
@@ -124,7 +132,7 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
     counts, _ = sample(regime, PENALIZED, overlaps=overlaps)
 
     assert law_excess(counts, law) < 1
-    without = expected_law(soft_target(regime), {"temperature": 1.0})
+    without = law_of(regime, "whole")
     assert law_excess(counts, without) > 1, "the penalties change nothing to be seen"
 
 
@@ -142,7 +150,7 @@ def test_penalties_shape_the_joint_law_along_the_draft(regime, overlaps):
 def test_the_joint_law_is_the_targets(regime, shape, rule, overlaps):
     """Every two values meet. All combinations of the first three, without an engine and with more
     samples: ``specops/test_joint_law.py``."""
-    law = expected_law(soft_target(regime), SHAPES[shape])
+    law = law_of(regime, shape)
 
     counts, rate = sample(regime, SHAPES[shape], rule=rule, overlaps=overlaps)
 
@@ -185,7 +193,7 @@ def recompute_q(p, q, draft, lens, accept_u, next_u):
     ],
 )
 def test_a_planted_bug_is_seen(monkeypatch, rule, mutant):
-    law = expected_law(soft_target("opposed"), {"temperature": 1.0})
+    law = law_of("opposed", "whole")
     monkeypatch.setattr(specops.verify_logits, f"verify_{rule.name.lower()}", mutant)
 
     counts, _ = sample("opposed", {"temperature": 1.0}, num_samples=4_000, rule=rule)
