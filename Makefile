@@ -32,8 +32,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: setup
 	$(BIN)/python -m examples.demo $(if $(BUFFER),--buffer $(BUFFER)) $(if $(MPS),--mps) $(if $(OWN_GPU),--own-gpu)
 
+# Three processes, for two cores: now and then, tests of brokers and servers only wait.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: setup
 	$(BIN)/ruff check .

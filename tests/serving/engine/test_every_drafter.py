@@ -11,24 +11,37 @@ from statistics import fmean, stdev
 import pytest
 import torch
 
+import specops.verify_logits
 from drafters.acceptance import Chains
 from drafters.batch import from_sequences
+from drafters.catalog import CATALOG
 from drafters.protocol import weights_were_overwritten
+from drafters.suffix.index import REQUEST_TRAITS, SuffixIndex
 from drafters.trainable import learning_kinds, trainable
 from oracles.engines import make_engine, new_weights, random_model, request_of, run
-from oracles.joint_law import chi_squared_excess
+from oracles.joint_law import law_excess
 from policies.fixed import FixedPolicy
 from specops.distill import FrozenHead
 from specops.verify_logits import Rule
 from targets.head import TargetHead
 from tests.serving.capture.test_capture import PROMPT, restored, traces_of
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
-from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
+from tests.serving.engine.test_sampled_law import (
+    LENGTH,
+    SHAPES,
+    V,
+    law_of,
+    redraw_from_target,
+    reuse_the_uniform,
+    soft_target,
+)
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
 
 KINDS = learning_kinds()
 OTHERS = KINDS[1:]
-"""The first has these suites to itself: ``test_greedy_equality``, ``test_sampled_law``."""
+"""The first has ``test_greedy_equality`` to itself."""
+HOSTS = tuple(kind for kind in CATALOG if kind not in KINDS)
+"""They draft from text, with certainty."""
 K = 4
 
 
@@ -67,32 +80,126 @@ def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kind, architectur
     assert {drafter for drafter, _ in engine.figures().steps_by_arm} > {kind, "suffix"}
 
 
-@pytest.mark.parametrize(
-    ("kind", "shape", "rule"),
-    [
-        (kind, *rest)
-        for kind in OTHERS
-        for rest in (("whole", Rule.BLOCK), ("truncated", Rule.STANDARD))
-    ],
-)
-def test_the_joint_law_is_the_targets(kind, shape, rule):
-    law = expected_law(soft_target("opposed"), SHAPES[shape])
+@pytest.mark.parametrize("kind", HOSTS)
+def test_greedy_output_is_the_targets_where_only_text_drafts(kind):
+    numbers = random.Random(4)
+    model = random_model("qwen3")
+    prompts = [[*stem, *stem] for stem in random_prompts(numbers, 6, 96)]
+    expected = [reference(model, prompt, 20) for prompt in prompts]
+    engine = make_engine(model, **only(kind), max_batch=3, prefill_chunk=16, page_size=4)
+    engine.drafting.hosts[kind].__class__ = Stubborn
+
+    got = run(
+        engine, [request_of(str(i), p, 20, drafters=asked(kind)) for i, p in enumerate(prompts)]
+    )
+
+    assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
+    assert engine.figures().num_draft_tokens > 100
+
+
+class Stubborn(SuffixIndex):
+    """Proposes the same tokens whatever the text is: often wrong ones, and all alike, so that what
+    is wrong with their verification does not cancel out."""
+
+    def propose(self, keys, most):
+        return [[(2 + j) % V for j in range(k)] for k in most]
+
+
+def only(kind):
+    """Of ``make_engine``: drafts of this kind in every round, and of no other."""
+    index = SuffixIndex(2, 8, 0, "suffix_request", REQUEST_TRAITS)
+    policy = FixedPolicy(kind, 3)
+    if kind in KINDS:
+        return {"kind": kind, "suffix": False, "policy": policy}
+    is_own = kind == index.kind
+    return {"suffix": not is_own, "on_request": (index,) if is_own else (), "policy": policy}
+
+
+def asked(kind):
+    """The drafters that a request has to name."""
+    return ("suffix_request",) if kind == "suffix_request" else None
+
+
+CELLS = {
+    Rule.BLOCK: (("whole", False), ("truncated", False), ("whole", True)),
+    Rule.STANDARD: (("truncated", False), ("whole", False), ("truncated", True)),
+}
+"""Sampling of the requests that one engine answers together, and whether they have a seed; those
+with one are verified by ``Rule.MATCH``."""
+
+
+def excesses(kind, rule, num_samples=700):
+    """Of each cell, the excess of its joint law; every request with a seed has another one."""
+    cells = CELLS[rule]
     engine = make_engine(
-        soft_target("opposed"), kind=kind, policy=FixedPolicy(kind, 3), suffix=False, rule=rule,
+        soft_target("opposed"), **only(kind), rule=rule, overlaps=rule == Rule.BLOCK,
         max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192, max_draft=3,
     )  # fmt: skip
+    if kind in HOSTS:
+        engine.drafting.hosts[kind].__class__ = Stubborn
     requests = [
-        request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **SHAPES[shape])
-        for i in range(1_500)
-    ]
+        request_of(
+            f"{cell} {i}", LAW_PROMPT, LENGTH + 1, capture=False, drafters=asked(kind),
+            seed=i if is_seeded else None, **SHAPES[shape],
+        )
+        for i in range(num_samples)
+        for cell, (shape, is_seeded) in enumerate(cells)
+    ]  # fmt: skip
 
     got = run(engine, requests)
 
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    assert engine.figures().num_draft_tokens > 1_000
-    assert chi_squared_excess(counts, law) < 1
+    counts = torch.zeros(len(cells), V, V, V, dtype=torch.float64)
+    for name, collected in got.items():
+        counts[(int(name.partition(" ")[0]), *collected.token_ids[:LENGTH])] += 1
+    figures = engine.figures()
+    assert {drafter for drafter, _ in figures.steps_by_arm} - {"none"} == {kind}
+    assert 200 < figures.num_accepted_tokens < figures.num_draft_tokens / 2
+    laws = [law_of("opposed", shape) for shape, _ in cells]
+    return [law_excess(of_cell, law) for of_cell, law in zip(counts, laws, strict=True)]
+
+
+@pytest.mark.parametrize("rule", CELLS)
+@pytest.mark.parametrize("kind", [*KINDS, *HOSTS])
+def test_the_joint_law_is_the_targets(kind, rule):
+    """Every drafter, every rule, and two temperatures, one of them with truncation."""
+    assert max(excesses(kind, rule)) < 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "mutant"),
+    [
+        ("dflash", Rule.BLOCK, redraw_from_target),
+        ("p_eagle", Rule.STANDARD, reuse_the_uniform),
+        ("suffix", Rule.BLOCK, redraw_from_target),
+    ],
+)
+def test_a_planted_bug_is_seen_with_this_few_samples(monkeypatch, kind, rule, mutant):
+    monkeypatch.setattr(specops.verify_logits, f"verify_{rule.name.lower()}", mutant)
+
+    *sampled, seeded = excesses(kind, rule)
+
+    assert max(sampled) > 1
+    assert seeded < 1, "no number of that rule decides it"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_seeded_output_is_that_of_plain_decoding_with_swaps_in_the_middle(kind, shape):
+    numbers = random.Random(3)
+    prompts = random_prompts(numbers, 6, V)
+    requests = [request_of(str(i), p, 24, seed=i, **SHAPES[shape]) for i, p in enumerate(prompts)]
+    sizes = {"kind": kind, "max_batch": 4, "prefill_chunk": 16, "overlaps": shape == "whole"}
+    plain = make_engine(soft_target("opposed"), max_draft=0, **sizes)
+    engine = make_engine(soft_target("opposed"), **sizes)
+
+    expected, got = run(plain, requests), run(engine, requests, scrambled(kind))
+
+    assert plain.figures().num_draft_tokens == 0
+    assert engine.figures().num_accepted_tokens > 5, "every round brought one token, as plain ones"
+    assert {name: one.token_ids for name, one in got.items()} == {
+        name: one.token_ids for name, one in expected.items()
+    }
+    assert {drafter for drafter, _ in engine.figures().steps_by_arm} > {kind, "suffix"}
 
 
 def trained_on(trace, temperature=0.0):
@@ -160,7 +267,7 @@ WAYS = {
 
 @pytest.mark.parametrize(
     ("kind", "way"),
-    [*product(KINDS, ("block", "seeded")), (KINDS[0], "standard")],
+    [*product(KINDS, WAYS)],
 )
 def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
     """At a temperature, over whole answers that end where the target ends them: what the texts say

@@ -11,7 +11,7 @@ import torch
 from configs.schema import Settings
 from drafters.suffix.index import SuffixIndex
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
-from oracles.joint_law import chi_squared_excess
+from oracles.joint_law import law_excess
 from policies.interface import Decision
 from serving.build import build_service
 from serving.capture.rounds import round_columns
@@ -40,11 +40,11 @@ MIX = "eagle3+suffix"
 
 
 class Repeating(SuffixIndex):
-    """Proposes tokens whatever the text is, so that a law is tested with proposals that are often
-    wrong."""
+    """Proposes the same tokens whatever the text is, so that a law is tested with proposals that
+    are often wrong, and what is wrong with them does not cancel out."""
 
     def propose(self, keys, most):
-        return [[(int(key) + j) % V for j in range(k)] for key, k in zip(keys, most, strict=True)]
+        return [[(2 + j) % V for j in range(k)] for k in most]
 
 
 class Short(SuffixIndex):
@@ -98,7 +98,7 @@ def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kinds, architectu
     assert engine.figures().drafters["suffix"].tokens > 0
 
 
-def counts_of(engine, shape, num_samples=1_500):
+def counts_of(engine, shape, num_samples=700):
     requests = [
         request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **shape)
         for i in range(num_samples)
@@ -137,9 +137,9 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced, 
     counts = counts_of(engine, shape)
 
     by_drafter = engine.figures().drafters
-    assert all(by_drafter[kind].tokens > 500 for kind in ("eagle3", "suffix"))
+    assert all(by_drafter[kind].tokens > 200 for kind in ("eagle3", "suffix"))
     assert 0 < by_drafter["suffix"].accepted < by_drafter["suffix"].tokens
-    assert chi_squared_excess(counts, law) < 1
+    assert law_excess(counts, law) < 1
 
 
 def neural_law_for_all(law, is_given_R, tokens_RK, vocab_size):
@@ -161,7 +161,7 @@ def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch, mutant):
 
     counts = counts_of(law_engine(), SHAPES["whole"])
 
-    assert chi_squared_excess(counts, expected_law(soft_target("opposed"), SHAPES["whole"])) > 1
+    assert law_excess(counts, expected_law(soft_target("opposed"), SHAPES["whole"])) > 1
 
 
 def test_seeded_answers_do_not_depend_on_who_drafts():

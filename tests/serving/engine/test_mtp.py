@@ -1,4 +1,5 @@
-"""MTP heads in the engine: the target's greedy text and its law, and the drafts of training."""
+"""MTP heads in the engine: the target's greedy text, and the drafts of training. The law is that of
+``test_every_drafter``."""
 
 from __future__ import annotations
 
@@ -9,13 +10,9 @@ from drafters.batch import from_sequences
 from drafters.eagle3.training import ttt_outputs
 from drafters.mtp import Mtp, MtpConfig, config_for_target
 from oracles.engines import make_engine, random_model, request_of, run
-from oracles.joint_law import chi_squared_excess
 from policies.fixed import FixedPolicy
-from specops.verify_logits import Rule
 from tests.serving.capture.test_capture import PROMPT, restored, traces_of
 from tests.serving.engine.test_greedy_equality import case
-from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
-from tests.serving.engine.test_sampled_law import PROMPT as SHORT
 
 K = 4
 VARIANTS = {"order": "mimo", "has_bias": True, "has_head_norms": True, "has_output_gate": True,
@@ -118,40 +115,3 @@ def test_draft_logits_of_serving_and_training_are_equal(
                 compared += 1
         passes += one.draft_k if one.draft_ids else 0
     assert compared >= 15
-
-
-@torch.no_grad()
-def close_head(model):
-    """Predicts what the target predicted one token earlier."""
-    head = head_for(model)
-    head.proj.weight.zero_()
-    head.proj.weight[:, head.config.hidden_size :] = torch.eye(head.config.hidden_size)
-    head.attention.o_proj.weight.zero_()
-    head.down_proj.weight.zero_()
-    head.norm.weight.copy_(model.model.norm.weight)
-    return head
-
-
-@pytest.mark.parametrize(
-    ("shape", "rule", "overlaps"),
-    [("whole", Rule.BLOCK, True), ("truncated", Rule.STANDARD, False)],
-)
-def test_the_joint_law_is_the_targets(shape, rule, overlaps):
-    model = soft_target("close")
-    law = expected_law(soft_target("close"), SHAPES[shape])
-    engine = make_engine(
-        model, policy=FixedPolicy("mtp", 3), drafter=close_head(model), suffix=False,
-        max_batch=64, page_size=4, num_pages=600, prefill_chunk=1024, ring_rows=8192, max_draft=3,
-        rule=rule, overlaps=overlaps,
-    )  # fmt: skip
-    requests = [
-        request_of(str(i), SHORT, LENGTH + 1, capture=False, **SHAPES[shape]) for i in range(3_000)
-    ]
-
-    got = run(engine, requests)
-
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    assert engine.figures().num_accepted_tokens > 1_000
-    assert chi_squared_excess(counts, law) < 1

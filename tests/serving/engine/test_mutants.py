@@ -56,8 +56,8 @@ from oracles.joint_law import (
     Parts,
     Seen,
     Setting,
-    chi_squared_excess,
     expected_law,
+    law_excess,
     sample,
     tables_of,
 )
@@ -68,11 +68,11 @@ from specops.lanes import Field
 from specops.sampling import draw
 from specops.verify import Verdict, verify_match
 
-# ---- in the rule: seen by the joint law of 100,000 samples ---------------------------------------
+# ---- in the rule: seen by the joint law of 50,000 samples ---------------------------------------
 
 SETTING = Setting(temperature=1.5, cut=Cut.NOTHING, num_draft=2)
 """Three tokens are looked at, so that the bonus after two drafted ones is among them."""
-NUM_SAMPLES = 100_000
+NUM_SAMPLES = 50_000
 
 
 def last_place(seen: Seen, rule: str):
@@ -177,7 +177,7 @@ MUTANTS = {
 def excess(parts, rule, regime):
     tables = tables_of(regime)
     counts, _ = sample(SETTING, tables, rule, NUM_SAMPLES, parts)
-    return chi_squared_excess(counts, expected_law(SETTING, tables))
+    return law_excess(counts, expected_law(SETTING, tables))
 
 
 @pytest.mark.parametrize("rule", ["block", "standard"])
