@@ -9,7 +9,10 @@ otherwise a policy that stops drafting where text is hard sees hard text for eve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+
+from policies.groups import NUM_CLASSES
 
 NAMES = (
     "batch",
@@ -29,6 +32,9 @@ NAMES = (
     "tokens_middle",
     "recent_hazard_1",
     "recent_hazard_2",
+    "greedy",
+    "warmth",
+    "context",
 )
 """In the order of ``Features.vector``."""
 NUM_FEATURES = len(NAMES)
@@ -100,12 +106,20 @@ class Features:
         for j in range(_NUM_RECENT):
             self._recent[j] += _FADE * (self._hazards[j] - self._recent[j])
 
-    def vector(self, batch: int, shares: Sequence[float]) -> list[float]:
+    def vector(
+        self,
+        batch: int,
+        shares: Sequence[float],
+        groups: bytes | None = None,
+        context: int | None = None,
+    ) -> list[float]:
         """[NUM_FEATURES] what is known before a step.
 
         Args:
             shares: [max_draft + 1] times of a step at K = 0, 1, ... relative to a plain one.
+            groups, context: see ``policies.interface.StepObs``.
         """
+        greedy, warmth = _temperatures(groups) if groups else (0.0, 0.0)
         return [
             batch.bit_length() / 8,
             min(shares[1] - 1, _MOST_COST),
@@ -119,4 +133,18 @@ class Features:
             self._all_kept,
             self._middle / self._max_draft,
             *self._recent,
+            greedy,
+            warmth,
+            (context or 0).bit_length() / 16,
         ]
+
+
+def _temperatures(groups: bytes) -> tuple[float, float]:
+    """Share of greedy requests, and mean class of temperature in 0..1."""
+    counts = Counter(groups.translate(_CLASSES))
+    warmth = sum(number * count for number, count in counts.items())
+    return counts[0] / len(groups), warmth / len(groups) / (NUM_CLASSES - 1)
+
+
+_CLASSES = bytes(group % NUM_CLASSES for group in range(256))
+"""Class of temperature by group."""

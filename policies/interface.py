@@ -309,8 +309,10 @@ class DraftPolicy(Protocol):
             version: the version now in force.
             calibration: ``Manifest.policy`` of that version, e.g. ``{"acceptance": [0.8, 0.7],
                 "parent": 3, "parent_acceptance": [0.75, 0.6]}``: conditional acceptance of draft
-                positions 1, 2, ... on held-out traces, by the version and by its parent. Every key
-                may be missing.
+                positions 1, 2, ... on held-out traces, by the version and by its parent.
+                ``acceptance_by_temperature``, by class (``policies.groups``), where traces have
+                several; networks of learned policies under keys of their own. Every key may be
+                missing.
         """
         ...
 

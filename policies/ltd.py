@@ -19,7 +19,7 @@ from typing import Any, Self
 
 from configs.schema import PolicySettings
 from policies.features import Features
-from policies.interface import Outcome, PolicyContext
+from policies.interface import Decision, Outcome, PolicyContext, StepObs
 from policies.lengths import LengthPolicy, spread
 from policies.network import FILE, MAX_BYTES, Network
 from policies.published import Published
@@ -54,6 +54,9 @@ class LtdPolicy(LengthPolicy):
         )
         self._random_share = random_share
         self._features = Features(max(context.max_draft, 1))
+        self._groups: bytes | None = None
+        self._context: int | None = None
+        """See ``StepObs``: of the step that was observed or is planned."""
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -70,12 +73,25 @@ class LtdPolicy(LengthPolicy):
             context, settings.drafter, network, settings.random_share, takes_published=path is None
         )
 
+    def plan(self, obs: StepObs) -> Decision:
+        """Draw K from the law for these requests."""
+        if obs.groups != self._groups:
+            self._ahead.clear()  # it was computed for others
+        self._groups, self._context = obs.groups, obs.context
+        return super().plan(obs)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn, and compute the law of the next step for requests like these."""
+        self._groups, self._context = outcome.rows.groups, outcome.context
+        super().observe(outcome)
+
     def law(self, batch: int, max_k: int) -> Sequence[float]:
         """The K with the highest score among those that can be used."""
         network = self._published.network
         if network is None:
             return spread(0, max_k, 0.0)
-        scores = network.scores(self._features.vector(batch, self.costs.shares(batch)))
+        vector = self._features.vector(batch, self.costs.shares(batch), self._groups, self._context)
+        scores = network.scores(vector)
         usable = range(min(max_k + 1, len(scores)))
         return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
 

@@ -15,8 +15,10 @@ from policies.catalog import build_policy
 from policies.groups import Mix, Shifts, class_of, group_of
 from policies.interface import RowOutcomes
 from policies.log_odds import shifted
+from policies.replayed_log import ReplayedLog, play
 from policies.round_counts import Rounds
 from policies.step_time import StepTimes
+from tests.policies.logs import DRAFTER, always, log, profile
 from tests.policies.simulated import NEURAL, Noise, Simulation, World, arms, fixed_speed
 
 EASY, HARD = 1.6, -2.2
@@ -123,6 +125,33 @@ def test_requests_of_one_group_change_nothing():
     one_group = replace(WORLD, batch=2, groups=dict.fromkeys(WORLD.difficulties, WARM))
 
     assert lead(one_group, 0) == lead(replace(one_group, groups={}), 0)
+
+
+def replayed(told, num_steps=1500):
+    """Speed on a log in which one request in two is greedy, over that of the best fixed K."""
+    easy, hard = ([own] * 8 for own in (0.9, 0.3))
+    is_greedy = [at // 25 % 2 == 0 for at in range(num_steps)]
+    steps = [
+        replace(
+            step, rows=tuple(replace(row, group=GREEDY if greedy else WARM) for row in step.rows)
+        )
+        if told
+        else step
+        for step, greedy in zip(
+            log(num_steps, always(8), (1,), lambda at: easy if is_greedy[at] else hard),
+            is_greedy,
+            strict=True,
+        )
+    ]
+    played = ReplayedLog.of(steps, DRAFTER, profile(), 8)
+    policy = build_policy(PolicySettings(), played.traits, 0, 8, {})
+    tokens, _, seconds = play(policy, played).columns(played)
+    fixed = (played.tokens.sum(axis=0) / played.seconds.sum(axis=0)).max()
+    return tokens.sum() / seconds.sum() / fixed
+
+
+def test_a_replayed_log_tells_temperatures_as_a_server_does():
+    assert replayed(told=True) > 1.03 * replayed(told=False)
 
 
 # ---- shifts -------------------------------------------------------------------------------------
