@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
 
 from policies.groups import NUM_CLASSES
 
@@ -46,6 +48,8 @@ _NUM_RECENT = 2
 _NUM_HAZARDS = 5
 """Positions 1 to 4, and all deeper ones together."""
 _FIRST_HAZARD = 0.6
+_USUAL_K = 4
+"""Draft tokens that the tokens of a version that never drafted are expected of."""
 _FADE = 0.1
 """Share of the difference between recent and usual figures that a plain step takes away."""
 _MOST_COST = 8.0
@@ -63,11 +67,21 @@ class Features:
         self._max_draft = max_draft
         self.forget()
 
-    def forget(self) -> None:
-        """Start over: other weights draft."""
+    def forget(self, acceptance: Sequence[float] = ()) -> None:
+        """Start over: other weights draft.
+
+        Args:
+            acceptance: what was published with them, by position; the last one holds for all
+                deeper ones.
+        """
         self._fast = self._middle = self._slow = 1.5
         self._recent = [_FIRST_HAZARD] * _NUM_RECENT
         self._hazards = [_FIRST_HAZARD] * _NUM_HAZARDS
+        if acceptance:
+            known = [acceptance[min(j, len(acceptance) - 1)] for j in range(_NUM_HAZARDS)]
+            self._hazards, self._recent = known, known[:_NUM_RECENT]
+            kept = sum(accumulate(known[:_USUAL_K], mul))
+            self._fast = self._middle = self._slow = 1 + kept
         self._last_k, self._last_accepted, self._all_kept = 0.0, 0.0, 0.0
         self._usually_kept = 0.0
 

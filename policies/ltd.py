@@ -23,6 +23,7 @@ from policies.interface import Decision, Outcome, PolicyContext, StepObs
 from policies.lengths import LengthPolicy, spread
 from policies.network import FILE, MAX_BYTES, Network
 from policies.published import Published
+from policies.versions import probabilities
 from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "ltd"
@@ -101,8 +102,9 @@ class LtdPolicy(LengthPolicy):
         self._features.observe(outcome.decision.draft_k, rows.num_verified, rows.num_accepted)
 
     def forget(self, calibration: dict[str, Any]) -> None:
-        """Start the features over, and take the network that comes with the version, if any."""
-        self._features.forget()
+        """Start the features from what was published with the version, and take the network that
+        comes with it, if any."""
+        self._features.forget(probabilities(calibration.get("acceptance")))
         self._published.on_swap(calibration)
 
     def state(self) -> dict[str, Any]:

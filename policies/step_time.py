@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -60,6 +60,8 @@ _READ, _READ_SD = 0.1, 1.5
 """Prior of ``read`` by context in units of ``_CONTEXT_UNIT`` tokens: shares of a plain step (23 kB
 of keys and values for each token of a model of 135 M parameters, 131 kB of one of 8 billion), and
 standard deviation of its logarithm."""
+_READ_AT = -1
+"""Its place in the state."""
 _CONTEXT_UNIT = 16384
 _LEAST_CONTEXT = 256
 """Tokens over the batch; fewer are as many as these, and each half octave above is one context,"""
@@ -68,6 +70,19 @@ _NEXT_CONTEXT = 0.75
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
+
+
+class _Known(NamedTuple):
+    """What was computed of the state as it is."""
+
+    plain: dict[int, float]
+    """Typical seconds of a plain step by batch."""
+    arms: dict[tuple[str, int], list[float]]
+    """What ``arm_times`` returns."""
+
+    def clear(self) -> None:
+        self.plain.clear()
+        self.arms.clear()
 
 
 class StepTimes:
@@ -93,7 +108,6 @@ class StepTimes:
         self._profile = Profile(samples, self._max_draft, self._drafters)
         is_known = self._profile.is_measured
         self._prior = _prior(self._max_draft, len(self._drafters), is_known)
-        self._read = len(self._prior) - 1
         self._state = np.zeros(len(self._prior))
         self._least = -_MOST_SD * np.sqrt(self._prior.diagonal())
         self._least[: 1 + _SIZES] = -math.inf  # of the machine, which may change by any factor
@@ -104,10 +118,7 @@ class StepTimes:
         self._num_observed = self._outliers = 0
         self.num_changes = 0
         """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
-        self._plain: dict[int, float] = {}
-        """Typical seconds of a plain step by batch, of the state as it is."""
-        self._arms: dict[tuple[str, int], list[float]] = {}
-        """Likewise what ``arm_times`` returns."""
+        self._known = _Known({}, {})
 
     def start_from(self, other: StepTimes) -> None:
         """Take over the factors and the scatter that another model has learned. The factors are a
@@ -121,8 +132,7 @@ class StepTimes:
         self._scatter.noise = other._scatter.noise
         self._num_observed = other._num_observed
         self._values = self._state.tolist()
-        self._plain.clear()
-        self._arms.clear()
+        self._known.clear()
 
     def follow(self, context: int | None, batch: int) -> None:
         """Predict times of steps that read so much text, from now on.
@@ -135,8 +145,7 @@ class StepTimes:
         half_octaves = 2 * math.log2(max(batch * context, 1) / _LEAST_CONTEXT)
         if abs(max(half_octaves, 0.0) - self.context) > _NEXT_CONTEXT:
             self.context = max(round(half_octaves), 0)
-            self._plain.clear()
-            self._arms.clear()
+            self._known.clear()
 
     @property
     def _reading(self) -> float:
@@ -144,7 +153,7 @@ class StepTimes:
         if not self.context:
             return 0.0
         tokens: float = _LEAST_CONTEXT * 2 ** (self.context / 2)
-        return _READ * math.exp(self._values[self._read]) * tokens / _CONTEXT_UNIT
+        return _READ * math.exp(self._values[_READ_AT]) * tokens / _CONTEXT_UNIT
 
     @property
     def is_known(self) -> bool:
@@ -163,7 +172,7 @@ class StepTimes:
         slopes = np.array([1.0, 1.0, *[share] * (len(at) - 2)])
         if reading := self._reading:
             # The share that the increment leaves is the plain step's, and of this the text's.
-            at, own = [*at, self._read], (1 - share) * reading / (1 + reading)
+            at, own = [*at, _READ_AT], (1 - share) * reading / (1 + reading)
             slopes = np.append(slopes, own)
         moves = self._cov[:, at] @ slopes
         doubt = float(moves[at] @ slopes)
@@ -177,8 +186,7 @@ class StepTimes:
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
         self._values = self._state.tolist()
-        self._plain.clear()
-        self._arms.clear()
+        self._known.clear()
         self._notice_change(abs(surprise) > limit, at if draft_k else [])
         if doubt < noise**2:
             self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
@@ -228,9 +236,9 @@ class StepTimes:
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
-        found = self._arms.get((drafter, batch))
+        found = self._known.arms.get((drafter, batch))
         if found is None:
-            found = self._arms[drafter, batch] = self._arm_times(drafter, batch)
+            found = self._known.arms[drafter, batch] = self._arm_times(drafter, batch)
         return found
 
     def _arm_times(self, drafter: str, batch: int) -> list[float]:
@@ -261,7 +269,7 @@ class StepTimes:
         return {
             "speed": factors[0],
             "shapes": factors[1 : 1 + _SIZES],
-            "read": round(_READ * factors[self._read], 3),
+            "read": round(_READ * factors[_READ_AT], 3),
             "costs": {
                 kind: {
                     "drafter": factors[i],
@@ -274,11 +282,11 @@ class StepTimes:
         }
 
     def _typical_plain_s(self, batch: int) -> float:
-        found = self._plain.get(batch)
+        found = self._known.plain.get(batch)
         if found is None:
             log = self._values[0] + self._values[1 + _size(batch)]
             typical_s = self._profile.plain_s(batch) * math.exp(log) * (1 + self._reading)
-            found = self._plain[batch] = typical_s
+            found = self._known.plain[batch] = typical_s
         return found
 
     def _linearised(self, drafter: str, k: int, batch: int) -> tuple[list[int], float, float]:
