@@ -19,8 +19,17 @@ from policies.replayed_log import ReplayedLog, play
 from policies.round_counts import Rounds
 from policies.step_time import StepTimes
 from tests.policies.logs import DRAFTER, always, log, profile
-from tests.policies.simulated import NEURAL
-from tests.policies.unlike import GREEDY, TEMPERATURES, TENANTS, WARM, WORLD, lead, lead_of_reader
+from tests.policies.simulated import NEURAL, Simulation
+from tests.policies.unlike import (
+    GREEDY,
+    TEMPERATURES,
+    TENANTS,
+    WARM,
+    WORLD,
+    lead,
+    lead_of_reader,
+    made,
+)
 
 
 def gain(batch, groups, seeds=(0, 1)):
@@ -53,6 +62,19 @@ def test_requests_of_one_group_change_nothing():
     one_group = replace(WORLD, batch=2, groups=dict.fromkeys(WORLD.difficulties, WARM))
 
     assert lead(one_group, 0) == lead(replace(one_group, groups={}), 0)
+
+
+def num_shifts(groups, seed):
+    """Times that a policy takes its traffic for another one."""
+    world = replace(WORLD, groups=groups)
+    policy = made(world, seed)
+    Simulation(policy, seed).run(world, 800)
+    return policy.figures()["acceptance"]["eagle3/all"]["shifts"]
+
+
+def test_another_request_is_not_taken_for_other_traffic():
+    told, untold = (sum(num_shifts(g, seed) for seed in range(3)) for g in (TEMPERATURES, {}))
+    assert told < 0.7 * untold
 
 
 def replayed(told, num_steps=1500):
