@@ -140,7 +140,8 @@ class Weighed(NamedTuple):
 
     def beyond(self) -> Beyond:
         """What ``AcceptanceModel.observe`` leaves out, by kind of match and of all."""
-        found = {None: Excess(self.beyond_UK.sum(axis=0), float(self.tokens_U.sum()))}
+        everything = Excess(self.beyond_UK.sum(axis=0), float(self.tokens_U.sum()))
+        found: dict[int | None, Excess] = {None: everything}
         for bucket in np.unique(self.buckets_U).tolist():
             if bucket >= 0:
                 own = self.buckets_U == bucket
