@@ -90,7 +90,7 @@ class Grouping:
 
     def of(self, batch: Several[Sequence]) -> Composition:
         """What a batch is made of: the same record while it is the same, and for some steps."""
-        if batch != self._batch:  # compares identities: 1 µs for 256 requests
+        if batch != self._batch:  # compares identities: 0.2 µs for 256 requests
             self._batch = list(batch)
             groups = bytes([sequence.group for sequence in batch])
         elif self._left:
