@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from operator import mul
 from typing import Any
@@ -34,7 +34,9 @@ from numpy.typing import NDArray
 
 from policies.dispersion import Dispersion
 from policies.interface import DrafterTraits
+from policies.log_odds import log_odds
 from policies.regimes import Evidence, Regimes, Since
+from policies.round_counts import NOTHING_BEYOND, Beyond, ByBucket, Outcomes, counts_of
 
 MAX_DRAFT = 16
 """Largest K that settings allow."""
@@ -72,10 +74,6 @@ _POOL = -1
 """Row of a drafter's pool: the last one."""
 
 Floats = NDArray[np.float64]
-Outcomes = Mapping[tuple[int, int], int]
-"""Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
-ByBucket = Mapping[int | None, Outcomes]
-"""Rounds by bucket, the kind of match; under ``None`` those whose match nobody looked up."""
 
 
 def num_buckets(drafters: Mapping[str, DrafterTraits]) -> int:
@@ -136,32 +134,36 @@ class DrafterAcceptance:
     def _has_pool(self) -> bool:
         return len(self._priors) == 1
 
-    def observe(self, step: ByBucket, batch: int, clock: float) -> None:
+    def observe(self, step: ByBucket, batch: int, clock: float, beyond: Beyond) -> None:
         """Take in the rounds of one step, by bucket.
 
         Args:
             batch: requests of the step; sets the least half-life.
             clock: rounds that the engine has done, these included.
+            beyond: see ``AcceptanceModel``.
         """
         expected = self._all_expected()[0].tolist()
         shifted: dict[int, Floats] = {}
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors, lasting_factors = [1.0] * len(expected), [1.0] * len(expected)
         recent, lasting = self._recent, self._lasting
-        new: list[list[list[int]]] = []
+        new: list[Sequence[Sequence[float]]] = []
         rows = self._rows(step)
         for row, outcomes in rows:
             rounds, surprise = 0, 0.0
             for (num_verified, num_accepted), count in outcomes.items():
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
-            new.append(_counts(outcomes, recent.reached.shape[1]))
+            reached, accepted = counts_of(outcomes, recent.reached.shape[1])
+            if (excess := beyond.get(None if row == _POOL else row)) is not None:
+                surprise -= excess.tokens
+                accepted = (np.array(accepted) - excess.kept).tolist()
+            new.append((reached, accepted))
             since = self._since.notices(row, new[-1], surprise, rounds)
             if since is not None:
                 shifted[row] = since
             if row == _POOL:
-                (reached, *_), (accepted, *_) = new[-1]
-                self._dispersion.observe(reached, accepted, expected[row][1] - 1, batch)
+                self._dispersion.observe(reached[0], accepted[0], expected[row][1] - 1, batch)
             idle = max(0.0, clock - self._seen_at[row] - rounds)
             factors[row] = math.exp2(-(rounds + _IDLE_RATE * idle) / half_life)
             lasting_factors[row] = math.exp2(-rounds / (_LASTING * half_life))
@@ -178,6 +180,9 @@ class DrafterAcceptance:
             evidence.accepted[at] += counts[:, 1]
         self._recent, self._lasting = kept, lasting
         self._follow(dict(zip(at, counts, strict=True)), shifted, clock)
+        if beyond:  # what is taken out of few rounds can be more than they kept
+            for evidence in (self._recent, self._lasting):
+                np.clip(evidence.accepted, 0.0, evidence.reached, out=evidence.accepted)
         self._expected = None
 
     def _follow(
@@ -398,19 +403,27 @@ class AcceptanceModel:
         self._clock += batch * num_steps
         self.batch = batch
 
-    def observe(self, drafter: str, step: ByBucket, batch: int) -> None:
+    def observe(
+        self, drafter: str, step: ByBucket, batch: int, beyond: Beyond = NOTHING_BEYOND
+    ) -> None:
         """Take in the rounds of one step, by bucket.
 
         Args:
             batch: requests of the step; sets the least half-life.
+            beyond: what they have kept because of whose they are, which says nothing of others.
         """
-        self._drafters[drafter].observe(step, batch, self._clock)
+        self._drafters[drafter].observe(step, batch, self._clock, beyond)
 
     def hazards(self, drafter: str, bucket: int) -> list[float]:
         """c_1, c_2, ... c_K, each in [0, 1]."""
         self._drafters[drafter].fade(self._clock, self.batch)
         hazards: list[float] = self._drafters[drafter].hazards()[bucket].tolist()
         return hazards
+
+    def all_hazards(self, drafter: str) -> Floats:
+        """[B + 1, K] the same by bucket; the last row is that of all. Must not be changed."""
+        self._drafters[drafter].fade(self._clock, self.batch)
+        return self._drafters[drafter].hazards()
 
     def expected_tokens(self, drafter: str) -> Floats:
         """[B, K + 1] expected tokens of a round, the target's own included, by bucket at k = 0, 1,
@@ -473,21 +486,3 @@ def _usual(reached: list[float], accepted: list[float], prior: float) -> list[fl
         usual.append((a + weight * prior) / (n + weight))
         prior, weight = _DEPTH_FACTOR * usual[-1], _DEEP_WEIGHT
     return usual
-
-
-def log_odds(hazard: float) -> float:
-    """Log-odds of a probability, kept away from certainty."""
-    inside = min(max(hazard, 1e-3), 1 - 1e-3)
-    return math.log(inside / (1 - inside))
-
-
-def _counts(outcomes: Outcomes, max_draft: int) -> list[list[int]]:
-    """Rounds that reached each position, and those that accepted it."""
-    reached, accepted = [0] * max_draft, [0] * max_draft
-    for (num_verified, num_accepted), count in outcomes.items():
-        for j in range(num_accepted):
-            reached[j] += count
-            accepted[j] += count
-        if num_accepted < num_verified:
-            reached[num_accepted] += count
-    return [reached, accepted]

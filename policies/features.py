@@ -9,7 +9,12 @@ otherwise a policy that stops drafting where text is hard sees hard text for eve
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
+from operator import mul
+
+from policies.groups import NUM_CLASSES
 
 NAMES = (
     "batch",
@@ -29,6 +34,9 @@ NAMES = (
     "tokens_middle",
     "recent_hazard_1",
     "recent_hazard_2",
+    "greedy",
+    "warmth",
+    "context",
 )
 """In the order of ``Features.vector``."""
 NUM_FEATURES = len(NAMES)
@@ -40,6 +48,8 @@ _NUM_RECENT = 2
 _NUM_HAZARDS = 5
 """Positions 1 to 4, and all deeper ones together."""
 _FIRST_HAZARD = 0.6
+_USUAL_K = 4
+"""Draft tokens that the tokens of a version that never drafted are expected of."""
 _FADE = 0.1
 """Share of the difference between recent and usual figures that a plain step takes away."""
 _MOST_COST = 8.0
@@ -57,11 +67,21 @@ class Features:
         self._max_draft = max_draft
         self.forget()
 
-    def forget(self) -> None:
-        """Start over: other weights draft."""
+    def forget(self, acceptance: Sequence[float] = ()) -> None:
+        """Start over: other weights draft.
+
+        Args:
+            acceptance: what was published with them, by position; the last one holds for all
+                deeper ones.
+        """
         self._fast = self._middle = self._slow = 1.5
         self._recent = [_FIRST_HAZARD] * _NUM_RECENT
         self._hazards = [_FIRST_HAZARD] * _NUM_HAZARDS
+        if acceptance:
+            known = [acceptance[min(j, len(acceptance) - 1)] for j in range(_NUM_HAZARDS)]
+            self._hazards, self._recent = known, known[:_NUM_RECENT]
+            kept = sum(accumulate(known[:_USUAL_K], mul))
+            self._fast = self._middle = self._slow = 1 + kept
         self._last_k, self._last_accepted, self._all_kept = 0.0, 0.0, 0.0
         self._usually_kept = 0.0
 
@@ -100,12 +120,20 @@ class Features:
         for j in range(_NUM_RECENT):
             self._recent[j] += _FADE * (self._hazards[j] - self._recent[j])
 
-    def vector(self, batch: int, shares: Sequence[float]) -> list[float]:
+    def vector(
+        self,
+        batch: int,
+        shares: Sequence[float],
+        groups: bytes | None = None,
+        context: int | None = None,
+    ) -> list[float]:
         """[NUM_FEATURES] what is known before a step.
 
         Args:
             shares: [max_draft + 1] times of a step at K = 0, 1, ... relative to a plain one.
+            groups, context: see ``policies.interface.StepObs``.
         """
+        greedy, warmth = _temperatures(groups) if groups else (0.0, 0.0)
         return [
             batch.bit_length() / 8,
             min(shares[1] - 1, _MOST_COST),
@@ -119,4 +147,18 @@ class Features:
             self._all_kept,
             self._middle / self._max_draft,
             *self._recent,
+            greedy,
+            warmth,
+            (context or 0).bit_length() / 16,
         ]
+
+
+def _temperatures(groups: bytes) -> tuple[float, float]:
+    """Share of greedy requests, and mean class of temperature in 0..1."""
+    counts = Counter(groups.translate(_CLASSES))
+    warmth = sum(number * count for number, count in counts.items())
+    return counts[0] / len(groups), warmth / len(groups) / (NUM_CLASSES - 1)
+
+
+_CLASSES = bytes(group % NUM_CLASSES for group in range(256))
+"""Class of temperature by group."""

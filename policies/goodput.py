@@ -19,10 +19,10 @@ from dataclasses import replace
 from typing import Any, Self
 
 from configs.schema import PolicySettings
-from policies.acceptance import AcceptanceModel
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
+from policies.grouped import GroupedAcceptance
 from policies.interface import (
     CostSample,
     Decision,
@@ -39,7 +39,7 @@ from policies.rest import Glance, Rest
 from policies.step_time import StepTimes
 from policies.switching import FEW_ROWS, SwitchCosts
 from policies.versions import VersionMemory
-from policies.weighed import Basis, Made, Weighed
+from policies.weighed import NOBODY, Basis, Like, Made, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
@@ -71,6 +71,8 @@ class _Steps:
         when they did."""
         self.clock_s = 0.0
         """Time of all steps."""
+        self.like = NOBODY
+        """The requests of the last plan."""
         self.made: Made | None = None
         """The last plan, until ``_settle``,"""
         self.look: Weighed | None = None
@@ -112,7 +114,7 @@ class GoodputPolicy:
         """
         drafters = with_mixes(context.drafters, context.mixes)
         kinds = self._kinds = Kinds.of(context.drafters, context.mixes)
-        self._acceptance = AcceptanceModel(half_life_rounds, drafters, context.max_draft)
+        self._acceptance = GroupedAcceptance(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
         self._switches = SwitchCosts(kinds.neural)
@@ -223,6 +225,8 @@ class GoodputPolicy:
     def plan(self, obs: StepObs) -> Decision:
         """Choose a drafter and K for the next step."""
         self._settle()
+        self._acceptance.glance(obs.groups)
+        self._times.follow(obs.context, obs.batch)
         is_paid = self._explorer.more != "none"
         self._rest.plan_begins(looked=obs.matches is not None, is_paid=is_paid)
         if (glanced := self._rest.glanced(obs)) is not None:
@@ -238,16 +242,24 @@ class GoodputPolicy:
         """Learn acceptance from every step, and times from steps without prefill. What the next
         plan needs is computed here, while the device works."""
         self._settle()
+        self._times.follow(outcome.context, outcome.batch)
         self._steps.clock_s += outcome.step_s
         if (batch := self._rest.learn_looks()) is not None:
             tokens, seconds = self._forecaster.needing_match(batch)
             self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
         self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
+        self._acceptance.follow(outcome.rows.groups)
+        if self._like.is_far_from(self._steps.like):  # a plan that is still followed is for others
+            self._rest.left = 0
         if outcome.decision.policy:
             self.prepare(outcome.batch)
         else:  # no plan was wanted, and the next step is likely to want none
             self._basis = self._ahead = None
+
+    @property
+    def _like(self) -> Like:
+        return Like(self._acceptance.mix, self._times.context)
 
     def prepare(self, batch: int) -> None:
         """Compute what the next plan will weigh, while the device works.
@@ -278,6 +290,7 @@ class GoodputPolicy:
         self._settle()
         self._lessons.learn_gathered()
         self._versions.on_swap(drafter, version, calibration)
+        self._acceptance.on_swap(drafter, version, calibration)
         for mix, members in self._kinds.members.items():
             if drafter in members:
                 self._versions.on_change(mix)
@@ -309,9 +322,10 @@ class GoodputPolicy:
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
         basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
+        self._steps.like = self._like
         self._basis = self._ahead = None
         fresh = self._fresh(obs)
-        if basis is None or not basis.is_for(obs, max_k, fresh):
+        if basis is None or not basis.is_for(obs, max_k, fresh, self._steps.like):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches != basis.obs.matches or obs.caps != basis.obs.caps:
@@ -353,7 +367,7 @@ class GoodputPolicy:
             lambda arm: self._forecaster.spread(arm, obs.batch), plain_lead=self._plain_lead,
             return_s=return_s,
         )  # fmt: skip
-        return Basis(obs, max_k, fresh, outline, catch_up_s, footing)
+        return Basis(obs, max_k, fresh, outline, catch_up_s, footing, self._like)
 
     def _fresh(self, obs: StepObs) -> str:
         """The drafter or mix of the last decision; ``none`` if it lacks rows, although it drafted:

@@ -155,6 +155,12 @@ class StepObs:
     records: tuple[Mapping[str, DraftRecord], ...] | None = None
     """[batch] what drafters have done for each request, by kind; ``None`` unless several can draft
     in one step. Outcomes of earlier rounds only."""
+    groups: bytes | None = None
+    """[batch] group of each request, by its temperature and its tenant; see ``policies.groups``.
+    The same object while the batch is the same."""
+    context: int | None = None
+    """Tokens of a request whose keys and values a step reads, a mean over the batch; it may be some
+    steps old."""
 
     def longest(self, most: int) -> int:
         """The largest K that some request can use, at most ``most``."""
@@ -223,6 +229,8 @@ class RowOutcomes:
     """The entries of ``StepObs.matches``; ``None`` where that is ``None`` or the policy rested."""
     drafters: Sequence[str] | None = None
     """Of a mix, who drafted for each request; ``None``: the decision's drafter for all."""
+    groups: bytes | None = None
+    """Those of ``StepObs.groups``; ``None`` where the engine does not tell them."""
 
     def __len__(self) -> int:
         return len(self.num_accepted)
@@ -240,7 +248,8 @@ class RowOutcomes:
             compress(self.num_accepted, is_own),
         )
         matches = None if self.matches is None else list(compress(self.matches, is_own))
-        return RowOutcomes(list(verified), list(accepted), matches)
+        groups = None if self.groups is None else bytes(compress(self.groups, is_own))
+        return RowOutcomes(list(verified), list(accepted), matches, groups=groups)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,6 +275,8 @@ class Outcome:
     """Rows, over the batch, that were computed before the drafter could draft: after steps without
     it, after its rows were forgotten because former weights came back, or of cached prompts that it
     had not seen."""
+    context: int | None = None
+    """See ``StepObs``."""
 
 
 class DraftPolicy(Protocol):
@@ -304,8 +315,10 @@ class DraftPolicy(Protocol):
             version: the version now in force.
             calibration: ``Manifest.policy`` of that version, e.g. ``{"acceptance": [0.8, 0.7],
                 "parent": 3, "parent_acceptance": [0.75, 0.6]}``: conditional acceptance of draft
-                positions 1, 2, ... on held-out traces, by the version and by its parent. Every key
-                may be missing.
+                positions 1, 2, ... on held-out traces, by the version and by its parent.
+                ``acceptance_by_temperature``, by class (``policies.groups``), where traces have
+                several; networks of learned policies under keys of their own. Every key may be
+                missing.
         """
         ...
 

@@ -6,18 +6,18 @@ than deciding.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from policies.acceptance import AcceptanceModel
 from policies.choice import Chooser
 from policies.forecast import PLAIN_ARM
+from policies.grouped import GroupedAcceptance
 from policies.interface import Decision, Outcome
 from policies.ledger import Ledger
 from policies.picks import Kinds
 from policies.probes import Explorer
-from policies.rest import Gathered, Rest, count_rows
+from policies.rest import Gathered, Rest
+from policies.round_counts import Counted
 from policies.step_time import StepTimes
 from policies.switching import FRESH_STEPS, SwitchCosts
 
@@ -55,7 +55,7 @@ class Lessons:
     def __init__(
         self,
         kinds: Kinds,
-        acceptance: AcceptanceModel,
+        acceptance: GroupedAcceptance,
         times: StepTimes,
         switches: SwitchCosts,
         chooser: Chooser,
@@ -211,8 +211,8 @@ class Lessons:
         if not self._rest.gathered.num_steps:
             return
         gathered, self._rest.gathered = self._rest.gathered, Gathered()
-        if gathered.rounds:
-            self._acceptance.observe(gathered.drafter, gathered.rounds, self._acceptance.batch)
+        if gathered.counted.rounds:
+            self._acceptance.learn(gathered.drafter, gathered.counted, self._acceptance.batch)
         if gathered.seconds:
             is_drafted = gathered.drafter != "none"
             self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
@@ -232,10 +232,10 @@ class Lessons:
         # The length of a match decides who drafts, and a drafter that needs one is known by it.
         found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
         for drafter, rows in found.items():
-            seen: dict[int | None, Counter[tuple[int, int]]] = {}
-            count_rows(rows, seen)
-            if seen:
-                self._acceptance.observe(drafter, seen, outcome.batch)
+            counted = Counted()
+            counted.add(rows)
+            if counted.rounds:
+                self._acceptance.learn(drafter, counted, outcome.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch

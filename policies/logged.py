@@ -22,15 +22,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from buffer.records import FIGURES, Consideration, Round, Trace
+from policies.groups import group_of
 from policies.interface import PICK_REASONS
 
 Floats = NDArray[np.float64]
 
+_TENANTS = 16
 _LEAST_WHOLE = 30
 """Rounds of steps that could not cut from which on hazards are those of such steps alone."""
 _BINS = 12
@@ -53,6 +56,8 @@ class LoggedRow:
     """The draft before the device cut it."""
     temperature: float = 1.0
     """Of the request, where ``considered`` is noted."""
+    group: int = 0
+    """Of the request, see ``policies.groups``."""
 
     def longest(self, draft_k: int) -> int | None:
         """The longest draft that the request could use; ``None``: as long as any.
@@ -88,6 +93,14 @@ class LoggedStep:
     is_mixed: bool = False
     """A drafter was picked for each request of a batch. Such a step has no single drafter and no
     single propensity, and its time is no single drafter's."""
+    context: int | None = None
+    """Tokens of a request's text, see ``policies.interface.StepObs``."""
+
+    @property
+    def groups(self) -> bytes:
+        """[batch] of the requests, if those without a trace are as those with one."""
+        known = bytes(row.group for row in self.rows)
+        return (known * (self.batch // len(known) + 1))[: self.batch]
 
     @property
     def has_figures(self) -> bool:
@@ -107,11 +120,13 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
     Rounds of traces that do not number steps are put together by all that a step has in common, its
     time in nanoseconds included, and keep the order in which their requests ended.
     """
-    found: dict[tuple[object, ...], list[tuple[Round, float]]] = {}
+    found: dict[tuple[object, ...], list[_Noted]] = {}
     ordered = sorted(traces, key=lambda trace: (trace.epoch, trace.producer))
     numbered: list[tuple[object, ...]] = []
+    tenants = _tenants(ordered)
     for trace in ordered:
         temperature = trace.sampling.temperature
+        group = group_of(tenants.get((trace.tenant, trace.domain), 0), temperature)
         for one in trace.rounds:
             shared = one.step_s, one.batch, one.draft_k, one.version, one.propensity
             is_numbered = one.step is not None
@@ -120,16 +135,32 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
                 found[key] = []
                 if is_numbered:
                     numbered.append(key)
-            found[key].append((one, temperature))
+            found[key].append(_Noted(one, temperature, group))
     numbers = {key: at for at, key in enumerate(sorted(numbered))}
     keys = sorted(found, key=lambda key: numbers.get(key, -1))
     return [_step_of(found[key]) for key in keys]
 
 
-def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
-    drafting = [r for r, _ in rounds if r.draft_ids or r.considered is not None]
+class _Noted(NamedTuple):
+    """A round, and what is known of its request."""
+
+    round: Round
+    temperature: float
+    group: int
+
+
+def _tenants(traces: Iterable[Trace]) -> dict[tuple[str, str], int]:
+    """Numbers of the tenants and domains with most traces, as an engine gives them; 0 is of the
+    others, and of those that say neither."""
+    counts = Counter((trace.tenant, trace.domain) for trace in traces)
+    del counts["default", ""]
+    return {label: number for number, (label, _) in enumerate(counts.most_common(_TENANTS), 1)}
+
+
+def _step_of(rounds: Sequence[_Noted]) -> LoggedStep:
+    drafting = [r for r, _, _ in rounds if r.draft_ids or r.considered is not None]
     drafters = sorted({r.drafter for r in drafting} - {"none"})
-    one = drafting[0] if drafting else rounds[0][0]
+    one = drafting[0] if drafting else rounds[0].round
     return LoggedStep(
         drafter="+".join(drafters) or "none",
         draft_k=one.draft_k,
@@ -139,13 +170,14 @@ def _step_of(rounds: Sequence[tuple[Round, float]]) -> LoggedStep:
         version=one.version,
         step_s=one.step_s,
         rows=tuple(
-            LoggedRow(len(r.draft_ids), r.num_accepted)
+            LoggedRow(len(r.draft_ids), r.num_accepted, group=group)
             if r.considered is None
-            else LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature)
-            for r, temperature in rounds
+            else LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature, group)
+            for r, temperature, group in rounds
         ),
-        may_cut=any(r.considered is not None and r.considered.may_cut for r, _ in rounds),
-        is_timed=all(r.is_timed for r, _ in rounds),
+        may_cut=any(r.considered is not None and r.considered.may_cut for r, _, _ in rounds),
+        is_timed=all(r.is_timed for r, _, _ in rounds),
+        context=sum(r.anchor + 1 for r, _, _ in rounds) // len(rounds),
         notes=one.notes,
         is_mixed=len(drafters) > 1 or (one.batch > 1 and one.reason in PICK_REASONS),
     )

@@ -19,10 +19,11 @@ from typing import Any, Self
 
 from configs.schema import PolicySettings
 from policies.features import Features
-from policies.interface import Outcome, PolicyContext
+from policies.interface import Decision, Outcome, PolicyContext, StepObs
 from policies.lengths import LengthPolicy, spread
 from policies.network import FILE, MAX_BYTES, Network
 from policies.published import Published
+from policies.versions import probabilities
 from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "ltd"
@@ -54,6 +55,9 @@ class LtdPolicy(LengthPolicy):
         )
         self._random_share = random_share
         self._features = Features(max(context.max_draft, 1))
+        self._groups: bytes | None = None
+        self._context: int | None = None
+        """See ``StepObs``: of the step that was observed or is planned."""
 
     @classmethod
     def from_settings(cls, settings: PolicySettings, context: PolicyContext) -> Self:
@@ -70,12 +74,25 @@ class LtdPolicy(LengthPolicy):
             context, settings.drafter, network, settings.random_share, takes_published=path is None
         )
 
+    def plan(self, obs: StepObs) -> Decision:
+        """Draw K from the law for these requests."""
+        if obs.groups != self._groups:
+            self._ahead.clear()  # it was computed for others
+        self._groups, self._context = obs.groups, obs.context
+        return super().plan(obs)
+
+    def observe(self, outcome: Outcome) -> None:
+        """Learn, and compute the law of the next step for requests like these."""
+        self._groups, self._context = outcome.rows.groups, outcome.context
+        super().observe(outcome)
+
     def law(self, batch: int, max_k: int) -> Sequence[float]:
         """The K with the highest score among those that can be used."""
         network = self._published.network
         if network is None:
             return spread(0, max_k, 0.0)
-        scores = network.scores(self._features.vector(batch, self.costs.shares(batch)))
+        vector = self._features.vector(batch, self.costs.shares(batch), self._groups, self._context)
+        scores = network.scores(vector)
         usable = range(min(max_k + 1, len(scores)))
         return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
 
@@ -85,8 +102,9 @@ class LtdPolicy(LengthPolicy):
         self._features.observe(outcome.decision.draft_k, rows.num_verified, rows.num_accepted)
 
     def forget(self, calibration: dict[str, Any]) -> None:
-        """Start the features over, and take the network that comes with the version, if any."""
-        self._features.forget()
+        """Start the features from what was published with the version, and take the network that
+        comes with it, if any."""
+        self._features.forget(probabilities(calibration.get("acceptance")))
         self._published.on_swap(calibration)
 
     def state(self) -> dict[str, Any]:

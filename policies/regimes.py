@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from policies.cusum import Cusum
 
 Floats = NDArray[np.float64]
-Counts = Sequence[Sequence[int]]
+Counts = Sequence[Sequence[float]]
 
 _NOTHING = 1e-9
 _LEAST_CHANCE = 0.01

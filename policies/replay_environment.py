@@ -141,7 +141,8 @@ class ReplayEnvironment:
 
     def _observation(self) -> Observation:
         at = min(self._at, len(self._log.steps) - 1)
-        vector = self._features.vector(self._log.steps[at].batch, self._shares[at].tolist())
+        step, shares = self._log.steps[at], self._shares[at].tolist()
+        vector = self._features.vector(step.batch, shares, step.groups, step.context)
         return np.clip(np.array(vector, np.float32), OBSERVATIONS.low, OBSERVATIONS.high)
 
 

@@ -247,11 +247,12 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
             Outcome(
                 decision=decision,
                 batch=step.batch,
-                rows=RowOutcomes(verified, accepted),
+                rows=RowOutcomes(verified, accepted, groups=bytes(r.group for r in step.rows)),
                 step_s=step_s,
                 draft_s=0.0,
                 has_prefill=not step.is_timed,
                 version=step.version,
+                context=step.context,
             )
         )
     return Played(ks, policy.figures(), cuts)
@@ -284,5 +285,7 @@ def _decided(policy: DraftPolicy, at: int, step: LoggedStep, log: ReplayedLog) -
             drafters=(log.drafter,),
             max_draft=log.max_draft,
             version=step.version,
+            groups=step.groups,
+            context=step.context,
         )
     )

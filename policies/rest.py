@@ -13,10 +13,8 @@ That holds for whatever they take, expected or not.
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import repeat
 
 import numpy as np
 
@@ -25,9 +23,10 @@ from policies.average import Average
 from policies.choice import Choice
 from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind, kinds_of
 from policies.index_alone import IndexAlone, Look
-from policies.interface import Outcome, RowOutcomes, StepObs
+from policies.interface import Outcome, StepObs
 from policies.ledger import Ledger, Purpose
 from policies.look_time import LookTime
+from policies.round_counts import Counted
 
 _REST_SHARE = 0.003
 """While drafting pays: share of the time that plans may take, and that looks may take while they
@@ -383,7 +382,7 @@ class Gathered:
 
     def __init__(self) -> None:
         self.drafter = "none"
-        self.rounds: dict[int | None, Counter[tuple[int, int]]] = {}
+        self.counted = Counted()
         self.num_steps = 0
         self.seconds = 0.0
         """Of steps whose time says something,"""
@@ -398,14 +397,4 @@ class Gathered:
                 self.tokens_each += outcome.rows.tokens_each
         self.drafter = outcome.decision.drafter
         if outcome.decision.draft_k:
-            count_rows(outcome.rows, self.rounds)
-
-
-def count_rows(rows: RowOutcomes, into: dict[int | None, Counter[tuple[int, int]]]) -> None:
-    """Count rounds in which something was verified by (num_verified, num_accepted), by kind of
-    match."""
-    matches = repeat(None) if rows.matches is None else rows.matches
-    rounds = zip(matches, rows.num_verified, rows.num_accepted, strict=False)
-    for (match, num_verified, num_accepted), count in Counter(rounds).items():
-        if num_verified:
-            into.setdefault(match, Counter())[num_verified, num_accepted] += count
+            self.counted.add(outcome.rows)

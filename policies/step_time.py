@@ -2,14 +2,18 @@
 
 The typical time of a step is a product of unknown factors on the start-up profile:
 
-    plain(batch) * speed * shape[batch] * (1 + increment(arm, batch) * cost[arm, batch])
+    plain(batch) * speed * shape[batch]
+        * (1 + read * context + increment(arm, batch) * cost[arm, batch])
 
-where an arm is a drafter and K. ``speed`` is that of the machine and may drift fast, ``shape`` is a
-factor of plain steps by size of the batch, and ``cost`` is a factor of the drafter times one of its
-own for each K and one for each size of batch. The logarithms of all of them form the state of an
-extended Kalman filter, so each step updates what it says something about, by as much as it does: a
-plain step between drafting ones tells the speed of the machine and so what the drafter costs.
-Without new evidence, factors become uncertain again.
+where an arm is a drafter and K, and ``context`` is how much text a step reads, over the batch. Keys
+and values are read once for all rows of a request, so long texts make plain steps longer, but not
+what a draft adds to them: the longer a text, the better is a draft worth its time. ``speed`` is
+that of the machine and may drift fast, ``shape`` is a factor of plain steps by size of the batch,
+and ``cost`` is a factor of the drafter times one of its own for each K and one for each size of
+batch. The logarithms of all of them form the state of an extended Kalman filter, so each step
+updates what it says something about, by as much as it does: a plain step between drafting ones
+tells the speed of the machine and so what the drafter costs. Without new evidence, factors become
+uncertain again.
 
 A surprise counts up to 2.5 standard deviations; ``scatter`` keeps the rest, so that means are right
 where steps come late.
@@ -19,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -52,9 +56,33 @@ _MOST_SD = 3.0
 take no time, whatever its length, and no step would say much of the factor any more."""
 _TAKEN_OVER = 0.02
 """Share by which factors that another model has learned become as uncertain as at first."""
+_READ, _READ_SD = 0.1, 1.5
+"""Prior of ``read`` by context in units of ``_CONTEXT_UNIT`` tokens: shares of a plain step (23 kB
+of keys and values for each token of a model of 135 M parameters, 131 kB of one of 8 billion), and
+standard deviation of its logarithm."""
+_READ_AT = -1
+"""Its place in the state."""
+_CONTEXT_UNIT = 16384
+_LEAST_CONTEXT = 256
+"""Tokens over the batch; fewer are as many as these, and each half octave above is one context,"""
+_NEXT_CONTEXT = 0.75
+"""which is left for another one from so many half octaves on."""
 _LEAST_SHARE = 0.15
 """Least slope of an arm's logarithm in its drafter's factor. The true one of a small increment
 would take a factor of ten hundreds of steps to be found."""
+
+
+class _Known(NamedTuple):
+    """What was computed of the state as it is."""
+
+    plain: dict[int, float]
+    """Typical seconds of a plain step by batch."""
+    arms: dict[tuple[str, int], list[float]]
+    """What ``arm_times`` returns."""
+
+    def clear(self) -> None:
+        self.plain.clear()
+        self.arms.clear()
 
 
 class StepTimes:
@@ -68,6 +96,8 @@ class StepTimes:
         """
         self._max_draft = max_draft
         self._drafters = drafters
+        self.context = 0
+        """Half octaves above ``_LEAST_CONTEXT`` that a step reads; 0 where nobody tells."""
         block = 1 + max_draft + _SIZES
         self._first = {kind: 1 + _SIZES + i * block for i, kind in enumerate(drafters)}
         """Index of a drafter's factor; those of K = 1, 2, ... and of the sizes follow."""
@@ -88,10 +118,7 @@ class StepTimes:
         self._num_observed = self._outliers = 0
         self.num_changes = 0
         """Changes of the machine or of an arm's cost, noticed by many outliers in a row."""
-        self._plain: dict[int, float] = {}
-        """Typical seconds of a plain step by batch, of the state as it is."""
-        self._arms: dict[tuple[str, int], list[float]] = {}
-        """Likewise what ``arm_times`` returns."""
+        self._known = _Known({}, {})
 
     def start_from(self, other: StepTimes) -> None:
         """Take over the factors and the scatter that another model has learned. The factors are a
@@ -105,8 +132,28 @@ class StepTimes:
         self._scatter.noise = other._scatter.noise
         self._num_observed = other._num_observed
         self._values = self._state.tolist()
-        self._plain.clear()
-        self._arms.clear()
+        self._known.clear()
+
+    def follow(self, context: int | None, batch: int) -> None:
+        """Predict times of steps that read so much text, from now on.
+
+        Args:
+            context: tokens of a request; ``None`` leaves what was told last.
+        """
+        if context is None:
+            return
+        half_octaves = 2 * math.log2(max(batch * context, 1) / _LEAST_CONTEXT)
+        if abs(max(half_octaves, 0.0) - self.context) > _NEXT_CONTEXT:
+            self.context = max(round(half_octaves), 0)
+            self._known.clear()
+
+    @property
+    def _reading(self) -> float:
+        """Time that reading the text takes, as a share of a plain step without any."""
+        if not self.context:
+            return 0.0
+        tokens: float = _LEAST_CONTEXT * 2 ** (self.context / 2)
+        return _READ * math.exp(self._values[_READ_AT]) * tokens / _CONTEXT_UNIT
 
     @property
     def is_known(self) -> bool:
@@ -123,6 +170,10 @@ class StepTimes:
         at, share, typical_s = self._linearised(drafter, draft_k, batch)
         self._drift()
         slopes = np.array([1.0, 1.0, *[share] * (len(at) - 2)])
+        if reading := self._reading:
+            # The share that the increment leaves is the plain step's, and of this the text's.
+            at, own = [*at, _READ_AT], (1 - share) * reading / (1 + reading)
+            slopes = np.append(slopes, own)
         moves = self._cov[:, at] @ slopes
         doubt = float(moves[at] @ slopes)
         noise = self._scatter.noise
@@ -135,9 +186,8 @@ class StepTimes:
         self._cov -= moves[:, None] * (moves / variance)
         self._num_observed += 1
         self._values = self._state.tolist()
-        self._plain.clear()
-        self._arms.clear()
-        self._notice_change(abs(surprise) > limit, at)
+        self._known.clear()
+        self._notice_change(abs(surprise) > limit, at if draft_k else [])
         if doubt < noise**2:
             self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
 
@@ -186,9 +236,9 @@ class StepTimes:
 
     def arm_times(self, drafter: str, batch: int) -> list[float]:
         """Predicted seconds at K = 1, 2, ... max_draft, not decreasing. Must not be changed."""
-        found = self._arms.get((drafter, batch))
+        found = self._known.arms.get((drafter, batch))
         if found is None:
-            found = self._arms[drafter, batch] = self._arm_times(drafter, batch)
+            found = self._known.arms[drafter, batch] = self._arm_times(drafter, batch)
         return found
 
     def _arm_times(self, drafter: str, batch: int) -> list[float]:
@@ -197,6 +247,7 @@ class StepTimes:
         typical_s = self._typical_plain_s(batch)
         mean_s = self._scatter.ratio(drafter) * typical_s
         late_s = self._scatter.late_s(drafter, typical_s)
+        common /= 1 + self._reading
         times, longest = [], 0.0
         # In plain Python: for so few numbers it takes a third of the time of numpy.
         for increment, cost in zip(
@@ -218,6 +269,7 @@ class StepTimes:
         return {
             "speed": factors[0],
             "shapes": factors[1 : 1 + _SIZES],
+            "read": round(_READ * factors[_READ_AT], 3),
             "costs": {
                 kind: {
                     "drafter": factors[i],
@@ -230,10 +282,11 @@ class StepTimes:
         }
 
     def _typical_plain_s(self, batch: int) -> float:
-        found = self._plain.get(batch)
+        found = self._known.plain.get(batch)
         if found is None:
             log = self._values[0] + self._values[1 + _size(batch)]
-            found = self._plain[batch] = self._profile.plain_s(batch) * math.exp(log)
+            typical_s = self._profile.plain_s(batch) * math.exp(log) * (1 + self._reading)
+            found = self._known.plain[batch] = typical_s
         return found
 
     def _linearised(self, drafter: str, k: int, batch: int) -> tuple[list[int], float, float]:
@@ -246,7 +299,7 @@ class StepTimes:
         first = self._first[drafter]
         at = [0, 1 + size, first, first + k, first + 1 + self._max_draft + size]
         cost = math.exp(sum(self._values[i] for i in at[2:]))
-        increment = self._profile.increments(drafter, batch)[k] * cost
+        increment = self._profile.increments(drafter, batch)[k] * cost / (1 + self._reading)
         share = max(increment / (1 + increment), _LEAST_SHARE)
         return at, share, plain_s * (1 + increment)
 
@@ -257,7 +310,8 @@ def _prior(max_draft: int, num_drafters: int, is_measured: bool) -> Floats:
     drafter = np.array([[(_DRAFTER_SD if is_measured else _DRAFTER_SD_UNMEASURED) ** 2]])
     shape = (_SHAPE_SD if is_measured else _SHAPE_SD_UNMEASURED) ** 2 * _correlation(_SIZES)
     speed = np.array([[(_SPEED_SD if is_measured else _SPEED_SD_UNMEASURED) ** 2]])
-    blocks = [speed, shape, *[drafter, by_k, by_size] * num_drafters]
+    read = np.array([[_READ_SD**2]])
+    blocks = [speed, shape, *[drafter, by_k, by_size] * num_drafters, read]
     prior = np.zeros((sum(map(len, blocks)),) * 2)
     at = 0
     for block in blocks:

@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from policies.acceptance import AcceptanceModel, Floats, log_odds
+from policies.acceptance import AcceptanceModel, Floats
 from policies.interface import DrafterTraits
+from policies.log_odds import log_odds
 from policies.regimes import Evidence
 
 _log_odds = np.vectorize(log_odds, otypes=[np.float64])  # for a swap, not for a step

@@ -12,8 +12,35 @@ from typing import NamedTuple
 
 from policies.choice import Choice, Footing
 from policies.forecast import Arm, Forecast, Outline
+from policies.groups import Mix
 from policies.interface import StepObs
 from policies.probes import Priced
+
+_OTHERS = 0.25
+"""Share of the requests that are of other groups than those that were planned for, from which on
+another plan is worth its time,"""
+_LONGER = 2
+"""and half octaves by which they read more or less text."""
+
+
+class Like(NamedTuple):
+    """What the requests of a batch are like, as far as plans depend on it."""
+
+    mix: Mix | None
+    """Their groups."""
+    context: int
+    """See ``StepTimes``."""
+
+    def is_far_from(self, planned: Like) -> bool:
+        """Whether a plan for these others should not be followed any more."""
+        if abs(self.context - planned.context) >= _LONGER:
+            return True
+        if self.mix is None or planned.mix is None or self.mix is planned.mix:
+            return False
+        return self.mix.distance(planned.mix) >= _OTHERS
+
+
+NOBODY = Like(None, 0)
 
 
 class Basis(NamedTuple):
@@ -29,14 +56,16 @@ class Basis(NamedTuple):
     catch_up_s: dict[str, float]
     """Seconds to come back to each neural drafter that may propose."""
     footing: Footing
+    like: Like
 
-    def is_for(self, obs: StepObs, max_k: int, fresh: str) -> bool:
+    def is_for(self, obs: StepObs, max_k: int, fresh: str, like: Like = NOBODY) -> bool:
         """Whether this is what the plan would weigh."""
         own = self.obs
         return (
             obs.batch == own.batch
             and max_k == self.max_k
             and fresh == self.fresh
+            and not like.is_far_from(self.like)
             and obs.drafters == own.drafters
             and obs.pending_rows == own.pending_rows
         )

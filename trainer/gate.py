@@ -21,6 +21,7 @@ from drafters.acceptance import Chains
 from drafters.trainable import Trainable
 from policies.cost_table import SpeedTable, by_tokens
 from policies.gate import GateVerdict, PairedTrace, gain_error, gate
+from policies.groups import class_of
 from targets.head import TargetHead
 from trainer.packing import EMPTY_SLOT, HeldPiece, Packed, pack
 from trainer.rows import HeldSample, RowStore
@@ -84,6 +85,9 @@ class Judgement:
     """``None`` where step times are unknown; then tokens_per_step decides."""
     domains: Mapping[str, DomainSpeeds] = field(default_factory=dict)
     """Of the newest and earlier held-out traces."""
+    by_temperature: Mapping[int, list[float]] = field(default_factory=dict)
+    """The candidate's ``acceptance`` by class of temperature (``policies.groups``); empty unless
+    there are two classes with enough of these traces."""
 
     @property
     def is_hopeless(self) -> bool:
@@ -326,6 +330,7 @@ class Judge:
             theirs.kept.acceptance(),
             Speeds(*figures) if speed and None not in figures else None,  # type: ignore[arg-type]
             self._domain_speeds(values, domains, measured, known),
+            _by_temperature(measured, held_out),
         )
 
     def _domain_speeds(
@@ -442,6 +447,21 @@ def _by_domain(samples: Sequence[HeldSample]) -> dict[str, list[HeldSample]]:
     for one in samples:
         found.setdefault(one.domain, []).append(one)
     return found
+
+
+def _by_temperature(
+    measured: dict[str, Measured], samples: Sequence[HeldSample]
+) -> dict[int, list[float]]:
+    classes: dict[int, list[HeldSample]] = {}
+    for one in samples:
+        classes.setdefault(class_of(one.temperature), []).append(one)
+    found = {
+        number: _join(measured, own).kept.acceptance()
+        for number, own in sorted(classes.items())
+        if len(own) >= _ENOUGH_TRACES
+    }
+    found = {number: acceptance for number, acceptance in found.items() if acceptance}
+    return found if len(found) > 1 else {}
 
 
 def _of(found: Mapping[str, Measured], samples: Sequence[HeldSample]) -> dict[str, Measured]:

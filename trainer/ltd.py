@@ -323,7 +323,7 @@ def features_of(
     shares = log.seconds / log.seconds[:, :1]
     rows = []
     for at, step in enumerate(log.steps):
-        row = features.vector(step.batch, shares[at].tolist())
+        row = features.vector(step.batch, shares[at].tolist(), step.groups, step.context)
         rows.append(row)
         k = choose(at, row)
         features.observe(k, *log.outcome(at, k, rng))

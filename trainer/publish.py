@@ -209,6 +209,7 @@ def publish_version(
             "acceptance": judgement.acceptance,
             "parent": parent.version,
             "parent_acceptance": judgement.incumbent_acceptance,
+            **_by_temperature(judgement),
             **(policy or {}),
         },
         created_unix_ms=int(time.time() * 1000),
@@ -216,6 +217,14 @@ def publish_version(
     published = store.publish(manifest, {TENSORS: content}, epoch)
     store.prune(keep)
     return published
+
+
+def _by_temperature(judgement: Judgement) -> dict[str, Any]:
+    """By JSON's keys, which are text."""
+    if not judgement.by_temperature:
+        return {}
+    by_class = {str(number): own for number, own in judgement.by_temperature.items()}
+    return {"acceptance_by_temperature": by_class}
 
 
 def is_same(trainable: Trainable[Any], model: nn.Module, other: nn.Module) -> bool:

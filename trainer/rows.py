@@ -47,6 +47,8 @@ class HeldSample:
     surprise: float | None
     owner: Owner | None = None
     """Likewise."""
+    temperature: float = 0.0
+    """Of the request."""
 
     @property
     def tenant(self) -> str:
@@ -356,4 +358,5 @@ def _held(sample: Sample, slots: Ints, pages: tuple[int, ...]) -> HeldSample:
         sample.domain,
         sample.surprise,
         sample.owner,
+        sample.temperature,
     )

@@ -17,6 +17,7 @@ from policies.interface import (
     ValuesMatches,
 )
 from serving.engine.drafter_rows import DrafterRows
+from serving.engine.grouping import Grouping
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
 from serving.engine.sequence import Sequence
@@ -103,6 +104,7 @@ class Drafting:
         self._every = frozenset(self._ordinary.kinds)
         self._offers: dict[frozenset[str], _Offer] = {}
         self._ranking = _Ranking(hosts)
+        self.grouping = Grouping()
         self._num_choosing = 0
         """Requests admitted and not finished that choose their drafters."""
         learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
@@ -195,6 +197,7 @@ class Drafting:
     def begin(self, sequence: Sequence) -> None:
         """A request was admitted."""
         request = sequence.request
+        sequence.group = self.grouping.group(request)
         self._num_choosing += request.drafters is not None
         for rows in self.neural.values():
             rows.begin(sequence)
@@ -308,6 +311,7 @@ class Drafting:
             kind: sum([missing[one.kind] for one in rows.members])
             for kind, rows in offer.on_device.items()
         }
+        made_of = self.grouping.of(batch)
         return StepObs(
             step=step,
             batch=len(batch),
@@ -318,6 +322,8 @@ class Drafting:
             version=self.version,
             pending_rows=pending,
             records=tuple(s.records for s in batch) if offer.has_mixes else None,
+            groups=made_of.groups,
+            context=made_of.context,
         )
 
     def note(self, batch: list[Sequence], draft: Proposed, num_accepted: list[int]) -> None:

@@ -10,6 +10,7 @@ from itertools import compress
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from policies.switching import FEW_ROWS
 from serving.engine.commit import Step
+from serving.engine.grouping import Composition
 from serving.engine.proposed import Decoded
 from serving.engine.rounds import Launched, Rounds
 
@@ -38,6 +39,8 @@ class PlannedRound:
     before_s: float
     """Seconds before the device began. With a host drafter these are all seconds since the last
     outcome, because it proposes nothing without that, so they are a cost of drafting."""
+    made_of: Composition
+    """Its batch."""
     follows_swap: bool
     """Weights were copied since the round before it was launched, which is part of its time."""
 
@@ -94,6 +97,9 @@ class Arrival:
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
         if matches is not None and len(matches) > len(accepted):
             matches = bytes(compress(matches, lives))
+        groups = planned.made_of.groups
+        if groups is not None and len(groups) > len(accepted):
+            groups = bytes(compress(groups, lives))
         return Outcome(
             decision=planned.decision,
             batch=len(planned.launched.batch),
@@ -103,6 +109,7 @@ class Arrival:
                 accepted,
                 matches,
                 draft.kinds() if draft and launched.picks else None,
+                groups,
             ),
             step_s=self.step_s,
             draft_s=step.draft_s,
@@ -110,6 +117,7 @@ class Arrival:
             version=step.version,
             plan_s=self.plan_s,
             num_caught_up=planned.launched.num_caught_up,
+            context=planned.made_of.context,
         )
 
 

@@ -316,8 +316,9 @@ class Engine:
         for sequence in batch:
             sequence.is_flying = True
         self._round = PlannedRound(
-            launched, matches, policy, decision, versions, started_s, before_s, follows_swap
-        )
+            launched, matches, policy, decision, versions, started_s, before_s,
+            self.drafting.grouping.of(batch), follows_swap,
+        )  # fmt: skip
 
     def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
         """The policy in charge, its decision, and the kind of the match observed for each

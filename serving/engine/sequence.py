@@ -116,6 +116,8 @@ class Sequence:
     """Rounds so far, the end of its prompt included; the nonce of its random numbers."""
     next_row: dict[str, int] = field(default_factory=dict)
     """Next position whose row each neural drafter must compute; row 0 does not exist."""
+    group: int = 0
+    """See ``policies.groups``; given when it is admitted."""
     records: dict[str, DraftRecord] = field(default_factory=dict)
     """What the drafters of mixes have done for it, by kind."""
     lane: int | None = None

@@ -14,6 +14,7 @@ from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.interface import TraceLimits
 from buffer.records import Round, Rounds, Sampling, Trace
+from policies.groups import group_of
 from policies.interface import CostSample
 from policies.logged import LoggedRow, LoggedStep
 
@@ -35,6 +36,10 @@ def profile(batches: Sequence[int] = (1, 2, 4, 8, 16, 32, 64)) -> list[CostSampl
     ]
 
 
+TEMPERATURE = 0.7
+GROUP = group_of(0, TEMPERATURE)
+
+
 def expected_tokens(k: int, hazards: Sequence[float] = HAZARDS) -> float:
     """Of one row."""
     total = survival = 1.0
@@ -48,7 +53,7 @@ def drawn(rng: random.Random, k: int, hazards: Sequence[float]) -> LoggedRow:
     kept = 0
     while kept < k and rng.random() < hazards[kept]:
         kept += 1
-    return LoggedRow(k, kept)
+    return LoggedRow(k, kept, group=GROUP)
 
 
 def log(
@@ -122,7 +127,7 @@ def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Tra
                 Trace(
                     producer="server", epoch=1, seq=len(traces), request_id=f"r{len(traces)}",
                     tenant="default", target_fingerprint="ab" * 32,
-                    sampling=Sampling({"temperature": 0.7}), prompt_length=2,
+                    sampling=Sampling({"temperature": TEMPERATURE}), prompt_length=2,
                     token_ids=np.full(anchor + 1, 5, np.int32), rounds=Rounds.of(rounds),
                     features=None, finished_unix_ms=start,
                 )

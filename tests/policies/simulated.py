@@ -108,6 +108,8 @@ class World:
     """What is hard for the first neural drafter is easy for the others."""
     difficulties: tuple[float, ...] = (0.0,)
     """Added to the log-odds of acceptance, one drawn for each request."""
+    groups: Mapping[float, int] = field(default_factory=dict)
+    """Group of a request by its difficulty, as the policy is told; empty: it is told nothing."""
     request_tokens: int = 100
     plain_s: float = 0.010
     verify_per_token_s: float = 0.0003
@@ -293,6 +295,7 @@ class Simulation:
             if decision.reason == "rest":  # a glance was enough
                 plan_s = world.look_s
         drafter, k = decision.drafter, decision.draft_k
+        groups = self._groups(world)
         who = [pick.drafter for pick in decision.picks or ()] or [drafter] * world.batch
         drafts = [
             world.hazards(kind, match, hard)[:k] if k else ()
@@ -304,6 +307,7 @@ class Simulation:
             accepted,
             matches if seen else None,
             who if decision.picks else None,
+            groups,
         )
         tokens = dict.fromkeys(self._difficulty, 0.0)
         for kind, match, hard in zip(who, matches, self._difficulty, strict=True):
@@ -382,7 +386,11 @@ class Simulation:
             version=self.version,
             pending_rows=dict.fromkeys((*world.neural, *world.mixes), sum(self._missing)),
             records=tuple(self._records) if world.mixes else None,
+            groups=self._groups(world),
         )
+
+    def _groups(self, world: World) -> bytes | None:
+        return bytes(world.groups[hard] for hard in self._difficulty) if world.groups else None
 
 
 def run(policy, world, *, steps, seed, on_step=None):

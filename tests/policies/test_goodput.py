@@ -380,8 +380,7 @@ def test_what_was_prepared_for_a_plan_is_what_the_plan_would_compute(world):
         plan = made.plan
 
         def plan_anew(seen):
-            made._times._arms.clear()
-            made._times._plain.clear()
+            made._times._known.clear()
             made._forecaster._known.clear()
             made._basis = made._ahead = None
             return plan(seen)

@@ -8,7 +8,9 @@ import random
 import numpy as np
 import pytest
 
+from buffer.records import Sampling
 from policies.costs import times_of
+from policies.groups import group_of
 from policies.logged import (
     LoggedRow,
     LoggedStep,
@@ -40,9 +42,26 @@ def step(k, *rows, batch=None, drafter=DRAFTER):
 def test_steps_come_back_from_their_traces_in_order():
     steps = log(120, any_k, batches=(1, 3))
 
-    assert steps_of(traces_of(steps)) == [
+    found = steps_of(traces_of(steps))
+
+    assert [dataclasses.replace(one, context=None) for one in found] == [
         dataclasses.replace(one, drafter="none" if not one.draft_k else DRAFTER) for one in steps
     ]
+    assert found[0].context == 2
+    assert found[1].context == 2 + 1 + steps[0].rows[0].num_accepted
+
+
+def test_rows_are_told_apart_by_the_temperature_and_the_tenant_of_their_requests():
+    traces = [
+        dataclasses.replace(trace, tenant=tenant, sampling=Sampling({"temperature": temperature}))
+        for trace, tenant, temperature in zip(
+            traces_of(log(3, any_k, batches=(3,))), ("default", "ours", "ours"), (0.0, 1.0, 0.0),
+            strict=True,
+        )
+    ]  # fmt: skip
+    (one, *_) = steps_of(traces)
+    assert one.groups == bytes((group_of(0, 0.0), group_of(1, 1.0), group_of(1, 0.0)))
+    assert dataclasses.replace(one, batch=5).groups == one.groups + one.groups[:2]
 
 
 def test_traces_that_number_no_steps_are_put_together_by_the_time_of_the_step():

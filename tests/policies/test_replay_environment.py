@@ -64,7 +64,9 @@ def test_features_know_nothing_of_the_step_to_come():
     """Two logs that differ in one step's outcome have the same features up to that step."""
     other = log(300, any_k, (1, 8), seed=0)
     changed = list(other)
-    rows = tuple(type(row)(8, 8 - row.num_accepted % 2) for row in changed[150].rows)
+    rows = tuple(
+        type(row)(8, 8 - row.num_accepted % 2, group=row.group) for row in changed[150].rows
+    )
     changed[150] = type(changed[150])(DRAFTER, 8, 8, 1.0, "test", 0, 0.02, rows)
     twin = ReplayedLog.of(changed, DRAFTER, profile(), MAX_DRAFT, LOG.hazards)
     seen = []

@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from drafters.samples import Sample
+from policies.groups import published_shifts
 from tests.trainer.conftest import World
 from tests.trainer.test_learner import new_learner
 from tests.trainer.test_replay import samples_of
 from trainer.gate import GATE_DRAFT_K, Judge, Judgement
 from trainer.learner import Learner
+from trainer.publish import _by_temperature
 from trainer.rows import RowStore
 
 
@@ -175,3 +177,22 @@ def test_a_gain_on_one_trace_alone_is_no_evidence(world: World, better: Learner)
     assert not by_interval.verdict.passed
     many = judged(judge_with(fresh), better.model, samples_of(world)[:12])
     assert many.gain_error is not None and many.gain_error > 0
+
+
+def test_acceptance_is_measured_for_each_temperature_and_published(
+    world: World, better: Learner
+) -> None:
+    """The traffic is greedy and sampled; a policy starts a version from its own figures of both."""
+    held_out, judge = samples_of(world)[30:60], judge_with(new_learner(world))
+    both = judged(judge, better.model, held_out)
+    greedy = [one for one in held_out if one.temperature == 0]
+    alone = judged(judge, better.model, greedy)
+
+    assert sorted(both.by_temperature) == [0, 2]
+    assert both.by_temperature[0] == pytest.approx(alone.acceptance)
+    assert both.by_temperature[2] != pytest.approx(alone.acceptance)
+    assert alone.by_temperature == {}, "one class says no more than all"
+    published = _by_temperature(both)
+    shifts = published_shifts({"acceptance": both.acceptance, **published})
+    assert shifts[0][0] * shifts[2][0] < 0, "one of both is kept more often than all are"
+    assert _by_temperature(alone) == {}

@@ -12,11 +12,13 @@ from typer.testing import CliRunner
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
 from policies.features import NAMES, NUM_FEATURES, Features
+from policies.groups import group_of
 from policies.ltd import CALIBRATION_KEY
 from policies.network import Network
 from policies.published import Origin
 from policies.replayed_log import ReplayedLog, play
 from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile, write_run
+from tests.policies.simulated import DRAFTERS
 from trainer.cli import app
 from trainer.fitted_policy import fitted_policy, policy_path
 from trainer.ltd import (
@@ -50,6 +52,39 @@ def test_full_information_follows_moods_that_a_fixed_k_cannot():
 
     assert gate.passed and gate.gain > 0.02, gate.to_line()
     assert gate.distinct_ks >= 2
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_it_drafts_for_the_temperature_of_the_requests_where_it_is_told(is_told):
+    """Requests of both kinds come in no order, so that nothing else tells them apart."""
+    is_greedy = np.random.default_rng(0).random(2400) < 0.5
+    steps = [
+        replace(step, rows=tuple(replace(row, group=group) for row in step.rows))
+        for step, group in zip(
+            log(2400, any_k, (1,), lambda at: EASY if is_greedy[at] else HARD),
+            np.where(is_greedy & is_told, group_of(0, 0.0), group_of(0, 1.0)).tolist(),
+            strict=True,
+        )
+    ]
+    whole = ReplayedLog.of(steps, DRAFTER, profile(), MAX_DRAFT)
+    rows = split(whole, 0.25)
+    network = fit_full_information(whole, rows, FullInformation(rounds=1, passes=20))
+
+    gate = judge_network(network, whole, rows)
+
+    assert (gate.passed and gate.gain > 0.05) is is_told, gate.to_line()
+
+
+def test_a_version_starts_from_the_acceptance_that_was_published_with_it():
+    policy = build_policy(PolicySettings(kind="ltd", guard=False), DRAFTERS, 0, MAX_DRAFT)
+    policy.on_swap("eagle3", 1, {"acceptance": [0.9, 0.8]})
+    figures = dict(zip(NAMES, policy._features.vector(1, [1.0] * 9), strict=True))
+    assert [figures[f"hazard_{j}"] for j in (1, 2, 3)] == [0.9, 0.8, 0.8]
+    assert figures["tokens_slow"] * MAX_DRAFT == pytest.approx(1 + 0.9 + 0.72 + 0.576 + 0.4608)
+
+    policy.on_swap("eagle3", 2, {"acceptance": "much"})
+    figures = dict(zip(NAMES, policy._features.vector(1, [1.0] * 9), strict=True))
+    assert figures["hazard_1"] == figures["hazard_2"] == 0.6
 
 
 def test_where_all_text_is_alike_nothing_passes_the_gate():
