@@ -33,8 +33,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.dispersion import Dispersion
+from policies.hope import Hopes
 from policies.interface import DrafterTraits
-from policies.regimes import Evidence, Regimes, Since
+from policies.regimes import Evidence, Outcomes, Regimes, Since, counts_of
 
 MAX_DRAFT = 16
 """Largest K that settings allow."""
@@ -72,8 +73,6 @@ _POOL = -1
 """Row of a drafter's pool: the last one."""
 
 Floats = NDArray[np.float64]
-Outcomes = Mapping[tuple[int, int], int]
-"""Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
 ByBucket = Mapping[int | None, Outcomes]
 """Rounds by bucket, the kind of match; under ``None`` those whose match nobody looked up."""
 
@@ -155,7 +154,7 @@ class DrafterAcceptance:
             for (num_verified, num_accepted), count in outcomes.items():
                 rounds += count
                 surprise += (num_accepted + 1 - expected[row][num_verified]) * count
-            new.append(_counts(outcomes, recent.reached.shape[1]))
+            new.append(counts_of(outcomes, recent.reached.shape[1]))
             since = self._since.notices(row, new[-1], surprise, rounds)
             if since is not None:
                 shifted[row] = since
@@ -286,6 +285,10 @@ class DrafterAcceptance:
         """[B, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
         return self._all_expected()[1]
 
+    def recent(self) -> tuple[Floats, Floats]:
+        """[B, K] hazards by bucket, and the recent rounds behind them."""
+        return self.hazards()[:_POOL], self._recent.reached[:_POOL]
+
     def _all_expected(self) -> tuple[Floats, Floats]:
         if self._expected is None:
             hazards = self.hazards()
@@ -388,6 +391,7 @@ class AcceptanceModel:
         }
         self._values: dict[str, tuple[Floats, list[float]]] = {}
         """Expected tokens, and ``match_values`` by them, by drafter."""
+        self._hopes = Hopes(half_life_rounds)
         self._clock = 0.0
         self.batch = 1
         """Requests of the last step."""
@@ -405,6 +409,7 @@ class AcceptanceModel:
             batch: requests of the step; sets the least half-life.
         """
         self._drafters[drafter].observe(step, batch, self._clock)
+        self._hopes.drafted(drafter, step, self._clock)
 
     def hazards(self, drafter: str, bucket: int) -> list[float]:
         """c_1, c_2, ... c_K, each in [0, 1]."""
@@ -421,6 +426,12 @@ class AcceptanceModel:
         own = self._drafters[drafter]
         own.fade(self._clock, self.batch)
         return own.expected_tokens()
+
+    def hopeful_tokens(self, drafter: str) -> Floats:
+        """[B, K + 1] likewise, by an upper bound: a standard deviation above the mean, of what
+        recent rounds leave open and of how much may have changed since."""
+        expected, own = self.expected_tokens(drafter), self._drafters[drafter]
+        return self._hopes.tokens(drafter, expected, own.recent, self._clock)
 
     def match_values(self, drafter: str) -> list[float] | None:
         """[B] expected tokens of a drafter's longest draft, by kind of match; ``None`` if it is not
@@ -479,15 +490,3 @@ def log_odds(hazard: float) -> float:
     """Log-odds of a probability, kept away from certainty."""
     inside = min(max(hazard, 1e-3), 1 - 1e-3)
     return math.log(inside / (1 - inside))
-
-
-def _counts(outcomes: Outcomes, max_draft: int) -> list[list[int]]:
-    """Rounds that reached each position, and those that accepted it."""
-    reached, accepted = [0] * max_draft, [0] * max_draft
-    for (num_verified, num_accepted), count in outcomes.items():
-        for j in range(num_accepted):
-            reached[j] += count
-            accepted[j] += count
-        if num_accepted < num_verified:
-            reached[num_accepted] += count
-    return [reached, accepted]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
@@ -27,6 +27,8 @@ from policies.cusum import Cusum
 
 Floats = NDArray[np.float64]
 Counts = Sequence[Sequence[int]]
+Outcomes = Mapping[tuple[int, int], int]
+"""Number of rounds by (num_verified, num_accepted), num_verified >= 1."""
 
 _NOTHING = 1e-9
 _LEAST_CHANCE = 0.01
@@ -247,3 +249,15 @@ class Regimes:
             inside = min(max(hazard, _LEAST_CHANCE), 1 - _LEAST_CHANCE)
             total += a * math.log(inside) + (n - a) * math.log(1 - inside)
         return total
+
+
+def counts_of(outcomes: Outcomes, max_draft: int) -> list[list[int]]:
+    """[2, K] rounds that reached each position, and those that accepted it."""
+    reached, accepted = [0] * max_draft, [0] * max_draft
+    for (num_verified, num_accepted), count in outcomes.items():
+        for j in range(num_accepted):
+            reached[j] += count
+            accepted[j] += count
+        if num_accepted < num_verified:
+            reached[num_accepted] += count
+    return [reached, accepted]
