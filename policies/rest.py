@@ -33,7 +33,7 @@ _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
 _FIND_GAIN = 0.02
 """That of what looks find: text that repeats itself comes and goes, and looks that stop in each
-pause miss the half of it."""
+pause miss half of it."""
 _MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
 """While drafting pays: most steps without a plan, and least and most steps without a look at
 matches where looking at every step does not pay."""
