@@ -33,6 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from policies.dispersion import Dispersion
+from policies.hope import Hopes
 from policies.interface import DrafterTraits
 from policies.log_odds import log_odds
 from policies.regimes import Evidence, Regimes, Since
@@ -291,6 +292,10 @@ class DrafterAcceptance:
         """[B, K + 1]; see ``AcceptanceModel``. The same array until evidence comes."""
         return self._all_expected()[1]
 
+    def recent(self) -> tuple[Floats, Floats]:
+        """[B, K] hazards by bucket, and the recent rounds behind them."""
+        return self.hazards()[:_POOL], self._recent.reached[:_POOL]
+
     def _all_expected(self) -> tuple[Floats, Floats]:
         if self._expected is None:
             hazards = self.hazards()
@@ -393,6 +398,7 @@ class AcceptanceModel:
         }
         self._values: dict[str, tuple[Floats, list[float]]] = {}
         """Expected tokens, and ``match_values`` by them, by drafter."""
+        self._hopes = Hopes(half_life_rounds)
         self._clock = 0.0
         self.batch = 1
         """Requests of the last step."""
@@ -413,6 +419,7 @@ class AcceptanceModel:
             beyond: what they have kept because of whose they are, which says nothing of others.
         """
         self._drafters[drafter].observe(step, batch, self._clock, beyond)
+        self._hopes.drafted(drafter, step, self._clock)
 
     def hazards(self, drafter: str, bucket: int) -> list[float]:
         """c_1, c_2, ... c_K, each in [0, 1]."""
@@ -434,6 +441,12 @@ class AcceptanceModel:
         own = self._drafters[drafter]
         own.fade(self._clock, self.batch)
         return own.expected_tokens()
+
+    def hopeful_tokens(self, drafter: str) -> Floats:
+        """[B, K + 1] likewise, by an upper bound: a standard deviation above the mean, of what
+        recent rounds leave open and of how much may have changed since."""
+        expected, own = self.expected_tokens(drafter), self._drafters[drafter]
+        return self._hopes.tokens(drafter, expected, own.recent, self._clock)
 
     def match_values(self, drafter: str) -> list[float] | None:
         """[B] expected tokens of a drafter's longest draft, by kind of match; ``None`` if it is not

@@ -223,21 +223,37 @@ class Chooser:
                 is_broken = not self.goes_on(self.base, fresh)
                 self._broken[drafter] = share + _RATE_GAIN * (is_broken - share)
 
-    def rested(self, num_steps: int, saved: float) -> None:
+    def rested(self, num_steps: int, saved: float, num_back: int, num_broken: int) -> None:
         """Take in steps that no choice was made for: they are most steps of a base that is seldom
         interrupted, and without them the few that are would seem to be the rule.
 
         Args:
             saved: plain steps' worth of time that interruptions among them have saved, at the speed
                 reached with them, beyond what finding them took.
+            num_back: steps of the base among them,
+            num_broken: and those of these that came right after an interruption.
         """
         if not num_steps:
             return
         kept = (1 - _RATE_GAIN) ** num_steps
-        reached = 1 / (1 - min(saved / num_steps, _MOST_SAVED))
-        self._leads[self.base] = kept * self._leads[self.base] + (1 - kept) * reached
-        for drafter in self._broken:
-            self._broken[drafter] *= kept
+        # Times are averaged: few steps scatter, and a mean of speeds would be above the speed.
+        left = 1 - min(saved / num_steps, _MOST_SAVED)
+        self._leads[self.base] = 1 / (kept / self._leads[self.base] + (1 - kept) * left)
+        gone = 1 - (1 - _RATE_GAIN) ** num_back
+        for drafter, share in self._broken.items():
+            if drafter == self.base and num_back:
+                self._broken[drafter] = share + gone * (num_broken / num_back - share)
+            elif drafter != self.base:
+                self._broken[drafter] = kept * share
+
+    def interruption(self, base: str, own_s: float) -> tuple[float, float]:
+        """Seconds that are charged to a step that interrupts a base, and to the one after it.
+
+        Args:
+            own_s: seconds to come back to the base.
+        """
+        broken = self._broken.get(base, 0.0)
+        return (1 - broken) * own_s, broken * own_s
 
     def _best_base(
         self,

@@ -88,7 +88,9 @@ class Gains(NamedTuple):
             tokens.append((expected[kind][:, 1 : outline.max_k + 1] - used[:, None]).T)
             seconds += outline.seconds[kind][1:]
             arms += [(kind, each) for each in range(1, outline.max_k + 1)]
-        return cls(tuple(arms), np.concatenate(tokens), np.array(seconds) - blind_s)
+        # No draft makes a step shorter than a plain one, whatever few late steps seem to say.
+        longer = np.maximum(np.array(seconds), outline.plain_s) - blind_s
+        return cls(tuple(arms), np.concatenate(tokens), longer)
 
 
 class _Usual(NamedTuple):
@@ -199,6 +201,17 @@ class Forecaster:
         tokens = [self._acceptance.expected_tokens(kind)[:, 1:] for kind in self._matching]
         seconds = [self._times.arm_times(kind, batch) for kind in self._matching]
         return np.concatenate(tokens, axis=1), np.concatenate(seconds)
+
+    def with_matching(self, outline: Outline) -> Outline:
+        """An outline in which drafters that need matches, mixes left out, may propose."""
+        if outline.expected.keys() >= {*self._matching}:
+            return outline
+        seconds, expected = dict(outline.seconds), dict(outline.expected)
+        for kind in self._matching:
+            expected[kind] = self._acceptance.expected_tokens(kind)
+            times = self._times.arm_times(kind, outline.batch)
+            seconds[kind] = [0.0, *times[: outline.max_k]]
+        return outline._replace(seconds=seconds, expected=expected)
 
     def doubt(self, arm: Arm, batch: int) -> float:
         """How uncertain a drafting arm is: its time relative to a plain step, or what one more

@@ -22,6 +22,7 @@ from configs.schema import PolicySettings
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
+from policies.glance import Glance
 from policies.grouped import GroupedAcceptance
 from policies.interface import (
     CostSample,
@@ -35,7 +36,7 @@ from policies.ledger import Ledger
 from policies.lessons import Lessons, Predicted
 from policies.picks import Kinds, Picker, picked_mixes, rows_of, with_mixes
 from policies.probes import Explorer, Stretch
-from policies.rest import Glance, Rest
+from policies.rest import Rest
 from policies.step_time import StepTimes
 from policies.switching import FEW_ROWS, SwitchCosts
 from policies.versions import VersionMemory
@@ -121,11 +122,10 @@ class GoodputPolicy:
         self._forecaster = Forecaster(
             self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
         )
-        rows = rows_of(context.drafters, context.mixes)
-        self._chooser = Chooser(margin, rows, kinds.needing)
-        self._ledger = Ledger(probe_share)
+        self._chooser = Chooser(margin, rows_of(context.drafters, context.mixes), kinds.needing)
+        self._ledger = Ledger(probe_share, tries_matches=bool(kinds.matching))
         self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
-        self._rest = Rest(self._ledger)
+        self._rest = Rest(self._ledger, is_mixed=bool(kinds.mixed))
         self._lessons = Lessons(
             kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
             self._rest, self._ledger,
@@ -174,10 +174,9 @@ class GoodputPolicy:
         """The base, for some steps after a plan, unless looks at matches pay; plain decoding, until
         the last plan is paid for."""
         self._settle()
-        if (stretch := self._explorer.under_way) is not None:
-            decision = self._stretching(stretch)
-            if decision is not None:
-                return decision
+        stretch = self._explorer.under_way
+        if stretch is not None and (decision := self._stretching(stretch)) is not None:
+            return decision
         if self._kinds.matching and self._rest.wants_look():
             return None
         # Without a neural drafter, a plan without a look finds nothing.
@@ -186,11 +185,23 @@ class GoodputPolicy:
             return self._resting()
         return None
 
-    def _resting(self, arm: Arm | None = None) -> Decision:
+    def _resting(self, arm: Arm | None = None, propensity: float = 1.0) -> Decision:
         """Go on as planned, or with the arm of a glance."""
-        base = self._rest.take()
-        drafter, k = base if arm is None else arm
-        return self._steps.note(Decision(drafter, k, 1.0, False, "rest", "goodput"))
+        drafter, k = self._rest.take(arm)
+        return self._steps.note(Decision(drafter, k, propensity, False, "rest", "goodput"))
+
+    def _unless_untried(self, obs: StepObs, arm: Arm, num_since: int) -> Decision:
+        """Go on with the base, or draft at a match that may be worth more than is believed."""
+        if (found := self._rest.untried(obs)) is None:
+            return self._resting(arm)
+        (drafter, k), loss_s, tokens, seconds = found
+        is_drawn, propensity = self._explorer.draws_match(loss_s, num_since)
+        if not is_drawn:
+            return self._resting(arm, propensity)
+        self._rest.take((drafter, k))
+        note = Predicted(tokens / obs.batch, seconds, False, {})
+        probe = Decision(drafter, k, propensity, True, "probe", "goodput", note=note)
+        return self._steps.note(probe)
 
     def _stretching(self, stretch: Stretch) -> Decision | None:
         """The next step of a stretch, which needs no plan unless matches are looked up for every
@@ -232,9 +243,10 @@ class GoodputPolicy:
         if (glanced := self._rest.glanced(obs)) is not None:
             arm, gain = glanced
             rows = by_kind(kinds_of(obs.matches or b""), self._acceptance.num_buckets)
+            num_since = self._rest.num_unlooked
             self._rest.note_matches(rows, obs.batch, is_planned=False)
             self._rest.note_glance(gain)
-            return self._resting(arm)
+            return self._resting(arm) if gain else self._unless_untried(obs, arm, num_since)
         self._lessons.learn_gathered()
         return self._steps.note(self._decide(obs))
 
@@ -373,8 +385,7 @@ class GoodputPolicy:
         """The drafter or mix of the last decision; ``none`` if it lacks rows, although it drafted:
         former weights came back."""
         drafter = self._steps.drafter
-        is_behind = obs.pending_rows.get(drafter, 0) > FEW_ROWS * obs.batch
-        return "none" if is_behind else drafter
+        return "none" if obs.pending_rows.get(drafter, 0) > FEW_ROWS * obs.batch else drafter
 
     def _weigh(self, obs: StepObs, basis: Basis) -> Weighed:
         """Compare the arms of a step; nothing but what is remembered of the batch changes."""
@@ -419,6 +430,8 @@ class GoodputPolicy:
         if stretch is not None:
             return self._explorer.take(stretch).arm, propensity, "probe"
         is_whole = choice.base in ("none", choice.arm[0], self._steps.drafter)
+        # A glance goes on with an interruption as well as it begins one.
+        is_whole |= finds and self._steps.drafter in self._kinds.matching and not self._kinds.mixed
         # A mix is planned for every step: which request it drafts for how may change at each.
         if blind[0] == choice.base and is_whole and blind[0] not in self._picker.mixes:
             self._rest.is_resting = True
@@ -432,16 +445,26 @@ class GoodputPolicy:
             return
         self._note_look()
         basis, seen, choice, _, blind, _ = made.weighed
-        look_s = self._rest.look_share * seen.plain_s if made.looked else 0.0
-        self._chooser.take(choice, seen, made.before, look_s)
+        look_share = self._rest.look_share if made.looked else 0.0
+        self._chooser.take(choice, seen, made.before, look_share * seen.plain_s)
         if made.looked and self._needs_no_look(choice.arm[0]):
             self._forecaster.note_mix(seen)
         if self._rest.is_resting:
-            known, glance = basis.outline.expected, None
-            if made.looked and seen.is_whole:
-                matching = [kind for kind in self._kinds.matching if kind in known]
-                glance = Glance(basis.outline, choice, blind, matching) if matching else None
-            self._rest.begin(blind, glance, looks=bool(self._kinds.matching))
+            glance = self._glance(basis, choice, blind) if seen.is_whole else None
+            self._rest.begin(blind, glance, looked=made.looked, is_interrupted=choice.arm != blind)
+
+    def _glance(self, basis: Basis, choice: Choice, blind: Arm) -> Glance | None:
+        """What decides without a plan on steps with a look."""
+        if not self._kinds.matching:
+            return None
+        outline, batch = basis.outline, basis.outline.batch
+        own_s = self._switches.seconds(choice.base, 0, batch, outline.plain_s)
+        leave_s, back_s = self._chooser.interruption(choice.base, own_s)
+        return Glance(
+            lambda: self._forecaster.with_matching(outline), batch, choice.speed, blind,
+            self._kinds.matching, leave_s=leave_s * (1 - self._rest.lasting), back_s=back_s,
+            hopeful=self._acceptance.hopeful_tokens,
+        )  # fmt: skip
 
     def _note_look(self) -> None:
         """Note what the look of the last plan has found."""

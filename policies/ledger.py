@@ -4,8 +4,10 @@ Whoever stops drafting stops learning what drafts would bring, so evidence is bo
 stretches of steps of another arm, plans, and looks at the matches of a batch. While drafting pays,
 stretches may take 0.8 % of the time, half of it for another K of the drafter in use, which is cheap
 and wanted often and would leave nothing to compare drafting with plain decoding. While plain
-decoding is faster, everything together may take a stated share of the time (0.5 %): seven tenths of
-it for stretches, a tenth for plans without a look, and two tenths for those with one.
+decoding is faster, everything together may take a stated share of the time (0.5 %): six tenths of
+it for stretches, a tenth for plans without a look, two tenths for those with one, and a tenth for
+drafts at matches that are believed not to be worth it. Without a drafter that needs matches, this
+is for stretches, too.
 
 Stretches are paid from savings, so an expensive one is postponed and never dropped; they are known
 in seconds. Plans and looks are owed, because what they take is known afterwards; they are known in
@@ -22,6 +24,8 @@ from typing import Any
 
 _DRAFTING_SHARE = 0.008
 """Share of the time that stretches may lose while drafting pays."""
+_MATCH_SHARE = 0.002
+"""Likewise, that drafts at matches which are believed not to be worth it may lose."""
 _START_STEPS, _MOST_STEPS = 3.0, 12.0
 """Balance for stretches of each sort at first and at most, in plain steps."""
 
@@ -37,23 +41,30 @@ class Purpose(IntEnum):
     """A plan without a look; plain steps' worth of time."""
     LOOK = 3
     """A plan with a look at matches, or a look alone; likewise. What looks have found is credit."""
+    MATCH = 4
+    """A draft at a match that is believed not to be worth it; seconds."""
 
 
-_STRETCHES = Purpose.LENGTH, Purpose.ARM
-PARTS = {Purpose.LENGTH: 0.0, Purpose.ARM: 0.7, Purpose.PLAN: 0.1, Purpose.LOOK: 0.2}
+_STRETCHES = Purpose.LENGTH, Purpose.ARM, Purpose.MATCH
+PARTS = {
+    Purpose.LENGTH: 0.0, Purpose.ARM: 0.6, Purpose.PLAN: 0.1, Purpose.LOOK: 0.2, Purpose.MATCH: 0.1
+}  # fmt: skip
 """Parts of the stated share while plain decoding is faster; then no K of a drafter is in use."""
 
 
 class Ledger:
     """Balances by purpose, and what was earned and spent since the start."""
 
-    def __init__(self, share: float) -> None:
+    def __init__(self, share: float, *, tries_matches: bool = True) -> None:
         """
         Args:
             share: of the time that finding out whether drafting pays may take while plain decoding
                 is faster.
+            tries_matches: there is a drafter that needs matches. Otherwise its part is for other
+                arms.
         """
         self.share = share
+        self._of_arm = PARTS[Purpose.ARM] + (0.0 if tries_matches else PARTS[Purpose.MATCH])
         self._balances = [0.0] * len(Purpose)
         self.is_open = False
         """Stretches have their first balance: a plain step's time is known."""
@@ -113,8 +124,11 @@ class Ledger:
         if is_drafted:
             self.credit(Purpose.LENGTH, half * step_s, most_s)
             self.credit(Purpose.ARM, half * step_s, most_s)
+            self.credit(Purpose.MATCH, _MATCH_SHARE * step_s, _START_STEPS * plain_s)
         else:
-            self.credit(Purpose.ARM, PARTS[Purpose.ARM] * self.share * step_s, most_s)
+            share_s = self.share * step_s
+            self.credit(Purpose.ARM, self._of_arm * share_s, most_s)
+            self.credit(Purpose.MATCH, PARTS[Purpose.MATCH] * share_s, _START_STEPS * plain_s)
 
     def pay_off(self, num_steps: float) -> None:
         """Let so many plain steps' worth of time earn its share for plans and looks that are owed.

@@ -117,7 +117,9 @@ class LookTime:
         surprise = difference - self._mean
         self._weight = min(self._weight + weight, _MOST_WEIGHT)
         share = weight / max(self._weight, weight)
-        # At first the mean is not known, and a surprise says nothing of the scatter.
-        if self._weight > 2 * weight:
-            self._variance += max(share, 0.02) * (surprise**2 * weight - self._variance)
+        # At first the mean is not known, and a surprise says nothing of the scatter. That of a
+        # single step does: one late look would stand for what all of them take.
+        if self._weight > 2 * weight or weight < 1:
+            gain = min(max(share, 0.02), 0.5)
+            self._variance += gain * (surprise**2 * weight - self._variance)
         self._mean += share * surprise

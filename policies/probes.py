@@ -260,6 +260,22 @@ class Explorer:
         one, loss_s = self._priced(of_arm, choice, choice.loss_s(arm))
         return self._begin(one, loss_s, choice, 1.0)
 
+    def draws_match(self, loss_s: float, num_since: int) -> tuple[bool, float]:
+        """Whether to draft at a match that is believed not to be worth it, and the probability of
+        what is returned.
+
+        Args:
+            loss_s: seconds that it is predicted to lose.
+            num_since: steps since the last look.
+        """
+        if not self._explore or self._ledger.balance(Purpose.MATCH) < loss_s:
+            return False, 1.0
+        chance = min(self._explore * max(num_since, 1), 0.5)
+        if self._rng.random() >= chance:
+            return False, 1 - chance
+        self._ledger.charge(Purpose.MATCH, loss_s)
+        return True, chance
+
     def _begin(self, one: Option, loss_s: float, choice: Choice, propensity: float) -> Stretch:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))

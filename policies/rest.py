@@ -13,15 +13,12 @@ That holds for whatever they take, expected or not.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-
-import numpy as np
+from dataclasses import dataclass, field
 
 from policies.acceptance import Floats
-from policies.average import Average
-from policies.choice import Choice
-from policies.forecast import PLAIN_ARM, Arm, Gains, Outline, by_kind, kinds_of
+from policies.average import Average, Typical
+from policies.forecast import PLAIN_ARM, Arm
+from policies.glance import Glance
 from policies.index_alone import IndexAlone, Look
 from policies.interface import Outcome, StepObs
 from policies.ledger import Ledger, Purpose
@@ -33,6 +30,9 @@ _REST_SHARE = 0.003
 find less than they cost."""
 _REST_GAIN = 0.05
 """Gain of the moving averages of what inspecting costs and finds."""
+_FIND_GAIN = 0.02
+"""That of what looks find: text that repeats itself comes and goes, and looks that stop in each
+pause miss half of it."""
 _MOST_REST, _LEAST_UNLOOKED, _MOST_UNLOOKED = 64, 8, 1024
 """While drafting pays: most steps without a plan, and least and most steps without a look at
 matches where looking at every step does not pay."""
@@ -46,6 +46,12 @@ _MOST_OWED = 3.0
 """Plain steps' worth of time that looks may owe beside plain steps, however much they promise, and
 that one plan leaves owed at most: the first one of a server may take twenty, and would keep an
 index silent for twenty thousand steps."""
+_LATE_GLANCES = 8
+"""Looks beside plain steps for which the last plan goes on to serve, once another one is due: a
+plan takes several times as long as a look, and nothing has been learned meanwhile."""
+_KNOWN_COSTS = 5
+"""Costs from which on that much may be owed; of each one before it half as much as of the next: the
+first look of a server takes far longer than others, and nobody knows before the second one."""
 _MOST_COST = 3.0
 """Largest cost that is owed, relative to the average: more is a machine's hiccup."""
 
@@ -62,6 +68,37 @@ class _Plan:
     """and it was a glance."""
 
 
+class _Costs:
+    """Time that the host takes, as shares of a plain step."""
+
+    def __init__(self) -> None:
+        self.plan = Typical(_REST_GAIN)
+        """Of a plan without a look."""
+        self.look = Typical(_REST_GAIN)
+        """Of a look, planned for or not."""
+        self.planned = Typical(_REST_GAIN)
+        """Of one that was planned for,"""
+        self.glance = Typical(_REST_GAIN)
+        """and of one that was not."""
+
+    def add(self, share: float, *, looked: bool | None, by_glance: bool) -> Typical:
+        """Take in a plan or a look; returns what is known of its like."""
+        if not looked:
+            own = self.plan
+        else:
+            self.look.add(share)
+            own = self.glance if by_glance else self.planned
+        own.add(share)
+        return own
+
+    @property
+    def of_plan(self) -> float:
+        """Of a plan beside that of its look. Without a neural drafter every plan has one."""
+        if self.plan.num or not self.glance.num:
+            return self.plan.mean
+        return max(self.planned.mean - self.glance.mean, 0.0)
+
+
 @dataclass(slots=True)
 class _Steps:
     """Steps without a plan."""
@@ -69,9 +106,21 @@ class _Steps:
     since_plan: int = 1
     """Since the last plan for several steps, the one of that plan included."""
     untold: int = 0
-    """Those that ``rested`` has not told of,"""
+    """Those that ``rested`` has not told of;"""
     saved: float = 0.0
-    """and plain steps' worth of time that looks alone have saved in these."""
+    """plain steps' worth of time that looks alone have saved in these,"""
+    back: int = 0
+    """steps of the base among these,"""
+    broken: int = 0
+    """and those that came right after an interruption."""
+    is_interrupted: bool = False
+    """The last step was of a drafter that needs matches."""
+    was_better: bool = False
+    """At a look in the last step, such a drafter was better, catching up aside."""
+    lasts: Average = field(default_factory=lambda: Average(_REST_GAIN))
+    """How often it still is in the step after such a one."""
+    late_glances: int = 0
+    """Looks since the last plan that needed none, although another plan was due."""
     silent_plans: int = 0
     """Plans in a row by which nothing pays."""
 
@@ -79,21 +128,20 @@ class _Steps:
 class Rest:
     """Leaves out plans, and looks at matches, where they do not pay."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(self, ledger: Ledger, *, is_mixed: bool = False) -> None:
         """
         Args:
             ledger: is owed what plans and looks take.
+            is_mixed: beside drafts, what a look finds is planned for, because a mix may be better
+                than the drafter that needs a match.
         """
-        self._ledger = ledger
+        self._ledger, self._is_mixed = ledger, is_mixed
         self.is_resting = False
         """The last plan was for several steps."""
         self.is_plain = True
         """Plain decoding is the base."""
-        self._costs = {looked: Average(_REST_GAIN) for looked in (False, True)}
-        """Time of a plan without and with a look, as shares of a plain step."""
-        self._glances = Average(_REST_GAIN)
-        """Time of a look that needed no plan, likewise."""
-        self._finds = {plain: Average(_REST_GAIN, mean=1.0) for plain in (False, True)}
+        self._costs = _Costs()
+        self._finds = {plain: Average(_FIND_GAIN, mean=1.0) for plain in (False, True)}
         """Time that a look saves beyond what the best arm without one takes, likewise, beside
         drafts and beside plain decoding."""
         self.index_alone = IndexAlone()
@@ -124,11 +172,11 @@ class Rest:
 
     def _look_cost(self, *, is_plain: bool) -> float:
         cost = self.look_share
-        if not is_plain:
+        if not is_plain and self._is_mixed:
             return cost
-        planned = self._costs[False].mean
-        if self._glances.num:
-            alone = self._glances.mean + self.look_time.hidden
+        planned = self._costs.of_plan
+        if self._costs.glance.num:
+            alone = self._costs.glance.mean + self.look_time.hidden
         else:
             alone = max(cost - planned, 0.0)
         return min(cost, alone + planned / max(self._num_steps(planned), 1))
@@ -141,7 +189,7 @@ class Rest:
     @property
     def look_share(self) -> float:
         """Time that a plan with a look takes, as a share of a plain step."""
-        return self._costs[True].mean + self.look_time.hidden
+        return self._costs.look.mean + self.look_time.hidden
 
     @property
     def plain_lead(self) -> float:
@@ -151,9 +199,15 @@ class Rest:
         return self.index_alone.lead(self._look_cost(is_plain=True))
 
     @property
+    def lasting(self) -> float:
+        """How often a drafter that needs matches and is better than the base still is so in the
+        next step; 0 before anything is known."""
+        return self._steps.lasts.mean
+
+    @property
     def overhead(self) -> float:
         """Time that plans take in each step while drafting pays, as a share of a plain step."""
-        return self._costs[False].mean / self._num_steps(self._costs[False].mean)
+        return self._costs.plan.mean / self._num_steps(self._costs.plan.mean)
 
     @property
     def owes_a_plan(self) -> bool:
@@ -177,6 +231,8 @@ class Rest:
             return True
         if self.is_plain:
             return self._ledger.affords(Purpose.LOOK)
+        if self._steps.is_interrupted or self._steps.was_better:
+            return True
         least = math.ceil(self._look_cost(is_plain=False) / _REST_SHARE)
         return self.num_unlooked >= min(max(least, _LEAST_UNLOOKED), _MOST_UNLOOKED)
 
@@ -204,16 +260,16 @@ class Rest:
         if self._plan.looked is not None:
             share, purpose = plan_s / plain_s, Purpose.LOOK if self._plan.looked else Purpose.PLAN
             self._ledger.note_spent(purpose, plan_s)
-            self._costs[self._plan.looked].add(share)
-            if self._plan.by_glance:
-                self._glances.add(share)
+            looked, by_glance = self._plan.looked, self._plan.by_glance
+            own = self._costs.add(share, looked=looked, by_glance=by_glance)
             if self.is_plain and not self._plan.is_paid:
-                hidden = self.look_time.hidden if self._plan.looked else 0.0
-                usual = self._costs[self._plan.looked].mean + hidden
-                charge = min(share + hidden, _MOST_COST * usual, _MOST_OWED)
+                hidden = self.look_time.hidden if looked else 0.0
+                usual = own.mean + hidden
+                most_owed = _MOST_OWED * 2.0 ** min(own.num - _KNOWN_COSTS, 0)
+                charge = min(share + hidden, _MOST_COST * usual, most_owed)
                 # Looks are made at every step as long as they seem to pay. Of these, only the last
                 # is owed: all of them, after a swap, would forbid looks for ten thousand steps.
-                most = max(charge, min(usual, _MOST_OWED))
+                most = max(charge, min(usual, most_owed))
                 self._ledger.charge(purpose, charge, most_owed=most)
             self._plan.looked = None
 
@@ -239,13 +295,14 @@ class Rest:
     def note_glance(self, share: float) -> None:
         """Take in a look that needed no plan, likewise."""
         self.note_find(share)
-        self._steps.saved += share - self._glances.mean - self.look_time.hidden
+        self._steps.saved += share - self._costs.glance.mean - self.look_time.hidden
 
-    def rested(self) -> tuple[int, float]:
-        """Steps without a plan since this was asked last, and what looks alone have saved in them,
-        in plain steps."""
-        found = self._steps.untold, self._steps.saved
-        self._steps.untold, self._steps.saved = 0, 0.0
+    def rested(self) -> tuple[int, float, int, int]:
+        """Steps without a plan since this was asked last, what looks alone have saved in them, in
+        plain steps, those of the base among them, and those that came after an interruption."""
+        own = self._steps
+        found = own.untold, own.saved, own.back, own.broken
+        own.untold, own.saved, own.back, own.broken = 0, 0.0, 0, 0
         return found
 
     def note_matches(self, rows: Floats, batch: int, *, is_planned: bool) -> None:
@@ -275,29 +332,45 @@ class Rest:
         self.index_alone.pending.clear()
         return batch
 
-    def begin(self, arm: Arm, glance: Glance | None, *, looks: bool) -> None:
+    def begin(
+        self, arm: Arm, glance: Glance | None, *, looked: bool, is_interrupted: bool = False
+    ) -> None:
         """Go on with an arm until the next plan is due.
 
         Args:
-            looks: there is a drafter that needs a match.
+            looked: the plan was made with matches.
+            is_interrupted: the step of the plan is one of such a drafter.
         """
         self.glance = glance
-        self._steps.since_plan = 1
+        self._steps.since_plan, self._steps.late_glances = 1, 0
+        self._steps.is_interrupted, self._steps.was_better = is_interrupted, is_interrupted
         self.arm = arm
-        num_steps = self._num_steps(self._costs[False].mean) if self._costs[False].mean else 0
-        is_silent = self.is_plain and glance is None and not (looks and self.pays)
+        planned = self._costs.plan.mean if self._costs.plan.num else self._costs.planned.mean
+        num_steps = self._num_steps(planned) if planned else 0
+        is_silent = self.is_plain and not looked and not (glance is not None and self.pays)
         self._steps.silent_plans = self._steps.silent_plans + 1 if is_silent else 0
         is_known = self._steps.silent_plans > _MANY_SILENT
         self.left = max(num_steps, _LEAST_SILENT if is_known else 0)
 
-    def take(self) -> Arm:
-        """The arm of a step without a plan."""
+    def take(self, arm: Arm | None = None) -> Arm:
+        """The arm of a step without a plan.
+
+        Args:
+            arm: of a glance; ``None``: the one that the plan is for.
+        """
+        own = self._steps
         self._stepped(looked=False)
         self.left = max(self.left - 1, 0)
-        self._steps.since_plan += 1
-        self._steps.untold += 1
+        own.since_plan += 1
+        own.untold += 1
         self.num_unlooked += 1
-        return self.arm
+        is_back = arm is None or arm == self.arm
+        own.back += is_back
+        own.broken += is_back and own.is_interrupted
+        own.is_interrupted = not is_back
+        if self.num_unlooked > 1:
+            own.was_better = False
+        return self.arm if arm is None else arm
 
     def _stepped(self, *, looked: bool) -> None:
         self.look_time.stepped(looks=looked and self.pays, gain=self._gain_of_looks)
@@ -310,14 +383,37 @@ class Rest:
         """The arm of a step by a glance at its matches, and the plain steps' worth of time that it
         saves beyond going on as before; ``None``: the step must be planned."""
         glance = self.glance
-        if self.left <= 0 or glance is None or obs.matches is None:
+        if glance is None or obs.matches is None or not glance.is_for(obs.batch):
             return None
+        if self.left <= 0:
+            is_due = not (self.is_plain and self.is_resting)
+            if is_due or self._steps.late_glances >= _LATE_GLANCES:
+                return None
+            self._steps.late_glances += 1
         if obs.longest(self.arm[1]) < self.arm[1]:
             return None
-        arm, gain = glance.best(obs.matches)
-        may_go_on = arm is None or (self.is_plain and obs.longest(arm[1]) == arm[1])
+        own = self._steps
+        arm, gain, is_better = glance.best(obs.matches, is_interrupted=own.is_interrupted)
+        if own.was_better:
+            own.lasts.add(float(is_better))
+        own.was_better = is_better
+        may_go_on = arm is None or self._may_draft(arm, obs)
         self._plan.by_glance = may_go_on
         return (self.arm if arm is None else arm, gain) if may_go_on else None
+
+    def untried(self, obs: StepObs) -> tuple[Arm, float, float, float] | None:
+        """After a glance that has found nothing: see ``Glance``."""
+        glance = self.glance
+        if glance is None or not obs.matches:
+            return None
+        found = glance.untried(obs.matches, is_interrupted=self._steps.is_interrupted)
+        return found if found is not None and self._may_draft(found[0], obs) else None
+
+    def _may_draft(self, arm: Arm, obs: StepObs) -> bool:
+        """Whether an arm of a glance needs no plan."""
+        drafter, k = arm
+        is_able = drafter in obs.drafters and obs.longest(k) == k
+        return is_able and (self.is_plain or not self._is_mixed)
 
     def figures(self) -> dict[str, float]:
         """JSON-ready: time that a look takes beyond planning, in plain steps, and speed of plain
@@ -330,51 +426,9 @@ class Rest:
     def reset(self) -> None:
         """Forget what looks found beside drafts: other weights draft now."""
         self.glance = None
-        self._finds[False] = Average(_REST_GAIN, mean=1.0)
+        self._finds[False] = Average(_FIND_GAIN, mean=1.0)
         self.left = 0
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
-
-
-class Glance:
-    """Decides from a look alone, between plans, whether a drafter that needs matches gains, and at
-    which K. While plain decoding is the base nothing must catch up afterwards, so that its arm is
-    taken without a plan: a plan at every match would cost more than most matches save."""
-
-    def __init__(
-        self, outline: Outline, choice: Choice, blind: Arm, matching: Sequence[str]
-    ) -> None:
-        """
-        Args:
-            outline: of the last plan,
-            choice: which was this.
-            blind: the arm in use.
-            matching: drafters of the outline that need a match, no mixes; at least one.
-        """
-        self._outline, self._choice, self._blind = outline, choice, blind
-        self._matching = matching
-        self._gains: tuple[Gains, Floats] | None = None
-        """What they gain, and [A] tokens' worth of time that the step takes longer. ``None`` until
-        the first look: most plans are followed by none."""
-
-    def _weighed(self) -> tuple[Gains, Floats]:
-        gains, charges_s = Gains.over(self._blind, self._outline, self._matching), []
-        for drafter, _ in gains.arms:
-            charges_s.append(self._choice.charges_s.get(drafter, 0.0))
-        longer_s = gains.seconds + (np.array(charges_s) - self._choice.charges_s[self._blind[0]])
-        return gains, longer_s * self._choice.speed
-
-    def best(self, matches: bytes) -> tuple[Arm | None, float]:
-        """The arm that gains the most with these matches, and the time that it saves in plain
-        steps; ``None`` and 0 if none does."""
-        if self._gains is None:
-            self._gains = self._weighed()
-        gains, losses = self._gains
-        rows = by_kind(kinds_of(matches), gains.tokens.shape[1])
-        values = (gains.tokens @ rows - losses).tolist()
-        most = max(values)
-        if most <= 0:
-            return None, 0.0
-        return gains.arms[values.index(most)], most / (self._choice.speed * self._choice.plain_s)
 
 
 class Gathered:

@@ -122,8 +122,8 @@ class SwitchCosts:
         return self._forced * (1 - _FORCED_GAIN) ** self._steps_since
 
     def seconds(self, drafter: str, pending_rows: int, batch: int, plain_s: float) -> float:
-        """Predicted seconds, by the rows that the batch lacks."""
-        return self._shares[drafter] * _load(pending_rows, batch) * plain_s
+        """Predicted seconds, by the rows that the batch lacks; 0 for plain decoding."""
+        return self._shares.get(drafter, 0.0) * _load(pending_rows, batch) * plain_s
 
     def figures(self) -> dict[str, float]:
         """JSON-ready, in plain steps."""

@@ -120,6 +120,9 @@ class World:
     """Seconds to plan; the fixed arms of comparisons do without."""
     look_s: float = 0.0
     """Seconds to look up matches; fixed arms of the index take them too."""
+    index_s: float = 0.0
+    """Seconds by which a draft of the index lengthens a step whatever its length: the host makes it
+    while nothing runs on the device."""
     hidden_look_s: float = 0.0
     """Seconds for each request by which a look at its matches lengthens the step, and which do not
     count as planning: the host looks while the device works, and has less time for all else."""
@@ -199,7 +202,9 @@ class World:
     def seconds(self, drafter: str, k: int) -> tuple[float, float]:
         """(step, draft), late steps aside."""
         num_neural = len(self.rows_of(drafter))
-        draft = self.draft_s * k * num_neural or 0.00002 * k * (drafter != "none")
+        draft = self.draft_s * k * num_neural
+        if not num_neural and k:
+            draft = 0.00002 * k + self.index_s
         step = self.plain_s + self.verify_per_token_s * k * self.batch + draft
         return self.slowdown * step, self.slowdown * draft
 
@@ -286,7 +291,7 @@ class Simulation:
     def _decode(self, world: World) -> tuple[Decision, RowOutcomes, dict[float, float], float]:
         rng = self._rng
         self._admit(world)
-        matches = world.matches(rng)
+        matches = self._matches(world)
         decision, plan_s, seen = self.policy.rest(), 0.0, False
         if decision is None:
             seen = world.has_index and self.policy.wants_matches()
@@ -358,6 +363,10 @@ class Simulation:
         self._last_drafter = drafter
         self._step += 1
         return decision, rows, tokens, step_s + world.noise.mean_late_s
+
+    def _matches(self, world: World) -> tuple[int, ...]:
+        """Kind of the match of each request in this step."""
+        return world.matches(self._rng)
 
     def _admit(self, world: World) -> None:
         """Replace requests that have ended, so that the batch is full."""

@@ -48,10 +48,10 @@ def test_steps_without_a_plan_are_steps_without_an_interruption():
     chooser._leads["none"] = 2.0
     chosen(chooser, 0.5, "none")
     after_one = chooser.plain_lead
-    chooser.rested(200, 0.0)
+    chooser.rested(200, 0.0, 200, 0)
     assert after_one > 1.9
     assert chooser.plain_lead < 1.05
-    chooser.rested(1000, 500.0)  # half of their time
+    chooser.rested(1000, 500.0, 0, 0)  # half of their time
     assert chooser.plain_lead == pytest.approx(2.0)
 
 

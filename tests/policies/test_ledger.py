@@ -23,7 +23,8 @@ SMALL = World(
 def test_the_parts_make_the_share():
     assert sum(PARTS.values()) == pytest.approx(1)
     assert PARTS == {
-        Purpose.LENGTH: 0, Purpose.ARM: 0.7, Purpose.PLAN: 0.1, Purpose.LOOK: 0.2,
+        Purpose.LENGTH: 0, Purpose.ARM: 0.6, Purpose.PLAN: 0.1, Purpose.LOOK: 0.2,
+        Purpose.MATCH: 0.1,
     }  # fmt: skip
 
 
@@ -49,10 +50,13 @@ def test_credit_for_looks_is_spent_before_anything_is_owed():
 
 
 @pytest.mark.parametrize(
-    ("is_drafted", "arm", "length"), [(True, 0.004, 0.004), (False, 0.0035, 0)]
+    ("is_drafted", "tries_matches", "arm", "length"),
+    [(True, True, 0.004, 0.004), (False, True, 0.003, 0), (False, False, 0.0035, 0)],
 )
-def test_steps_save_for_stretches_what_settings_or_drafting_allow(is_drafted, arm, length):
-    ledger = Ledger(SHARE)
+def test_steps_save_for_stretches_what_settings_or_drafting_allow(
+    is_drafted, tries_matches, arm, length
+):
+    ledger = Ledger(SHARE, tries_matches=tries_matches)
     assert not ledger.is_open
     ledger.save(1.0, PLAIN_S, is_drafted=is_drafted)
     assert ledger.is_open
@@ -104,7 +108,9 @@ def test_what_was_spent_on_a_drafter_of_no_use_is_within_its_parts(batch):
         # Plans that a stretch needs are counted and not owed: its drafts have led to them.
         took = spent[purpose.name.lower()]
         # Where an index interrupts now and then, its first balance buys another length or two.
-        assert 0.5 * part * SHARE <= took <= 1.8 * part * SHARE + 1e-5
+        assert took <= 1.8 * part * SHARE + 1e-5
+        # Matches are tried where they are looked up anyway, which is seldom here.
+        assert purpose is Purpose.MATCH or took >= 0.5 * part * SHARE
     assert sum(spent.values()) <= 1.1 * SHARE
     assert sum(spent.values()) == pytest.approx(lost, rel=0.3)
 
