@@ -52,8 +52,8 @@ class ServerSettings(Section):
     processes: int | None = Field(None, ge=0, le=64)
     """Processes that speak HTTP beside the engine's: they parse, tokenize and stream, so the
     engine's does nothing but decode. 0: the engine's process does it all. ``None``: with a GPU one
-    for every 32 requests of ``engine.max_batch``, but at most one for every four cores and 4 in
-    all; on a CPU, whose cores all decode, 0."""
+    if ``engine.max_batch`` is at most 32, two up to 128 and one more for every further 64, but at
+    most one for every four cores and 4 in all; on a CPU, whose cores all decode, 0."""
     log_stats_s: float = Field(10.0, ge=0)
     """Seconds between log lines of throughput and acceptance, written while there is traffic; 0:
     none."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import benchmarks.border
-from benchmarks.border import contention, events, speed, survival
+from benchmarks.border import contention, events, speed, starts, survival
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 
 app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
@@ -81,6 +81,21 @@ def measure_events(
     found = events.measure_turns(clients, step_ms, seconds, turns)
     figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
     _finish("events", figures, list(events.rows_of(found, clients)), publish)
+
+
+@app.command("starts")
+def measure_starts(
+    clients: Annotated[int, typer.Option(min=1)] = 32,
+    step_ms: Annotated[float, typer.Option(help="of the engine")] = 3.2,
+    seconds: Annotated[float, typer.Option(help="of each turn")] = 5.0,
+    turns: int = 5,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="settings of the server")] = None,
+    publish: Publish = False,
+) -> None:
+    """Measure gaps of streams while requests begin and end, and what a request costs."""
+    found = starts.measure_turns(clients, step_ms, seconds, turns, set_ or ())
+    figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
+    _finish("starts", figures, list(starts.rows_of(found, clients, step_ms)), publish)
 
 
 @app.command("contention")

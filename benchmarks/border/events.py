@@ -16,11 +16,11 @@ import statistics
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import benchmarks.border.speed as speed
 from benchmarks.harness.results import Row, say
@@ -80,9 +80,7 @@ class PacedDesk:
     def _run(self) -> None:
         due_s = time.perf_counter()
         while not self._is_over:
-            with self._lock:
-                arrived, self._arrived = self._arrived, []
-            for request, on_output in arrived:
+            for request, on_output in self._admitted():
                 self._running[request.id] = request, on_output, [0]
             begun_s = time.thread_time()
             self._step()
@@ -90,6 +88,12 @@ class PacedDesk:
             self.spent_s += time.thread_time() - begun_s
             due_s = max(due_s + self._step_s, time.perf_counter())
             time.sleep(max(0.0, due_s - time.perf_counter()))
+
+    def _admitted(self) -> list[tuple[Request, OnOutput]]:
+        """Requests that begin in the next step."""
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+        return arrived
 
     def _step(self) -> None:
         ended = []
@@ -110,6 +114,9 @@ class PacedDesk:
         self.cancel(ended)
 
 
+Desk = TypeVar("Desk", bound=PacedDesk)
+
+
 @dataclass(frozen=True, slots=True)
 class Spent:
     """One turn."""
@@ -126,7 +133,10 @@ class Spent:
 
 def measure(clients: int, step_ms: float, seconds: float) -> Spent:
     """Stream for some seconds."""
-    with tempfile.TemporaryDirectory() as name, _server(Path(name), step_ms / 1e3) as server:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        paced_server(Path(name), step_ms / 1e3, PacedDesk) as server,
+    ):
         desk, spawned, port = server
         load = speed.Load((), desk.model.vocab_size, seconds, None)
         parts = [
@@ -163,13 +173,24 @@ def _spent(desk: PacedDesk, pid: int) -> tuple[int, float, float, float]:
 
 
 @contextlib.contextmanager
-def _server(folder: Path, step_s: float) -> Iterator[tuple[PacedDesk, Spawned, int]]:
-    """The paced engine with one HTTP process."""
-    settings: Settings = load_settings((), (f"run_dir={folder}/run", "server.port=0"), {})
+def paced_server(
+    folder: Path,
+    step_s: float,
+    kind: Callable[[ServedModel, float], Desk],
+    chosen: Sequence[str] = (),
+) -> Iterator[tuple[Desk, Spawned, int]]:
+    """The paced engine with one HTTP process.
+
+    Args:
+        kind: makes the engine.
+        chosen: settings.
+    """
+    own = (f"run_dir={folder}/run", "server.port=0")
+    settings: Settings = load_settings((), (*own, *chosen), {})
     files = read_target(settings.target, settings.target_cache)
     model = ServedModel("paced", files.tokenizer, files.config.vocab_size, 2048, 4, 0)
     listener = bind(settings)
-    spawner, desk = Spawner(1, listener), PacedDesk(model, step_s)
+    spawner, desk = Spawner(1, listener), kind(model, step_s)
     spawned = spawner.spawn(0)
     orders: Any = None  # nobody asks what takes long
     line = Line(spawned.sock, desk, welcome_for(desk, settings, files.folder), orders)  # type: ignore[arg-type]

@@ -240,6 +240,10 @@ def _is_over(running: _Running) -> bool:
     return running.process.poll() is not None or running.line.is_over
 
 
+COMMAND = ["-P", "-m", "serving.border"]
+"""Arguments of Python for an HTTP process, before the numbers of what it inherits."""
+
+
 def _python(descriptors: Iterable[int], num_rows: int, row: int) -> subprocess.Popen[bytes]:
     """A process that inherits descriptors, with the signals that end a server blocked: a terminal
     sends SIGINT, and a service manager SIGTERM, to all processes of a server."""
@@ -253,7 +257,7 @@ def _python(descriptors: Iterable[int], num_rows: int, row: int) -> subprocess.P
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "serving.border", *numbers],
+            [sys.executable, *COMMAND, *numbers],
             env=environment,
             stdin=subprocess.DEVNULL,
             pass_fds=fds,

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import re
-import uuid
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.http.errors import ApiError, internal, log_failure, unavailable
+from serving.http.ids import new_id
 
 REQUEST_ID_HEADER = "X-Request-Id"
 MAX_HEAD_BYTES = 16 << 10
@@ -98,4 +98,4 @@ def request_id_of(scope: Scope) -> str:
     given = [value for name, value in scope["headers"] if name == b"x-request-id"]
     if len(given) == 1 and _ACCEPTABLE_ID.fullmatch(given[0]):
         return str(given[0].decode())
-    return uuid.uuid4().hex
+    return new_id()

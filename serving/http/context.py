@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 from fastapi import FastAPI
@@ -12,6 +12,7 @@ from configs.schema import Settings
 from serving.http.face import RunningServer
 from serving.http.metrics import Metrics
 from serving.http.prompts import PromptEncoder
+from serving.http.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class Context:
     settings: Settings
     metrics: Metrics
     prompts: PromptEncoder
+    turns: Turns = field(default_factory=Turns)
+    """For requests that begin to generate."""
 
 
 def attach(app: FastAPI, context: Context) -> None:

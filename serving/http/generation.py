@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
 from starlette.requests import ClientDisconnect
@@ -69,6 +69,7 @@ class Generation:
 
     def close(self) -> None:
         """Cancel the requests that still run, if any."""
+        self._mailbox.at_once = None  # refers to this, which the collector would have to find
         if self._open:
             self._context.server.cancel(list(self._open))
         for _ in self._open:
@@ -104,6 +105,25 @@ class Generation:
         for arrival in arrivals:
             by_choice.setdefault(self._note(arrival), []).append(arrival.output)
         return [(index, join_outputs(outputs)) for index, outputs in by_choice.items()]
+
+    def give_at_once(self, take: Callable[[int, Output], bool]) -> None:
+        """Offer each output to ``take``, with the index of its choice, while somebody waits in
+        ``news``; one that it returns False for, or fails on, comes from ``news``. Not offered are
+        those that end a choice."""
+
+        def at_once(arrival: Arrival) -> bool:
+            output = arrival.output
+            if output.finish_reason is not None:
+                return False
+            try:
+                is_taken = take(self._index[output.request_id], output)
+            except Exception:  # it fails again in ``news``, where the response tells its client
+                return False
+            if is_taken:
+                self._note(arrival)
+            return is_taken
+
+        self._mailbox.at_once = at_once
 
     async def answers(self, receive: Receive) -> list[Output]:
         """The complete output of each choice, ordered by index.

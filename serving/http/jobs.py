@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -13,6 +12,7 @@ from starlette.requests import Request as HttpRequest
 
 from serving.http.context import Context, context_of
 from serving.http.errors import ApiError, invalid
+from serving.http.ids import new_id
 from serving.http.prompts import TooManyTokensError
 from serving.http.request_bodies import GenerationBody
 from serving.http.sampling_body import field_outside_vocabulary, sampling_params
@@ -20,10 +20,11 @@ from serving.requests import Request
 
 T = TypeVar("T")
 
+NO_CAPTURE = "X-Slipstream-No-Capture"
 NoCaptureHeader = Annotated[
     Literal["0", "1"],
     Header(
-        alias="X-Slipstream-No-Capture",
+        alias=NO_CAPTURE,
         description="1 is the same as `capture: false` in the body.",
     ),
 ]
@@ -76,7 +77,7 @@ def plan_job(
     """
     context = context_of(http_request)
     num_choices = _num_choices(body)
-    job_id = f"{id_prefix}-{uuid.uuid4().hex}"
+    job_id = f"{id_prefix}-{new_id()}"
     capture = body.capture is not False and no_capture != "1"
     drafters = _drafters(context, body)
     limits = [

@@ -90,27 +90,9 @@ class PromptEncoder:
                 code="no_chat_template",
             )
         contents = [message["content"] for message in messages]
-        try:
-            text = await self._run(lambda: self._chat_text(messages), contents)
-        except jinja2.TemplateSyntaxError as error:
-            raise failed(
-                f"the target's chat template is not valid (line {error.lineno}: {error.message}); "
-                f"use /v1/completions",
-                code="chat_template",
-            ) from None
-        except jinja2.TemplateError as error:
-            raise invalid(
-                f"the target's chat template refuses these messages: {error.message}",
-                param="messages",
-                code="chat_template",
-            ) from None
-        except _FAULTS as error:  # its text may quote a message
-            raise invalid(
-                f"the target's chat template fails on these messages ({type(error).__name__}); "
-                f"use /v1/completions",
-                param="messages",
-                code="chat_template",
-            ) from None
+        text, ids = await self._run(lambda: self._chat(messages), contents)
+        if ids is not None:
+            return ids
         await self._refuse_long([text], most)
         return await self._run(lambda: self._ids(text, add_special_tokens=False), [text])
 
@@ -145,9 +127,35 @@ class PromptEncoder:
         (encoding,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(encoding.ids)
 
+    def _chat(self, messages: Sequence[dict[str, str]]) -> tuple[str, tuple[int, ...] | None]:
+        """Text of a conversation, and its token ids unless it is long: to hand over to another
+        thread takes nearly as long as a short text."""
+        text = self._chat_text(messages)
+        return text, None if _are_long([text]) else self._ids(text, add_special_tokens=False)
+
     def _chat_text(self, messages: Sequence[dict[str, str]]) -> str:
-        return str(
-            self._tokenizer.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+        try:
+            return str(
+                self._tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, tokenize=False
+                )
             )
-        )
+        except jinja2.TemplateSyntaxError as error:
+            raise failed(
+                f"the target's chat template is not valid (line {error.lineno}: {error.message}); "
+                f"use /v1/completions",
+                code="chat_template",
+            ) from None
+        except jinja2.TemplateError as error:
+            raise invalid(
+                f"the target's chat template refuses these messages: {error.message}",
+                param="messages",
+                code="chat_template",
+            ) from None
+        except _FAULTS as error:  # its text may quote a message
+            raise invalid(
+                f"the target's chat template fails on these messages ({type(error).__name__}); "
+                f"use /v1/completions",
+                param="messages",
+                code="chat_template",
+            ) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, TypeVar, get_type_hints
 
 from pydantic import BaseModel, Field, create_model
@@ -48,13 +49,14 @@ def sampling_params(body: BaseModel, choice: int, **translated: Any) -> Sampling
         choice: index among the choices of one prompt.
         translated: values of the fields that the endpoint asks for in its own way.
     """
-    values = {name: _value(one, getattr(body, name), choice) for name, one in _fields_of(body)}
+    fields = _fields_of(type(body))
+    values = {name: _value(one, getattr(body, name), choice) for name, one in fields}
     return SamplingParams(**values, **translated)
 
 
 def field_outside_vocabulary(body: BaseModel, vocab_size: int) -> str | None:
     """Name of a field that holds a token id which the target does not have, if any does."""
-    for name, one in _fields_of(body):
+    for name, one in _fields_of(type(body)):
         value = getattr(body, name)
         if one.token_ids is None or value is None:
             continue
@@ -74,10 +76,11 @@ def _taken_by(endpoint: Endpoint) -> Iterator[tuple[str, Definition]]:
     return ((name, one) for name, one in TABLE.items() if endpoint in one.endpoints)
 
 
-def _fields_of(body: BaseModel) -> Iterator[tuple[str, Definition]]:
+@cache
+def _fields_of(model: type[BaseModel]) -> tuple[tuple[str, Definition], ...]:
     """The table's fields that a body has untranslated: those translated belong to no endpoint."""
-    known = type(body).model_fields
-    return ((name, one) for name, one in TABLE.items() if one.endpoints and name in known)
+    known = model.model_fields
+    return tuple((name, one) for name, one in TABLE.items() if one.endpoints and name in known)
 
 
 def _body_field(name: str, one: Definition) -> tuple[Any, Any]:

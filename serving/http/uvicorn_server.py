@@ -14,7 +14,8 @@ import h11
 import uvicorn
 from fastapi import FastAPI
 from starlette.types import Message, Scope, Send
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
 
 from configs.schema import Settings
 from serving.http.boundary import MAX_HEAD_BYTES
@@ -23,6 +24,7 @@ from serving.http.context import of_app
 from serving.http.drain import Drain, Inflight, announced
 from serving.http.errors import ApiError, invalid
 from serving.http.port import bind
+from serving.http.streaming import WRITE
 
 HEADER_S = 10.0
 """Time from the first byte of a request to the end of its headers."""
@@ -119,6 +121,65 @@ def _too_many_connections() -> ApiError:
     )
 
 
+class _Behind:
+    """A transport that writes some bytes together with the first that it is given."""
+
+    def __init__(self, first: bytes, transport: asyncio.Transport) -> None:
+        self._first = first
+        self._transport = transport
+
+    def write(self, data: bytes) -> None:
+        if data:
+            self._transport.write(self._first + data)
+            self._first = b""
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+class _Body:
+    """``send`` of a response. Parts of a chunked body need none of what h11 does: it checks that a
+    response has begun, and writes the length before them."""
+
+    def __init__(
+        self,
+        cycle: RequestResponseCycle,
+        flow: FlowControl,
+        transport: asyncio.Transport,
+        scope: Scope,
+        send: Send,
+    ) -> None:
+        self._cycle, self._flow, self._transport = cycle, flow, transport
+        self._scope, self._send = scope, send
+        self._is_chunked = False
+        """It has begun, in chunks."""
+
+    def write(self, data: bytes) -> bool:
+        """See ``serving.http.streaming.Write``."""
+        if not self._is_chunked or self._flow.write_paused or self._cycle.disconnected:
+            return False
+        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        return True
+
+    async def send(self, message: Message) -> None:
+        """See ASGI."""
+        cycle, data = self._cycle, message.get("body")
+        if data and self._is_chunked:
+            if self._flow.write_paused and not cycle.disconnected:
+                await self._flow.drain()
+            chunk = b"%x\r\n%b\r\n" % (len(data), data)
+            if message.get("more_body"):
+                if not cycle.disconnected:
+                    self._transport.write(chunk)
+                return
+            cycle.transport = _Behind(chunk, self._transport)  # type: ignore[assignment]
+            message = {"type": "http.response.body", "body": b"", "more_body": False}
+        await self._send(message)
+        cycle.transport = self._transport
+        if message["type"] == "http.response.start":
+            self._is_chunked = _is_chunked(self._scope, message)
+
+
 class GuardedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with a time limit on headers, without which a client that never finishes a
     request line holds its socket forever, and with a limit on connections. Events of streams go to
@@ -131,29 +192,12 @@ class GuardedProtocol(H11Protocol):
         whole_app = self.app
 
         async def app(scope: Any, receive: Any, send: Any) -> None:
-            await whole_app(scope, receive, self._quick(scope, send))
+            body = _Body(self.cycle, self.flow, self.transport, scope, send)
+            # The cycle has the other scope: it would be garbage for the collector to find.
+            scope = {**scope, "extensions": {WRITE: body.write}}
+            await whole_app(scope, receive, body.send)
 
         self.app = app
-
-    def _quick(self, scope: Scope, send: Send) -> Send:
-        """``send`` of the cycle that begins. Parts of a chunked body need none of what h11 does: it
-        checks that a response has begun, and writes the length before them."""
-        cycle, flow, transport = self.cycle, self.flow, self.transport
-        is_chunked = False
-
-        async def quick(message: Message) -> None:
-            nonlocal is_chunked
-            if is_chunked and message.get("more_body") and (data := message["body"]):
-                if flow.write_paused and not cycle.disconnected:
-                    await flow.drain()
-                if not cycle.disconnected:
-                    transport.write(b"%x\r\n%b\r\n" % (len(data), data))
-                return
-            await send(message)
-            if message["type"] == "http.response.start":
-                is_chunked = _is_chunked(scope, message)
-
-        return quick
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.engine.vocabulary import Vocabulary
 from serving.http.auth import USER
 from serving.http.bodies import body_schema, json_body
-from serving.http.chunks import chunk_events
-from serving.http.context import Context, context_of
+from serving.http.chunks import ChunkEvents
+from serving.http.context import context_of
 from serving.http.errors import documented, invalid
 from serving.http.generation import Generation
+from serving.http.generation_route import GenerationRoute
 from serving.http.jobs import Job, NoCaptureHeader, check_body, encoded, plan_job, wants_usage
 from serving.http.logprobs import chat_logprobs
 from serving.http.request_bodies import ChatMessage, ChatRequest
@@ -31,7 +33,7 @@ from serving.http.responses import REFUSALS, event_stream, json_answer, reason_n
 from serving.http.streaming import EventStream
 from serving.requests import Output
 
-router = APIRouter()
+router = APIRouter(route_class=GenerationRoute)
 
 
 @router.post(
@@ -67,9 +69,9 @@ async def create_chat_completion(
     )
     generation = Generation(context, job, request.state.request_id)
     await generation.submit()
-    writer = ChatWriter(context, job, bool(body.return_token_ids))
+    writer = ChatWriter(context.prompts.vocabulary, job, bool(body.return_token_ids))
     if body.stream:
-        events = chunk_events(generation, writer, wants_usage(body))
+        events = ChunkEvents(generation, writer, wants_usage(body))
         return EventStream(events, request, generation.close)
     with generation:
         outputs = await generation.answers(request.receive)
@@ -100,18 +102,22 @@ def num_logprobs(body: ChatRequest) -> int | None:
 class ChatWriter:
     """Outputs in the shape of /v1/chat/completions."""
 
-    def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
-        self._vocabulary = context.prompts.vocabulary
-        self._job = job
+    def __init__(self, vocabulary: Vocabulary | None, job: Job, with_ids: bool) -> None:
+        """
+        Args:
+            vocabulary: ``None``: no log probabilities were asked for.
+        """
+        self._vocabulary = vocabulary
+        self.job = job
         self.with_ids = with_ids
-        self._begun: set[int] = set()
+        self.begun: set[int] = set()
 
     def response(self, generation: Generation, outputs: Sequence[Output]) -> ChatResponse:
         return ChatResponse(
-            id=self._job.id,
+            id=self.job.id,
             object="chat.completion",
-            created=self._job.created_unix_s,
-            model=self._job.model_name,
+            created=self.job.created_unix_s,
+            model=self.job.model_name,
             choices=[self._choice(index, output) for index, output in enumerate(outputs)],
             usage=generation.usage(),
             speculation=generation.speculation(),
@@ -119,7 +125,7 @@ class ChatWriter:
         )
 
     def chunks(self, index: int, output: Output) -> list[ChatChunk]:
-        opening = [] if index in self._begun else [self._opening(index)]
+        opening = [] if index in self.begun else [self._opening(index)]
         is_news = output.text or output.finish_reason is not None or output.logprobs
         if not is_news and not self.with_ids:
             return opening
@@ -137,10 +143,10 @@ class ChatWriter:
 
     def bare_chunk(self) -> ChatChunk:
         return ChatChunk(
-            id=self._job.id,
+            id=self.job.id,
             object="chat.completion.chunk",
-            created=self._job.created_unix_s,
-            model=self._job.model_name,
+            created=self.job.created_unix_s,
+            model=self.job.model_name,
             choices=[],
         )
 
@@ -151,8 +157,8 @@ class ChatWriter:
         chunk.choices = [
             ChatChunkChoice(index=index, delta=delta, logprobs=None, finish_reason=None)
         ]
-        chunk.prompt_token_ids = None if self._begun else self._prompt_token_ids()
-        self._begun.add(index)
+        chunk.prompt_token_ids = None if self.begun else self._prompt_token_ids()
+        self.begun.add(index)
         return chunk
 
     def _choice(self, index: int, output: Output) -> ChatChoice:
@@ -169,8 +175,9 @@ class ChatWriter:
     def _logprobs(self, output: Output) -> ChatLogprobs | None:
         if output.logprobs is None:
             return None
-        skip_special = self._job.requests[0].sampling.skip_special_tokens
+        assert self._vocabulary is not None
+        skip_special = self.job.requests[0].sampling.skip_special_tokens
         return chat_logprobs(output.logprobs, self._vocabulary, skip_special)
 
     def _prompt_token_ids(self) -> list[int] | None:
-        return list(self._job.requests[0].prompt_ids) if self.with_ids else None
+        return list(self.job.requests[0].prompt_ids) if self.with_ids else None

@@ -9,12 +9,14 @@ from fastapi import APIRouter, Depends
 from starlette.requests import Request
 from starlette.responses import Response
 
+from serving.engine.vocabulary import Vocabulary
 from serving.http.auth import USER
 from serving.http.bodies import body_schema, json_body
-from serving.http.chunks import chunk_events
+from serving.http.chunks import ChunkEvents
 from serving.http.context import Context, context_of
 from serving.http.errors import documented
 from serving.http.generation import Generation
+from serving.http.generation_route import GenerationRoute
 from serving.http.jobs import Job, NoCaptureHeader, check_body, encoded, plan_job, wants_usage
 from serving.http.logprobs import TextOffsets, completion_logprobs
 from serving.http.request_bodies import CompletionRequest, Prompt
@@ -23,7 +25,7 @@ from serving.http.responses import REFUSALS, event_stream, json_answer, reason_n
 from serving.http.streaming import EventStream
 from serving.requests import Output
 
-router = APIRouter()
+router = APIRouter(route_class=GenerationRoute)
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's default for completions."""
@@ -57,9 +59,9 @@ async def create_completion(
     )
     generation = Generation(context, job, request.state.request_id)
     await generation.submit()
-    writer = CompletionWriter(context, job, bool(body.return_token_ids))
+    writer = CompletionWriter(context.prompts.vocabulary, job, bool(body.return_token_ids))
     if body.stream:
-        events = chunk_events(generation, writer, wants_usage(body))
+        events = ChunkEvents(generation, writer, wants_usage(body))
         return EventStream(events, request, generation.close)
     with generation:
         outputs = await generation.answers(request.receive)
@@ -90,13 +92,17 @@ async def prompt_ids(
 class CompletionWriter:
     """Outputs in the format of /v1/completions."""
 
-    def __init__(self, context: Context, job: Job, with_ids: bool) -> None:
-        self._vocabulary = context.prompts.vocabulary
-        self._job = job
+    def __init__(self, vocabulary: Vocabulary | None, job: Job, with_ids: bool) -> None:
+        """
+        Args:
+            vocabulary: ``None``: no log probabilities were asked for.
+        """
+        self._vocabulary = vocabulary
+        self.job = job
         self.with_ids = with_ids
         self._offsets: dict[int, TextOffsets] = {}
         """Of each choice with log probabilities."""
-        self._begun: set[int] = set()
+        self.begun: set[int] = set()
 
     def response(self, generation: Generation, outputs: Sequence[Output]) -> CompletionResponse:
         answer = self.bare_chunk()
@@ -114,22 +120,23 @@ class CompletionWriter:
 
     def bare_chunk(self) -> CompletionResponse:
         return CompletionResponse(
-            id=self._job.id,
+            id=self.job.id,
             object="text_completion",
-            created=self._job.created_unix_s,
-            model=self._job.model_name,
+            created=self.job.created_unix_s,
+            model=self.job.model_name,
             choices=[],
         )
 
     def _choice(self, index: int, output: Output) -> CompletionChoice:
         logprobs = None
         if output.logprobs is not None:
+            assert self._vocabulary is not None
             if index not in self._offsets:
-                self._offsets[index] = TextOffsets(self._vocabulary, self._job.requests[index])
+                self._offsets[index] = TextOffsets(self._vocabulary, self.job.requests[index])
             logprobs = completion_logprobs(output.logprobs, self._vocabulary, self._offsets[index])
-        is_first = index not in self._begun
-        self._begun.add(index)
-        prompt = self._job.requests[index].prompt_ids
+        is_first = index not in self.begun
+        self.begun.add(index)
+        prompt = self.job.requests[index].prompt_ids
         return CompletionChoice(
             index=index,
             text=output.text,

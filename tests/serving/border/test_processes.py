@@ -276,7 +276,7 @@ def test_a_stopped_process_is_replaced_and_does_not_hold_up_the_end(
 
 @pytest.mark.parametrize(
     ("processes", "on_gpu", "cores", "wanted"),
-    [(None, False, 64, 0), (None, True, 2, 1), (None, True, 8, 2), (None, True, 128, 4),
+    [(None, False, 64, 0), (None, True, 2, 1), (None, True, 8, 2), (None, True, 128, 2),
      (0, True, 8, 0), (3, False, 2, 3)],
 )  # fmt: skip
 def test_the_number_of_processes_follows_the_setting_or_the_device(
@@ -292,7 +292,17 @@ def test_the_number_of_processes_follows_the_setting_or_the_device(
 
 @pytest.mark.parametrize(
     ("max_batch", "cores", "wanted"),
-    [(16, 64, 1), (32, 64, 1), (33, 64, 2), (128, 16, 4), (128, 8, 2), (128, 2, 1), (512, 64, 4)],
+    [
+        (16, 64, 1),
+        (32, 64, 1),
+        (33, 64, 2),
+        (128, 16, 2),
+        (128, 7, 1),
+        (128, 2, 1),
+        (192, 64, 3),
+        (192, 8, 2),
+        (512, 64, 4),
+    ],
 )
 def test_a_gpu_has_http_processes_for_its_batch_as_its_cores_allow(max_batch, cores, wanted):
     settings = load_settings((), (f"engine.max_batch={max_batch}",), {})

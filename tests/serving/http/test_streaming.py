@@ -84,10 +84,30 @@ class Client:
         return {"type": "http.disconnect"}
 
 
-async def endless():
-    while True:
-        yield b"data: x\n\n"
-        await asyncio.sleep(0.001)
+class Told:
+    """Events that are known."""
+
+    def __init__(self, *events: bytes | Exception, pause_s: float = 0.0) -> None:
+        self._left = list(events)
+        self._pause_s = pause_s
+
+    @property
+    def is_over(self) -> bool:
+        return not self._left
+
+    def write_with(self, write) -> None:
+        raise AssertionError("nobody offered it")
+
+    async def next(self) -> bytes:
+        await asyncio.sleep(self._pause_s)
+        data = self._left.pop(0)
+        if isinstance(data, Exception):
+            raise data
+        return data
+
+
+def endless() -> Told:
+    return Told(*[b"data: x\n\n"] * 100_000, pause_s=0.001)
 
 
 def answer(client: Client, events, stall_s: float = 5.0) -> list[str]:
@@ -115,26 +135,19 @@ def test_a_client_that_leaves_ends_the_request():
 
 
 def test_a_complete_stream_is_closed_too():
-    async def two():
-        yield b"data: 1\n\n"
-        yield b"data: 2\n\n"
-
     client = Client(reads=100)
-    assert answer(client, two()) == ["closed"]
-    assert [m.get("body") for m in client.received[1:]] == [b"data: 1\n\n", b"data: 2\n\n", b""]
-    assert client.received[-1]["more_body"] is False
+    assert answer(client, Told(b"data: 1\n\n", b"data: 2\n\n")) == ["closed"]
+    assert [m.get("body") for m in client.received[1:]] == [b"data: 1\n\n", b"data: 2\n\n"]
+    assert [m["more_body"] for m in client.received[1:]] == [True, False]
 
 
 def test_a_failure_of_ours_becomes_a_last_event_without_its_text(caplog):
     prompt = "secret"
 
-    async def breaks():
-        yield b"data: 1\n\n"
-        raise RuntimeError(prompt)
-
     client = Client(reads=100)
-    answer(client, breaks())
-    last_event = client.received[-2]["body"]
+    answer(client, Told(b"data: 1\n\n", RuntimeError(prompt)))
+    last_event = client.received[-1]["body"]
+    assert client.received[-1]["more_body"] is False
     assert b"internal_error" in last_event and b"id-1" in last_event
     assert b"secret" not in last_event
     assert "secret" not in caplog.text and "RuntimeError" in caplog.text
