@@ -66,8 +66,7 @@ _SHIFT_WEIGHT, _RETURN_WEIGHT = 48.0, 4.0
 """Rounds that recent evidence counts for after a detected shift, of which it is then, and when a
 former regime returns, of which it is not."""
 _LASTING_SHIFT_WEIGHT = 400.0
-"""Rounds that a bucket's lasting evidence from before a detected shift counts for, where the pool
-remembers regimes."""
+"""Rounds that a bucket's lasting evidence counts for after a shift; the pool has regimes."""
 _MIN_STEPS = 24
 """Least half-life in steps: at a batch of 64, 200 rounds are three steps, mostly noise."""
 _NOTHING = 1e-9

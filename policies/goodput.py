@@ -13,7 +13,6 @@ more than it costs. Where it does, a glance at them tells most steps that need n
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Self
@@ -40,7 +39,7 @@ from policies.rest import Rest
 from policies.step_time import StepTimes
 from policies.switching import FEW_ROWS, SwitchCosts
 from policies.versions import VersionMemory
-from policies.weighed import NOBODY, Basis, Like, Made, Weighed
+from policies.weighed import Basis, Like, Made, Steps, Weighed
 
 _MORE_STEPS = 6
 """Steps by which a stretch of drafts that saves time is continued."""
@@ -51,38 +50,6 @@ _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
-
-
-class _Steps:
-    """What was decided last."""
-
-    def __init__(self) -> None:
-        self.counts: Counter[str] = Counter()
-        """Decisions by reason."""
-        self.drafter = "none"
-        """That of the last decision."""
-        self.best = PLAIN_ARM
-        """The best arm that drafts, when one was chosen last."""
-        self.obs: dict[bool, StepObs] = {}
-        """What the last plans with and without a look were for."""
-        self.tokens = 1.0
-        """Those of a request that the last plan expected."""
-        self.untried: dict[str, float] = {}
-        """Neural drafters whose weights changed, and that have not drafted since; with the time
-        when they did."""
-        self.clock_s = 0.0
-        """Time of all steps."""
-        self.like = NOBODY
-        """The requests of the last plan."""
-        self.made: Made | None = None
-        """The last plan, until ``_settle``,"""
-        self.look: Weighed | None = None
-        """and what its look found, if it had one."""
-
-    def note(self, decision: Decision) -> Decision:
-        self.drafter = decision.drafter
-        self.counts[decision.reason] += 1
-        return decision
 
 
 class GoodputPolicy:
@@ -130,7 +97,7 @@ class GoodputPolicy:
             kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
             self._rest, self._ledger,
         )  # fmt: skip
-        self._steps = _Steps()
+        self._steps = Steps()
         self._basis: Basis | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: Weighed | None = None

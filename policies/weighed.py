@@ -8,12 +8,13 @@ when the plan is asked for, and only what they change is computed then.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 from policies.choice import Choice, Footing
-from policies.forecast import Arm, Forecast, Outline
+from policies.forecast import PLAIN_ARM, Arm, Forecast, Outline
 from policies.groups import Mix
-from policies.interface import StepObs
+from policies.interface import Decision, StepObs
 from policies.probes import Priced
 
 _OTHERS = 0.25
@@ -93,3 +94,36 @@ class Made(NamedTuple):
     """The drafter of the decision before."""
     looked: bool
     """Matches were known."""
+
+
+class Steps:
+    """What ``goodput`` decided last."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        """Decisions by reason."""
+        self.drafter = "none"
+        """That of the last decision."""
+        self.best = PLAIN_ARM
+        """The best arm that drafts, when one was chosen last."""
+        self.obs: dict[bool, StepObs] = {}
+        """What the last plans with and without a look were for."""
+        self.tokens = 1.0
+        """Those of a request that the last plan expected."""
+        self.untried: dict[str, float] = {}
+        """Neural drafters whose weights changed, and that have not drafted since; with the time
+        when they did."""
+        self.clock_s = 0.0
+        """Time of all steps."""
+        self.like = NOBODY
+        """The requests of the last plan."""
+        self.made: Made | None = None
+        """The last plan, until ``_settle``,"""
+        self.look: Weighed | None = None
+        """and what its look found, if it had one."""
+
+    def note(self, decision: Decision) -> Decision:
+        """Count a decision."""
+        self.drafter = decision.drafter
+        self.counts[decision.reason] += 1
+        return decision

@@ -85,7 +85,8 @@ class Drafting:
         """
         Args:
             on_request: kinds that draft only for requests that name them.
-            mixes: drafters of ``neural`` and ``hosts`` that may draft in one round.
+            mixes: drafters of the others that may draft in one round.
+            texts: drafters that read text on the device.
         """
         self.hosts = {drafter.kind: drafter for drafter in hosts}
         self.neural = {rows.kind: rows for rows in neural}
@@ -101,7 +102,6 @@ class Drafting:
         self.on_request = frozenset(on_request)
         kinds = {*self.hosts, *self.neural, *self.texts}
         self._ordinary = self._offer_of(kinds - self.on_request)
-        self._every = frozenset(self._ordinary.kinds)
         self._offers: dict[frozenset[str], _Offer] = {}
         self._ranking = _Ranking(hosts)
         self.grouping = Grouping()
@@ -154,7 +154,8 @@ class Drafting:
         chosen = set(choices)  # few are different; a set knows its hash
         if chosen <= {None}:
             return None
-        allowed = [self._every if choice is None else choice for choice in chosen]
+        every = frozenset(self._ordinary.kinds)
+        allowed = [every if choice is None else choice for choice in chosen]
         return allowed[0] if len(allowed) == 1 else frozenset.intersection(*allowed)
 
     def _offer(self, choice: frozenset[str] | None) -> _Offer:
