@@ -79,16 +79,21 @@ def _set_vocabulary(model: Mtp, draft_ids: Tensor | None) -> None:
 def imitate(model: Mtp, last: LastLayer) -> None:
     """Overwrite a new head's layer with the target's last one, and its norms with the final one.
 
-    Queries and keys stay random if the target normalises them per head.
+    Queries and keys stay random if only one of the two normalises them per head.
     """
-    c = model.config
+    c, attention = model.config, model.attention
     sizes = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
-    q, k, v = torch.split(model.attention.qkv_proj.weight, sizes)
-    if last.qk is not None:
+    q, k, v = torch.split(attention.qkv_proj.weight, sizes)
+    if c.has_head_norms and last.normed_qk is not None:
+        q.copy_(last.normed_qk.q)
+        k.copy_(last.normed_qk.k)
+        attention.q_norm.weight.copy_(last.normed_qk.q_norm_D)
+        attention.k_norm.weight.copy_(last.normed_qk.k_norm_D)
+    elif not c.has_head_norms and last.qk is not None:
         q.copy_(last.qk[0])
         k.copy_(last.qk[1])
     v.copy_(last.v)
-    model.attention.o_proj.weight.copy_(last.o)
+    attention.o_proj.weight.copy_(last.o)
     model.gate_up_proj.weight.copy_(last.gate_up)
     model.down_proj.weight.copy_(last.down)
     model.input_layernorm.weight.copy_(last.attention_norm_H)

@@ -270,13 +270,20 @@ def test_a_head_of_another_target_is_refused(carrying_target, tmp_path):
         from_carrier(read_checkpoint(tmp_path), table)
 
 
-def test_a_new_head_begins_as_the_targets_last_layer(carrying_target):
+@pytest.mark.parametrize("has_head_norms", [False, True])
+def test_a_new_head_begins_as_the_targets_last_layer(tmp_path, has_head_norms):
     """Its layer, fed what the target's last layer reads, computes what that computes."""
-    folder, target = carrying_target
+    folder, target = tmp_path, save_target(tmp_path, tie=has_head_norms)
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    target.save_pretrained(folder)
     last = load_last_layer(folder)
     learns = MtpTrainable()
     head = target.get_output_embeddings().weight.detach()
     model = learns.new_model(target.config, head, None, 0, last_layer=last)
+    assert model.config.has_head_norms == has_head_norms
     stream = torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(LENGTH)
     model._pair = lambda _embeds, hidden: hidden  # past the parts that a target does not have
