@@ -81,7 +81,8 @@ def imitate(model: Mtp, last: LastLayer) -> None:
 
     Queries and keys stay random if only one of the two normalises them per head.
     """
-    c, attention = model.config, model.attention
+    c = model.config
+    attention: Any = model.attention
     sizes = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
     q, k, v = torch.split(attention.qkv_proj.weight, sizes)
     if c.has_head_norms and last.normed_qk is not None:
