@@ -1,4 +1,4 @@
-"""How fast drafters learn by several recipes: what their weights begin as, and how they are trained.
+"""How fast drafters learn by several recipes: what new weights begin as.
 
     python -m benchmarks.recipes                 # all; three minutes on one core
     python -m benchmarks.recipes --kinds dflash --processes 3
