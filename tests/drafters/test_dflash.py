@@ -154,6 +154,24 @@ def test_anchors_are_drawn_anew_among_rows_with_a_loss_and_blocks_have_any_lengt
     assert 400 < int((lengths == 16).sum()) < 600
 
 
+def test_new_layers_do_not_drown_the_embedding():
+    """A mask reads the anchor's token through it. Here each row attends to itself alone, which adds
+    as much as attention can."""
+    model = random_model("qwen3")
+    module = DFlash(module_for(model).config)
+    module.initialise(0)
+    streams = []
+    module.norm.register_forward_pre_hook(lambda _module, given: streams.append(given[0]))
+    width = module.config.hidden_size
+    embeds = 0.1 * torch.randn(9, width, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad():
+        module(embeds, *module.rope(torch.arange(9)), lambda _layer, q, _k, v: v.repeat(1, 2, 1))
+
+    added = streams[0] - embeds
+    assert 0 < added.norm() < 2 * embeds.norm()
+
+
 def test_longer_drafts_than_a_block_holds_are_refused():
     model = random_model("qwen3")
     module = module_for(model, block_size=6)
