@@ -94,6 +94,8 @@ ORDERS = {
 }
 """Families of heads. That of new heads is ``NEW_ORDER``."""
 NEW_ORDER = "deepseek_v3"
+_WITH_HEAD_NORMS = ("qwen3",)
+"""Model types of targets whose query and key heads are normed, as those of new heads then are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +173,7 @@ def config_for_target(
         rms_norm_eps=config.rms_norm_eps,
         rope_theta=rope_theta(config),
         rotary_dim=_rotary_dim(config, head_dim),
+        has_head_norms=config.model_type in _WITH_HEAD_NORMS,
     )
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ _LIKE_LLAMA = ("llama", "qwen3", "qwen2", "mistral")
 """Model types whose layers have Llama's products and norms."""
 
 
+class NormedQK(NamedTuple):
+    """Products of queries and keys that are normalised per head, and these norms."""
+
+    q: Tensor
+    """[Hq * D, H]"""
+    k: Tensor
+    """[Hkv * D, H]"""
+    q_norm_D: Tensor
+    k_norm_D: Tensor
+
+
 @dataclass(frozen=True, slots=True)
 class LastLayer:
     """Weights of the last decoder layer and the norm behind it, on the CPU in the files' dtype."""
@@ -26,6 +38,8 @@ class LastLayer:
     qk: tuple[Tensor, Tensor] | None
     """[Hq * D, H] and [Hkv * D, H]; ``None`` if queries and keys are normalised per head, which a
     layer without such norms cannot imitate."""
+    normed_qk: NormedQK | None
+    """The same if they are; otherwise ``None``."""
     v: Tensor
     """[Hkv * D, H]"""
     o: Tensor
@@ -61,10 +75,14 @@ def load_last_layer(folder: Path) -> LastLayer:
             raise ValueError(f"{wanted} of the target in {folder} holds NaN or infinity")
         return tensor
 
-    has_head_norms = f"{prefix}self_attn.q_norm.weight" in files
+    qk = read("self_attn.q_proj"), read("self_attn.k_proj")
+    normed = None
+    if f"{prefix}self_attn.q_norm.weight" in files:
+        normed = NormedQK(*qk, read("self_attn.q_norm"), read("self_attn.k_norm"))
     return LastLayer(
         attention_norm_H=read("input_layernorm"),
-        qk=None if has_head_norms else (read("self_attn.q_proj"), read("self_attn.k_proj")),
+        qk=qk if normed is None else None,
+        normed_qk=normed,
         v=read("self_attn.v_proj"),
         o=read("self_attn.o_proj"),
         mlp_norm_H=read("post_attention_layernorm"),

@@ -19,6 +19,12 @@ from drafters.rotary import RotaryAngles, rotate
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [..., Hq, D], k and v [..., Hkv, D] of the block) -> [..., Hq, D]."""
 
+_FIRST_SHARE = 0.1
+"""Of what layers with random weights would add to the residual stream. All of it would drown the
+embeddings, whose elements are of the order of 0.1, so that a mask learns late to read the anchor's
+token: ``python -m benchmarks.recipes``."""
+_ADDING = ("o_proj.weight", "down_proj.weight")
+
 
 @dataclass(frozen=True, slots=True)
 class DFlashConfig:
@@ -106,14 +112,16 @@ class DFlash(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Draw random weights (normal, std 1 / sqrt(width of the input); norms 1)."""
+        """Draw random weights (normal, std 1 / sqrt(width of the input); norms 1); what layers add
+        to the residual stream is ``_FIRST_SHARE`` of that."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
             if name.endswith("norm.weight"):
                 parameter.fill_(1.0)
             else:
                 values = torch.randn(parameter.shape, generator=generator)
-                parameter.copy_(values * parameter.shape[1] ** -0.5)
+                share = _FIRST_SHARE if name.endswith(_ADDING) else 1.0
+                parameter.copy_(values * share * parameter.shape[1] ** -0.5)
 
     def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """See ``RotaryAngles.at``."""

@@ -136,22 +136,26 @@ class Reader:
     """(checkpoint, target) -> ``Imported``."""
 
 
-_EAGLE3, _MTP = "drafters.formats.eagle3:", "drafters.mtp_learning:"
+_EAGLE3, _MTP = "drafters.formats.eagle3:", "drafters.formats.mtp:"
 _DFLASH, _P_EAGLE = "drafters.formats.dflash:", "drafters.formats.p_eagle:"
 READERS = (
     Reader("P-EAGLE", _P_EAGLE + "is_published", _P_EAGLE + "from_published"),
     Reader("LlamaForCausalLMEagle3", _EAGLE3 + "is_published", _EAGLE3 + "from_published"),
     Reader("eagle3 of speculators", _EAGLE3 + "is_speculators", _EAGLE3 + "from_speculators"),
     Reader("DFlashDraftModel", _DFLASH + "is_published", _DFLASH + "from_published"),
+    Reader("dflash of speculators", _DFLASH + "is_speculators", _DFLASH + "from_speculators"),
+    Reader("mtp of speculators", _MTP + "is_speculators", _MTP + "from_speculators"),
     Reader("a target with MTP heads", _MTP + "is_carrier", _MTP + "from_carrier"),
 )
 WRITERS = {
     ("eagle3", "hf"): _EAGLE3 + "to_published",
     ("eagle3", "speculators"): _EAGLE3 + "to_speculators",
     ("dflash", "hf"): _DFLASH + "to_published",
+    ("dflash", "speculators"): _DFLASH + "to_speculators",
     ("p_eagle", "hf"): _P_EAGLE + "to_published",
     ("p_eagle", "speculators"): _P_EAGLE + "to_speculators",
     ("mtp", "hf"): _MTP + "to_carrier",
+    ("mtp", "speculators"): _MTP + "to_speculators",
     ("draft_model", "hf"): "drafters.formats.draft_model:to_published",
 }
 """(Kind, layout) -> (config, tensors, target) -> ``config.json`` and tensors."""

@@ -21,8 +21,8 @@ from drafters.dflash.trainable import (
     default_layer_ids,
 )
 from drafters.formats.checkpoint import FormatError, read_checkpoint, write_checkpoint
-from drafters.formats.dflash import from_published, to_published
-from drafters.formats.published import TargetTable
+from drafters.formats.dflash import from_published, to_published, to_speculators
+from drafters.formats.published import TargetTable, read_drafter
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
@@ -154,6 +154,24 @@ def test_anchors_are_drawn_anew_among_rows_with_a_loss_and_blocks_have_any_lengt
     assert 400 < int((lengths == 16).sum()) < 600
 
 
+def test_new_layers_do_not_drown_the_embedding():
+    """A mask reads the anchor's token through it. Here each row attends to itself alone, which adds
+    as much as attention can."""
+    model = random_model("qwen3")
+    module = DFlash(module_for(model).config)
+    module.initialise(0)
+    streams = []
+    module.norm.register_forward_pre_hook(lambda _module, given: streams.append(given[0]))
+    width = module.config.hidden_size
+    embeds = 0.1 * torch.randn(9, width, generator=torch.Generator().manual_seed(1))
+
+    with torch.no_grad():
+        module(embeds, *module.rope(torch.arange(9)), lambda _layer, q, _k, v: v.repeat(1, 2, 1))
+
+    added = streams[0] - embeds
+    assert 0 < added.norm() < 2 * embeds.norm()
+
+
 def test_longer_drafts_than_a_block_holds_are_refused():
     model = random_model("qwen3")
     module = module_for(model, block_size=6)
@@ -258,6 +276,55 @@ def test_what_is_exported_is_read_back(tmp_path, windows, causal):
     found = from_published(read_checkpoint(tmp_path / "out"), target)
     assert found.config == config
     assert all(torch.equal(found.tensors[n], t) for n, t in module.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("windows", "causal"),
+    [
+        ((None, None), (False, False)),
+        ((20, None), (True, False)),
+        ((20, 20), (False, False)),
+    ],
+)
+def test_the_layout_of_speculators_is_read_back(tmp_path, windows, causal):
+    model = random_model("qwen3")
+    module = published_folder(tmp_path / "published", model)
+    own = replace(module.config, windows=windows, causal=causal).to_json()
+    _, target = published(tmp_path, model)
+
+    config, tensors = to_speculators(own, module.state_dict(), target)
+
+    assert config["aux_hidden_state_layer_ids"] == own["layer_ids"]
+    assert config["sliding_window_non_causal"] == (windows == (20, 20))
+    # The library writes this architecture, and the table.
+    config = {**config, "architectures": ["DFlashDraftModel"]}
+    for table in (target.embed_VH, -target.embed_VH):
+        write_checkpoint(tmp_path / "out", config, {**tensors, "embed_tokens.weight": table})
+        checkpoint = read_checkpoint(tmp_path / "out")
+        if table is target.embed_VH:
+            found = read_drafter(checkpoint, target)
+            assert (found.kind, found.config) == ("dflash", own)
+            assert all(torch.equal(found.tensors[n], t) for n, t in tensors.items())
+        else:
+            with pytest.raises(FormatError, match=r"embed_tokens.weight is not the target's"):
+                read_drafter(checkpoint, target)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"causal": (True, True)}, "no window is causal, which the layout cannot say"),
+        ({"windows": (20, 20), "causal": (True, False)}, "some are not, which the layout cannot"),
+        ({"windows": (20, 30), "causal": (True, True)}, r"windows of \[20, 30\]"),
+    ],
+)
+def test_masks_that_speculators_cannot_say_are_not_exported(tmp_path, changed, message):
+    model = random_model("qwen3")
+    module = published_folder(tmp_path / "published", model)
+    _, target = published(tmp_path, model)
+
+    with pytest.raises(ValueError, match=message):
+        to_speculators(replace(module.config, **changed).to_json(), module.state_dict(), target)
 
 
 @pytest.mark.parametrize(

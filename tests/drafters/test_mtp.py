@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,10 +17,11 @@ from typer.testing import CliRunner
 from buffer.bundles import read_bundle
 from drafters.cli import app
 from drafters.formats.checkpoint import read_checkpoint, write_checkpoint
-from drafters.formats.published import TargetTable, imported, load_target_table
+from drafters.formats.mtp import from_carrier, to_carrier, to_speculators
+from drafters.formats.published import TargetTable, imported, load_target_table, read_drafter
 from drafters.initial import NewDrafter, TargetFacts, made_drafter
-from drafters.mtp import ORDERS, Mtp, MtpConfig
-from drafters.mtp_learning import MtpTrainable, from_carrier, to_carrier
+from drafters.mtp import ORDERS, Mtp, MtpConfig, config_for_target
+from drafters.mtp_learning import MtpTrainable
 from oracles.bundle_folders import write_bundle
 from targets.last_layer import load_last_layer
 from tests.trainer.traffic import HIDDEN, LAYERS, SHAPE, VOCAB, fingerprint_of, save_target
@@ -268,13 +270,20 @@ def test_a_head_of_another_target_is_refused(carrying_target, tmp_path):
         from_carrier(read_checkpoint(tmp_path), table)
 
 
-def test_a_new_head_begins_as_the_targets_last_layer(carrying_target):
+@pytest.mark.parametrize("has_head_norms", [False, True])
+def test_a_new_head_begins_as_the_targets_last_layer(tmp_path, has_head_norms):
     """Its layer, fed what the target's last layer reads, computes what that computes."""
-    folder, target = carrying_target
+    folder, target = tmp_path, save_target(tmp_path, tie=has_head_norms)
+    with torch.no_grad():
+        for name, parameter in target.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) / 8)
+    target.save_pretrained(folder)
     last = load_last_layer(folder)
     learns = MtpTrainable()
     head = target.get_output_embeddings().weight.detach()
     model = learns.new_model(target.config, head, None, 0, last_layer=last)
+    assert model.config.has_head_norms == has_head_norms
     stream = torch.randn(LENGTH, HIDDEN, generator=torch.Generator().manual_seed(1))
     positions = torch.arange(LENGTH)
     model._pair = lambda _embeds, hidden: hidden  # past the parts that a target does not have
@@ -328,6 +337,58 @@ def test_an_exported_head_is_read_back_with_equal_logits(tmp_path, order):
     with torch.no_grad():
         ours, theirs = (by_ours(m, embeds, m.fuse(stream), 3) @ head.T for m in (model, back))
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture
+def plain_target(tmp_path):
+    folder = tmp_path / "target"
+    save_target(folder)
+    return load_target_table("target", folder)
+
+
+@pytest.mark.parametrize("is_gated", [False, True])
+@pytest.mark.parametrize("has_learnt", [False, True])
+def test_the_layout_of_speculators_is_read_back(plain_target, tmp_path, is_gated, has_learnt):
+    """A copy of the target's norm that was not written is the target's."""
+    gate = {"order": "qwen3_5", "has_output_gate": True, "rotary_dim": 4} if is_gated else {}
+    config = replace(config_for_target(plain_target.config), has_head_norms=True, **gate).to_json()
+    model = Mtp(MtpConfig.from_json(config))
+    model.initialise(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) / 16)
+    own = dict(model.bundle_tensors())
+    if not has_learnt:
+        theirs = load_file(plain_target.folder / "model.safetensors")["model.norm.weight"]
+        own["target_norm.weight"] = theirs
+
+    written, tensors = to_speculators(config, own, plain_target)
+    if not has_learnt:
+        del tensors["slipstream.target_norm.weight"]
+    write_checkpoint(tmp_path / "out", written, tensors)
+    found = read_drafter(read_checkpoint(tmp_path / "out"), plain_target)
+
+    layer = written["transformer_layer_config"]
+    assert layer["model_type"] == ("qwen3_5_text" if is_gated else "qwen3")
+    assert (found.kind, found.config) == ("mtp", config)
+    for name, tensor in own.items():
+        torch.testing.assert_close(found.tensors[name], tensor, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "named"),
+    [
+        ({"has_head_norms": False}, "does not norm query and key heads"),
+        ({"order": "mimo"}, "reads the hidden state before the embedding"),
+        ({"has_bias": True}, "has a bias in its queries"),
+        ({"rotary_dim": 4}, "rotates a part of each head, ungated"),
+    ],
+)
+def test_a_head_whose_layer_speculators_lacks_is_not_written(plain_target, changed, named):
+    given = replace(config_for_target(plain_target.config), has_head_norms=True)
+
+    with pytest.raises(ValueError, match=f"the head {named}.* --format hf"):
+        to_speculators(replace(given, **changed).to_json(), {}, plain_target)
 
 
 def test_norms_that_are_stored_around_zero_keep_every_bit_of_bfloat16(tmp_path):

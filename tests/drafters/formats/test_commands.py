@@ -99,14 +99,18 @@ def test_a_layout_that_a_kind_lacks_is_named_with_those_that_it_has(target, tmp_
     folder, model = target
     head = model.get_output_embeddings().weight.detach()
     facts = TargetFacts(model.config, head, fingerprint_of(folder))
-    manifest, _ = made_drafter("mtp", facts, NewDrafter())
-    write_bundle(tmp_path / "0", "mtp", manifest.drafter_config, facts.fingerprint, {"a": head})
+    manifest, _ = made_drafter("draft_model", facts, NewDrafter())
+    write_bundle(
+        tmp_path / "0", "draft_model", manifest.drafter_config, facts.fingerprint, {"a": head}
+    )
     to = ("--to", tmp_path / "out", "--format", "speculators", "--set", f"target={folder}")
 
     done = command("export", tmp_path / "0", *to)
 
     assert done.exit_code == 1
-    assert "of kind 'mtp' cannot be written as 'speculators'; its layouts: hf" in done.output
+    assert (
+        "of kind 'draft_model' cannot be written as 'speculators'; its layouts: hf" in done.output
+    )
 
 
 def test_known_layouts_are_listed_one_by_one(target, bundle, tmp_path):

@@ -12,9 +12,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from drafters.dflash.model import DFlash
+from drafters.dflash.trainable import config_for_target as dflash_config
 from drafters.formats.checkpoint import FormatError, read_checkpoint
+from drafters.formats.mtp import TARGET_NORM
 from drafters.formats.published import export, load_target_table, read_drafter
-from drafters.mtp import ORDERS
+from drafters.mtp import ORDERS, Mtp
+from drafters.mtp import config_for_target as mtp_config
 from drafters.trainable import trainable
 from oracles.bundle_folders import write_bundle
 from tests.drafters.formats.test_eagle3 import VARIANTS, bundle_of
@@ -28,8 +32,26 @@ from tests.trainer.traffic import HIDDEN, VOCAB, fingerprint_of, save_target
 LAYOUTS = (
     *(f"{kind} as {layout}" for kind in ("eagle3", "p_eagle") for layout in ("hf", "speculators")),
     "dflash",
+    "dflash as speculators",
     *ORDERS,
+    *(f"mtp as speculators, {kind}" for kind in ("plain", "gated")),
 )
+
+
+def dflash_for(target):
+    config = dflash_config(target.config)
+    windows = {"windows": (20, None), "causal": (True, False)}
+    made = DFlash(replace(config, **windows))
+    made.initialise(1)
+    return made
+
+
+def mtp_for(target, gated):
+    """A head as ``speculators`` computes it."""
+    gate = {"order": "qwen3_5", "has_output_gate": True, "rotary_dim": 4} if gated else {}
+    made = Mtp(replace(mtp_config(target.config), has_head_norms=True, **gate))
+    made.initialise(1)
+    return made
 
 
 def split(folder):
@@ -43,7 +65,7 @@ def split(folder):
 def written(layout, home, target, table):
     """A sound folder in a layout."""
     kind, _, written_as = layout.partition(" as ")
-    folder = home / layout.replace(" ", "_")
+    folder = home / layout.replace(" ", "_").replace(",", "")
     if kind == "eagle3":
         variants = VARIANTS if written_as == "speculators" else ()
         bundle = bundle_of(
@@ -57,8 +79,15 @@ def written(layout, home, target, table):
             fingerprint_of(home / "target"), made.bundle_tensors(),
         )  # fmt: skip
         export(bundle, written_as, table, folder)
-    elif kind == "dflash":
+    elif layout == "dflash":
         published_folder(folder, target)
+    elif kind in ("dflash", "mtp"):
+        made = dflash_for(target) if kind == "dflash" else mtp_for(target, "gated" in layout)
+        bundle = write_bundle(
+            home / str(20 + LAYOUTS.index(layout)), kind, made.config.to_json(),
+            fingerprint_of(home / "target"), dict(made.state_dict()),
+        )  # fmt: skip
+        export(bundle, "speculators", table, folder)
     else:
         folder.mkdir()
         carrier(folder, kind)
@@ -107,8 +136,8 @@ def with_tensor(checkpoint, name, tensor, tmp_path):
     return replace(checkpoint, files={**checkpoint.files, name: tmp_path / "changed.safetensors"})
 
 
-OPTIONAL = ("embed_tokens.weight",)
-"""Another server needs it, ours has the target's."""
+OPTIONAL = ("embed_tokens.weight", TARGET_NORM)
+"""Another server needs the one, ours has the target's; of the other the target has its own."""
 
 
 def test_a_missing_tensor_is_named(sound):
@@ -285,6 +314,20 @@ UNCOMPUTED = (
     ("dflash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor leaves"),
     ("dflash", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves"),
     ("dflash", {"use_aux_hidden_state": False}, "use_aux_hidden_state is False"),
+    ("dflash as speculators", {"sample_from_anchor": True}, "sample_from_anchor is True"),
+    ("dflash as speculators", {"draft_vocab_size": 40}, "draft_vocab_size is 40, the target has"),
+    ("dflash as speculators", {"transformer_layer_config": {}}, "has no transformer_layer_config"),
+    (
+        "dflash as speculators",
+        {"aux_hidden_state_layer_ids": [9]},
+        "aux_hidden_state_layer_ids is [9], not a list of 0..4",
+    ),
+    ("mtp as speculators, plain", {"num_nextn_predict_layers": 2}, "num_nextn_predict_layers is 2"),
+    (
+        "mtp as speculators, plain",
+        {"transformer_layer_config": {"model_type": "llama"}},
+        "model_type of transformer_layer_config is 'llama'; MTP heads of speculators are read",
+    ),
     ("mimo", {"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
     ("mimo", {"text_config": "x"}, "text_config of config.json must be an object, got 'x'"),
     ("qwen3_5", {"partial_rotary_factor": 0.5}, "partial_rotary_factor of config.json is 0.5 and"),
@@ -300,7 +343,7 @@ UNCOMPUTED = (
 )
 def test_what_is_not_computed_is_refused_by_its_key(target, home, layout, changed, named):
     model, table = target
-    folder = home / layout.replace(" ", "_")
+    folder = home / layout.replace(" ", "_").replace(",", "")
     checkpoint = read_checkpoint(folder if folder.exists() else written(layout, home, model, table))
 
     found, problem = outcome(replace(checkpoint, config={**checkpoint.config, **changed}), table)

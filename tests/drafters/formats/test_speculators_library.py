@@ -22,6 +22,10 @@ pytest.importorskip("speculators", reason="needs the package speculators: pip in
         ("eagle3", VARIANTS, False),
         ("p_eagle", (), True),
         ("p_eagle", VARIANTS[:2], False),
+        ("dflash", (), False),
+        ("dflash", ("window", "both_ways"), False),
+        ("mtp", (), False),
+        ("mtp", ("gate",), False),
     ],
 )
 def test_the_library_computes_our_logits_and_keeps_our_tensors(
