@@ -45,8 +45,9 @@ def setups(drafters: Iterable[dict[str, Any]], static: int, newest: int) -> dict
     """
     known = list(drafters)
     learns = _kind(known, "that learns", learns=True)
-    alone = _kind(known, "that looks up the request alone", needs_match=True, shares_text=False)
-    recent = _kind(known, "that looks up recent traffic", needs_match=True, shares_text=True)
+    index = {"learns": False, "draws": False}  # wherever it looks
+    alone = _kind(known, "that looks up the request alone", **index, shares_text=False)
+    recent = _kind(known, "that looks up recent traffic", **index, shares_text=True)
     return {
         "plain": Setup((), None),
         "static": Setup((learns, alone), static),
