@@ -18,12 +18,13 @@ from torch import Tensor
 
 from specops.matches import BLOCK, END, LENGTH_BITS, MOST_VOTES, Bounds, RingText, TextDrafts
 
-_SPAN = 1024  # positions that a program compares at once
+_SPAN = 2048  # positions that a program compares at once
 _MOST_PARTS = 64
 _PROGRAMS = 1056  # 8 on each of an H200's 132 multiprocessors
 _BLOCK = tl.constexpr(BLOCK)
 _END = tl.constexpr(END)
 _LENGTH_BITS = tl.constexpr(LENGTH_BITS)
+_NOTHING = tl.constexpr(-2)  # no token, and no end of a text
 _LATE = tl.constexpr((1 << LENGTH_BITS) - 1)
 assert MOST_VOTES == 4, "programs keep four scores"
 
@@ -74,13 +75,15 @@ def _scores(ids_ptr, position, is_match, late, text_ptr, length, shortest, longe
 def _find_matches(
     texts_ptr, texts_stride, lanes_ptr, lengths_ptr, spaces_ptr, ring_ptr, ring_spaces_ptr,
     ring_bounds_ptr, ring_size, scores_ptr, num_parts, shortest, longest,
-    SPAN: tl.constexpr, HAS_RING: tl.constexpr,
+    SPAN: tl.constexpr, HAS_RING: tl.constexpr, BY_PAIR: tl.constexpr,
 ):  # fmt: skip
     """The best scores in one part of what a request searches."""
     request, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths_ptr + request)
     text = texts_ptr + tl.load(lanes_ptr + request).to(tl.int64) * texts_stride
     last = tl.load(text + length - 1)
+    # Few positions have the same pair of tokens, and a span without any costs two reads.
+    before = tl.load(text + length - 2, mask=length > 1, other=_NOTHING)
     lane = tl.arange(0, SPAN)
     # Scores are at least the shortest match's, so nothing is found that is not above these.
     a = length * 0
@@ -90,9 +93,14 @@ def _find_matches(
     for start in tl.range(part * SPAN, length - 1, num_parts * SPAN):
         position = (start + lane).to(tl.int64)
         token = tl.load(text + position, mask=position < length - 1, other=_END)
-        late = ring_size + 1 + position
-        tops = _scores(text, position, token == last, late, text, length, shortest, longest)
-        a, b, c, d = _with_best(tops, a, b, c, d)
+        is_match = token == last
+        if BY_PAIR:
+            is_there = (position > 0) & (position < length)
+            is_match = is_match & (tl.load(text + position - 1, mask=is_there, other=_END) == before)
+        if tl.max(is_match.to(tl.int32), axis=0) > 0:
+            late = ring_size + 1 + position
+            tops = _scores(text, position, is_match, late, text, length, shortest, longest)
+            a, b, c, d = _with_best(tops, a, b, c, d)
     if HAS_RING:
         space = tl.load(spaces_ptr + request)
         next_start, filled = tl.load(ring_bounds_ptr), tl.load(ring_bounds_ptr + 1)
@@ -100,15 +108,20 @@ def _find_matches(
             position = (start + lane).to(tl.int64)
             token = tl.load(ring_ptr + position, mask=position < filled, other=_END)
             is_match = token == last
-            follower = tl.load(
-                ring_ptr + position + 1, mask=is_match & (position + 1 < ring_size), other=_END
-            )
-            own = tl.load(ring_spaces_ptr + position // _BLOCK, mask=is_match, other=-1)
-            is_match = is_match & (follower != _END) & (own == space)
-            age = next_start - 1 - position
-            late = ring_size - tl.where(age < 0, age + ring_size, age)
-            tops = _scores(ring_ptr, position, is_match, late, text, length, shortest, longest)
-            a, b, c, d = _with_best(tops, a, b, c, d)
+            if BY_PAIR:
+                is_there = (position > 0) & (position < filled)
+                former = tl.load(ring_ptr + position - 1, mask=is_there, other=_END)
+                is_match = is_match & (former == before)
+            if tl.max(is_match.to(tl.int32), axis=0) > 0:
+                follower = tl.load(
+                    ring_ptr + position + 1, mask=is_match & (position + 1 < ring_size), other=_END
+                )
+                own = tl.load(ring_spaces_ptr + position // _BLOCK, mask=is_match, other=-1)
+                is_match = is_match & (follower != _END) & (own == space)
+                age = next_start - 1 - position
+                late = ring_size - tl.where(age < 0, age + ring_size, age)
+                tops = _scores(ring_ptr, position, is_match, late, text, length, shortest, longest)
+                a, b, c, d = _with_best(tops, a, b, c, d)
     row = scores_ptr + (request * num_parts + part) * 4
     tl.store(row, a)
     tl.store(row + 1, b)
@@ -221,7 +234,7 @@ def text_drafts(
         texts_LN, texts_LN.stride(0), lanes_R, lengths_R, spaces_R,
         ring_ids, ring_spaces, ring_bounds, size, scores, parts, bounds.shortest,
         bounds.longest,
-        SPAN=_SPAN, HAS_RING=has_ring, num_warps=8,
+        SPAN=_SPAN, HAS_RING=has_ring, BY_PAIR=bounds.shortest > 1, num_warps=8,
     )  # fmt: skip
     _take_drafts[(num_requests,)](
         texts_LN, texts_LN.stride(0), lanes_R, lengths_R, ring_ids, ring_bounds, size,
