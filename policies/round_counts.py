@@ -72,7 +72,7 @@ class Rounds(NamedTuple):
         columns = []
         for rows in steps:
             assert rows.groups is not None, "nobody told the groups"
-            buckets = -1 if rows.matches is None else np.array(rows.matches)
+            buckets = -1 if rows.matches is None else np.array(list(rows.matches))
             groups = np.frombuffer(rows.groups, np.uint8).astype(np.int64)
             column = np.array((rows.num_verified, rows.num_accepted))
             code = ((buckets + 1 << 8 | groups) << 8 | column[0]) << 8 | column[1]

@@ -243,3 +243,19 @@ def test_a_context_is_left_for_another_one_and_not_for_its_bound():
     assert len(set(seen[:4])) == 1
     assert seen[4] == seen[5] > seen[3]
     assert seen[6] == 0
+
+
+def test_rounds_are_counted_by_match_and_group_as_an_engine_tells_them():
+    """The engine tells matches and groups as bytes."""
+    told = RowOutcomes([2, 2, 0, 4, 2], [1, 1, 0, 4, 1], bytes((0, 7, 7, 255, 7)), groups=b"ababb")
+    unseen = RowOutcomes([2], [1], groups=b"b")
+
+    found = Rounds.of([told, unseen])
+
+    rows = zip(*(column.tolist() for column in found), strict=True)
+    assert sorted(rows) == [
+        (-1, ord("b"), 2, 1, 1),
+        (0, ord("a"), 2, 1, 1),
+        (7, ord("b"), 2, 1, 2),
+        (255, ord("b"), 4, 4, 1),
+    ]
