@@ -96,7 +96,8 @@ def _find_matches(
         is_match = token == last
         if BY_PAIR:
             is_there = (position > 0) & (position < length)
-            is_match = is_match & (
+            there = tl.load(text + position - 1, mask=is_there, other=_END)
+            is_match = is_match & (there == before)
                 tl.load(text + position - 1, mask=is_there, other=_END) == before
             )
         if tl.max(is_match.to(tl.int32), axis=0) > 0:
