@@ -98,8 +98,6 @@ def _find_matches(
             is_there = (position > 0) & (position < length)
             there = tl.load(text + position - 1, mask=is_there, other=_END)
             is_match = is_match & (there == before)
-                tl.load(text + position - 1, mask=is_there, other=_END) == before
-            )
         if tl.max(is_match.to(tl.int32), axis=0) > 0:
             late = ring_size + 1 + position
             tops = _scores(text, position, is_match, late, text, length, shortest, longest)
