@@ -1,5 +1,4 @@
-"""Multi-token prediction: one decoder layer that reads the target's last hidden state, and shares
-its embedding and its lm_head.
+"""Multi-token prediction: one decoder layer between the target's own embedding and lm_head.
 
     x = proj([norm(embedding), norm(hidden)])  ->  decoder layer  ->  norm  ->  the target's lm_head
 
@@ -11,8 +10,7 @@ of ``proj``'s input come in the order of the family that a head was published wi
 Shapes: T rows (any leading dimensions work), H hidden, V target vocabulary, Vd draft vocabulary,
 Hq/Hkv query/key heads, D head dimension.
 
-Source: DeepSeek-AI 2024, arXiv:2412.19437, Section 2.2; FastMTP, arXiv:2509.18362, for several
-tokens from one head.
+Source: DeepSeek-AI 2024, arXiv:2412.19437, 2.2; FastMTP, arXiv:2509.18362: several tokens.
 """
 
 from __future__ import annotations
