@@ -3,9 +3,9 @@ there, so it can be launched before the one before it is read.
 
 Drafts follow the longest earlier occurrences of the last tokens, in the request itself or in recent
 finished traffic of its namespace, as most of the latest few went on (``specops.matches``). Every
-request has a draft: without an occurrence its last token again, which mostly fails and then counts as a draft
-that failed. So what a policy learns of this drafter is what drafting for a batch brings, and it
-needs no look at matches.
+request has a draft: without an occurrence its last token again, which mostly fails and then counts
+as a draft that failed. So what a policy learns of this drafter is what drafting for a batch brings,
+and it needs no look at matches.
 
 Finished texts are written to a ring, each from a multiple of ``BLOCK`` positions on, so that blocks
 have one namespace each. Where the ring ends, the next text begins at its start, over older ones.
