@@ -199,12 +199,10 @@ def update_average(weights: Weights, skipped: Tensor, decay: float) -> None:
     n))`` of itself. A constant decay would keep random initial weights in it for a long time.
     """
     n = weights.num_averaged
-    # In place: skipped updates leave the weights as they are, so they are finite, and 0 times their
-    # distance to the average is 0.
-    share = torch.where(skipped, 0.0, 1 - torch.clamp_max((1 + n) / (10 + n), decay))
+    share = 1 - torch.clamp_max((1 + n) / (10 + n), decay)
     pairs = zip(weights.average.parameters(), weights.model.parameters(), strict=True)
     for mean, now in pairs:
-        mean.lerp_(now, share)
+        mean.lerp_(torch.where(skipped, mean, now), share)  # weights of a skipped one may be NaN
     n.add_(1 - skipped.float())
 
 
