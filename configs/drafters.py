@@ -40,4 +40,5 @@ class SuffixSettings(Section):
     ``host``: before a round is launched, by kinds of matches whose worth the policy learns;
     ``auto``: ``device`` on a GPU, ``host`` elsewhere."""
     recent_tokens: int = Field(400_000, ge=0)
-    """Tokens of finished requests kept in the shared index. 0: index each request alone."""
+    """Tokens of finished requests kept in the shared index. 0: index each request alone. On the
+    device a round reads all of them for each request: 0.4 ms for 256 requests on an H200."""
