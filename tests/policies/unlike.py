@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ class Reads:
 
     def __init__(self, policy, texts, token_s, *, tells):
         self._policy, self._texts, self._token_s, self._tells = policy, texts, token_s, tells
-        self.server = None
+        self.server: Any = None
         self.seconds = 0.0
 
     def __getattr__(self, name):
