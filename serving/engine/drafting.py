@@ -184,14 +184,12 @@ class Drafting:
 
     def _reading(self, sequence: Sequence) -> list[TextRows]:
         """Text drafters that may take drafts from a request's text, now or later."""
-        choice = sequence.request.drafters
-        offer = self._ordinary if choice is None else self._offer(choice)
+        offer = self._offer(sequence.request.drafters)
         return [rows for kind, rows in self.texts.items() if kind in offer.on_device]
 
     def _following(self, sequence: Sequence) -> tuple[HostDrafter, ...]:
         """Host drafters that follow the text of a request."""
-        choice = sequence.request.drafters
-        return self._ordinary.hosts if choice is None else self._offer(choice).hosts
+        return self._offer(sequence.request.drafters).hosts
 
     # ---- the life of a request -----------------------------------------------------------------
 
@@ -254,9 +252,9 @@ class Drafting:
         Args:
             keep: drafts for later requests may be taken from its text.
         """
-        for texts in self.texts.values():
-            texts.finish(sequence, keep)
-        if sequence.pages:
+        if sequence.pages:  # it was admitted
+            for texts in self._reading(sequence):
+                texts.finish(sequence, keep)
             self._catch_up([sequence])
             self._num_choosing -= sequence.request.drafters is not None
             for drafter in self._following(sequence):

@@ -35,8 +35,6 @@ class TextRows:
         self.drafter = drafter
         self.kinds = (drafter.kind,)
         self._lanes = lanes
-        self._begun: set[str] = set()
-        """Ids of the requests that it was told of."""
 
     @property
     def kind(self) -> str:
@@ -48,7 +46,6 @@ class TextRows:
     def begin(self, sequence: Sequence) -> None:
         """A request was admitted, and its lane is known."""
         sequence.space = max(sequence.space, self.drafter.begin(sequence.request.namespace))
-        self._begun.add(sequence.request.id)
 
     def finish(self, sequence: Sequence, keep: bool) -> None:
         """A request ended; its lane is still its own.
@@ -56,9 +53,6 @@ class TextRows:
         Args:
             keep: drafts for later requests may be taken from its text.
         """
-        if sequence.request.id not in self._begun:
-            return
-        self._begun.remove(sequence.request.id)
         text = self._lanes.text_of(sequence) if keep else None
         self.drafter.finish(text, sequence.request.namespace)
 
