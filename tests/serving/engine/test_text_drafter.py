@@ -282,6 +282,22 @@ def test_rounds_with_the_index_are_launched_before_the_last_one_is_read():
     assert set(unread["eagle3"]) == {0}  # it lacks the rows of the round before
 
 
+@pytest.mark.parametrize("prefix_cache", [True, False])
+def test_a_prompt_of_one_token_is_in_its_lane_too(prefix_cache):
+    """The lane holds what another request has left."""
+    model = random_model("qwen3")
+    engine = make_engine(
+        model, texts=(index_of(),), policy=SUFFIX, max_batch=1, prefix_cache=prefix_cache
+    )
+    requests = [request_of(str(n), [7 + n], 12, tenant=str(n)) for n in range(3)]
+
+    got = run(engine, requests, assert_texts_are_kept)
+
+    reference_of = random_model("qwen3")
+    expected = [reference(reference_of, [7 + n], 12) for n in range(3)]
+    assert [got[r.id].token_ids for r in requests] == expected
+
+
 def test_a_target_that_is_replaced_leaves_text_as_it_was():
     engine = make_engine(random_model("qwen3"), texts=(index_of(),), policy=SUFFIX, max_batch=3)
 
