@@ -53,6 +53,7 @@ from drafters.objectives import (
 from drafters.trainable import BatchLoss, ChainAcceptance
 from specops.device import distill, label_figures
 from specops.distill import (
+    MIN_WEIGHT,
     Distilled,
     FrozenHead,
     LossKind,
@@ -410,7 +411,7 @@ def weigh(
         assert weight_R is not None, "rows have weights where rejected ones have a loss"
         more_KR = by_chain(chains, [r.loss_N for r in rejected])
         total = (weights_KR * (loss_KR + (_ahead(chains, weight_R) - 1) * more_KR)).sum()
-    return BatchLoss(total / weights_KR.sum().clamp_min(1e-9), alpha_K, agree_K)
+    return BatchLoss(total / weights_KR.sum().clamp_min(MIN_WEIGHT), alpha_K, agree_K)
 
 
 def _ahead(chains: Chains, weight_R: Tensor) -> Tensor:
