@@ -83,8 +83,10 @@ def simulated(burst: float | None, window_s: float) -> list[Looked]:
     seen = [Looked(0.0, 0, 0.0)]
     while server.now_s < END_S:
         if allowance is not None:
-            is_urgent = server.now_s % SHIFT_S < URGENT_S
-            (allowance.hurry if is_urgent else lambda name, _: allowance.calm(name))("drafter", "")
+            if server.now_s % SHIFT_S < URGENT_S:
+                allowance.hurry("drafter", "")
+            else:
+                allowance.calm("drafter")
         duty.begin()
         server.run(UPDATE_S, 1 - SLOWDOWN)
         rows += ROWS

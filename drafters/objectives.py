@@ -23,7 +23,7 @@ from torch import Tensor
 from configs.choices import SettingsError, known
 from configs.schema import TrainerSettings
 from specops.device import distill
-from specops.distill import Distilled, LossKind, Rows, Teacher, TeacherOrder
+from specops.distill import MIN_WEIGHT, Distilled, LossKind, Rows, Teacher, TeacherOrder
 
 Positions = Literal["own", "dpace", "equal"]
 """How much the positions of a draft weigh. ``own``: as the drafter's authors have it, D-PACE unless
@@ -99,8 +99,8 @@ def shares(objective: Objective, place_N: Tensor, row_N: Tensor) -> RowShares:
     """
     if objective.rejected is None:
         weights_N = place_N * row_N
-        return RowShares(weights_N / weights_N.sum().clamp_min(1e-9))
-    mean_N = place_N / place_N.sum().clamp_min(1e-9)
+        return RowShares(weights_N / weights_N.sum().clamp_min(MIN_WEIGHT))
+    mean_N = place_N / place_N.sum().clamp_min(MIN_WEIGHT)
     return RowShares(mean_N, mean_N * (row_N - 1))
 
 

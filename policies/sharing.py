@@ -20,7 +20,7 @@ _HALF_LIFE_S = 5.0
 trainer at a small duty, short enough to follow the load."""
 _HALF_LIFE = 16
 """The same in intervals, where these are long: half of them work, half rests."""
-_FIRST_SLOWDOWN = 0.5
+FIRST_SLOWDOWN = 0.5
 """Believed before anything was measured. On an H200 a trainer that never rested cost 0.42."""
 _FIRST_S = 0.1
 """Seconds of serving that the first belief counts for. It fades like all that is measured."""
@@ -79,7 +79,7 @@ class Sharing:
     @property
     def duty(self) -> float:
         """Share of the time, in (0, 1], in which the trainer may work while requests decode."""
-        return min(1.0, self.most / _FIRST_SLOWDOWN) if self.decided is None else self.decided
+        return min(1.0, self.most / FIRST_SLOWDOWN) if self.decided is None else self.decided
 
     @property
     def slowdown(self) -> float | None:
@@ -120,7 +120,7 @@ class Sharing:
         if slowdown is None:
             return
         known_s = min(self.working.seconds, self.resting.seconds)
-        believed = slowdown * known_s + _FIRST_SLOWDOWN * self.first_s
+        believed = slowdown * known_s + FIRST_SLOWDOWN * self.first_s
         believed = believed / (known_s + self.first_s) + self.error
         allowed = 1.0 if believed <= self.most else self.most / believed
         self.decided = min(allowed, _RISE * self.duty)

@@ -24,7 +24,7 @@ import torch
 from buffer.load import Load, LoadReader
 from configs.choices import SettingsError
 from configs.schema import TrainerSettings
-from policies.sharing import Sharing
+from policies.sharing import FIRST_SLOWDOWN, Sharing
 from targets.device import hardware_of
 from trainer.allowance import Allowance
 
@@ -40,8 +40,6 @@ _LONGEST_PASS_S = 0.5
 """A longer one, such as of a long prompt, is not waited for."""
 _SLICE_S = 0.05
 """Of a long rest, which ends once the server is idle."""
-_UNKNOWN = 0.5
-"""Slowdown that is booked before any was measured; ``policies.sharing`` believes the same."""
 
 
 class Reads(Protocol):
@@ -214,7 +212,7 @@ def _slowdown(sharing: Sharing) -> float:
     """Share of its speed that serving lacks while the trainer works; what is uncertain counts as
     lost."""
     found = sharing.slowdown
-    return _UNKNOWN if found is None else min(1.0, found + sharing.error)
+    return FIRST_SLOWDOWN if found is None else min(1.0, found + sharing.error)
 
 
 def _burst_s(duty: float, rest_s: float) -> float:

@@ -28,44 +28,41 @@ def full_order_of(chains: Chains, num_rows: int) -> TeacherOrder | None:
 
 
 def _full_order(num_rows: int, num_steps: int, device: torch.device) -> TeacherOrder:
-    """The order of all chains: output r of step k is compared with row r + k.
-
-    The device's part is computed anew each time: a captured update reads it at every replay, so it
-    must live in the graph's own memory. Kept in a cache, it would be freed under a graph.
-    """
-    ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(num_rows, device=device)
-    order_N = ahead.clamp_max(num_rows - 1).flatten().argsort(stable=True)
-    return TeacherOrder(order_N, _sorted_rows(num_rows, num_steps))
+    """The order of all chains."""
+    order_N = _order_of(num_rows, num_steps, num_rows, device)
+    return TeacherOrder(order_N, _sorted_rows(num_rows, num_steps, num_rows))
 
 
 def blocked_order(
     num_chains: int, num_steps: int, at_once: int, device: torch.device
-) -> TeacherOrder:
-    """The order of all chains, ``at_once`` of them in a block."""
-    orders, rows, blocks = [], [], []
+) -> tuple[TeacherOrder, list[Tensor]]:
+    """The order of all chains, ``at_once`` of them in a block, and the order within each block,
+    whose rows are numbered step by step, too."""
+    within, orders, rows, blocks = [], [], [], []
     for first in range(0, num_chains, at_once):
         count = min(at_once, num_chains - first)
-        like = torch.empty(0, device=device)
-        places = block_order(count, num_steps, num_chains - first, like)
+        places = _order_of(count, num_steps, num_chains - first, device)
+        within.append(places)
         orders.append(places // count * num_chains + places % count + first)
-        ahead = np.arange(num_steps)[:, None] + np.arange(first, first + count)
-        rows.append(np.sort(np.minimum(ahead, num_chains - 1), axis=None))
+        rows.append(first + _sorted_rows(count, num_steps, num_chains - first))
         blocks.append(slice(first * num_steps, (first + count) * num_steps))
     if not blocks:
-        return _full_order(num_chains, num_steps, device)
-    return TeacherOrder(torch.cat(orders), np.concatenate(rows), tuple(blocks))
+        return _full_order(num_chains, num_steps, device), within
+    return TeacherOrder(torch.cat(orders), np.concatenate(rows), tuple(blocks)), within
 
 
-def block_order(count: int, num_steps: int, num_left: int, like: Tensor) -> Tensor:
-    """Order of a block's rows, numbered step by step, by their teacher rows, of which the block
-    sees ``num_left``. As in ``_full_order``, computed anew each time."""
-    device = like.device
+def _order_of(count: int, num_steps: int, num_left: int, device: torch.device) -> Tensor:
+    """Order of the rows of ``count`` chains by their teacher rows, of which they see ``num_left``.
+
+    Computed anew each time: a captured update reads it at every replay, so it must live in the
+    graph's own memory. Kept in a cache, it would be freed under a graph.
+    """
     ahead = torch.arange(num_steps, device=device)[:, None] + torch.arange(count, device=device)
     return ahead.clamp_max(num_left - 1).flatten().argsort(stable=True)
 
 
 @lru_cache(maxsize=64)
-def _sorted_rows(num_rows: int, num_steps: int) -> NDArray[np.int64]:
-    """``TeacherOrder.row_N`` of all chains."""
-    ahead = np.arange(num_steps)[:, None] + np.arange(num_rows)
-    return np.sort(np.minimum(ahead, num_rows - 1), axis=None)
+def _sorted_rows(count: int, num_steps: int, num_left: int) -> NDArray[np.int64]:
+    """The same teacher rows, ascending, on the host."""
+    ahead = np.arange(num_steps)[:, None] + np.arange(count)
+    return np.sort(np.minimum(ahead, num_left - 1), axis=None)

@@ -39,7 +39,7 @@ from drafters.eagle3.chain_attention import ChainAttention
 from drafters.eagle3.chains import Chains, by_chain, by_step, chain_weights, lay_out
 from drafters.eagle3.losses import head_losses
 from drafters.eagle3.model import Attend, Eagle3
-from drafters.eagle3.orders import block_order, blocked_order, full_order_of
+from drafters.eagle3.orders import blocked_order, full_order_of
 from drafters.eagle3.reward import reward_loss, verified
 from drafters.kept import acceptance_of_text, heat_of
 from drafters.objectives import (
@@ -53,6 +53,7 @@ from drafters.objectives import (
 from drafters.trainable import BatchLoss, ChainAcceptance
 from specops.device import distill, label_figures
 from specops.distill import (
+    MIN_WEIGHT,
     Distilled,
     FrozenHead,
     LossKind,
@@ -247,12 +248,12 @@ def _weighed_by_block(
     num_steps, num_chains = chains.alive_KR.shape
     sizes = len(weight), len(teacher.head.weight_VH)
     at_once = chains_at_once(hidden, *sizes, num_steps, plan.chunk_rows)
-    order = blocked_order(num_chains, num_steps, at_once, hidden.device)
+    order, within = blocked_order(num_chains, num_steps, at_once, hidden.device)
     ahead_KR = _ahead(chains, batch.weight_R)
 
     def weigh_block(prob_N: Tensor, number: int) -> Tensor:
-        own = slice(number * at_once, min((number + 1) * at_once, num_chains))
-        places = block_order(own.stop - own.start, num_steps, num_chains - own.start, prob_N)
+        own = slice(number * at_once, (number + 1) * at_once)
+        places = within[number]
         prob_KC = torch.empty_like(prob_N).index_copy_(0, places, prob_N).view(num_steps, -1)
         part = Chains(None, chains.alive_KR[:, own], chains.carried_R[own])
         positions = plan.objective.positions
@@ -410,7 +411,7 @@ def weigh(
         assert weight_R is not None, "rows have weights where rejected ones have a loss"
         more_KR = by_chain(chains, [r.loss_N for r in rejected])
         total = (weights_KR * (loss_KR + (_ahead(chains, weight_R) - 1) * more_KR)).sum()
-    return BatchLoss(total / weights_KR.sum().clamp_min(1e-9), alpha_K, agree_K)
+    return BatchLoss(total / weights_KR.sum().clamp_min(MIN_WEIGHT), alpha_K, agree_K)
 
 
 def _ahead(chains: Chains, weight_R: Tensor) -> Tensor:

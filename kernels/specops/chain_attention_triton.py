@@ -35,6 +35,29 @@ def _visible(position, first, key, seen):
     return (before & (seen[None, :] != 0)) | itself
 
 
+@triton.jit
+def _load_rows(
+    q_ptr, place_ptr, begin_ptr, num, position, head, NUM_QUERY: tl.constexpr, D: tl.constexpr
+):
+    """Rows whose anchors are these positions, whether there are any, the first keys that they see,
+    where one head of theirs is, and its queries."""
+    row = tl.load(place_ptr + position, mask=position < num, other=-1).to(tl.int64)
+    has = row >= 0
+    first = tl.load(begin_ptr + position, mask=has, other=num)
+    at = (row[:, None] * NUM_QUERY + head) * D + tl.arange(0, D)[None, :]
+    return row, has, first, at, tl.load(q_ptr + at, mask=has[:, None], other=0.0)
+
+
+@triton.jit
+def _load_keys(k_ptr, v_ptr, seen_ptr, num, key, kv, NUM_KV: tl.constexpr, D: tl.constexpr):
+    """Where one head of these keys of step 0 is, it and its values, and whether others see them."""
+    is_key = key < num
+    at = (key.to(tl.int64)[:, None] * NUM_KV + kv) * D + tl.arange(0, D)[None, :]
+    k = tl.load(k_ptr + at, mask=is_key[:, None], other=0.0)
+    v = tl.load(v_ptr + at, mask=is_key[:, None], other=0.0)
+    return at, k, v, tl.load(seen_ptr + key, mask=is_key, other=0)
+
+
 @triton.jit(do_not_specialize=["num", "num_rows", "num_own"])
 def _attend(
     q_ptr, k_ptr, v_ptr, own_k_ptr, own_v_ptr, place_ptr, begin_ptr, seen_ptr, out_ptr, norm_ptr,
@@ -46,12 +69,10 @@ def _attend(
     num_kv: tl.constexpr = NUM_QUERY // GROUP
     kv = head // GROUP
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(place_ptr + position, mask=position < num, other=-1).to(tl.int64)
-    has = row >= 0
-    first = tl.load(begin_ptr + position, mask=has, other=num)
     dim = tl.arange(0, D)
-    at = (row[:, None] * NUM_QUERY + head) * D + dim[None, :]
-    q = tl.load(q_ptr + at, mask=has[:, None], other=0.0)
+    row, has, first, at, q = _load_rows(
+        q_ptr, place_ptr, begin_ptr, num, position, head, NUM_QUERY, D
+    )
 
     top = tl.full([ROWS], _LOWEST, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
@@ -60,11 +81,7 @@ def _attend(
     end = tl.minimum(num, (tl.program_id(0) + 1) * ROWS)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        is_key = key < num
-        place = (key.to(tl.int64)[:, None] * num_kv + kv) * D + dim[None, :]
-        k = tl.load(k_ptr + place, mask=is_key[:, None], other=0.0)
-        v = tl.load(v_ptr + place, mask=is_key[:, None], other=0.0)
-        seen = tl.load(seen_ptr + key, mask=is_key, other=0)
+        _, k, v, seen = _load_keys(k_ptr, v_ptr, seen_ptr, num, key, kv, num_kv, D)
         visible = _visible(position, first, key, seen)
         scores = tl.where(visible, tl.dot(q, tl.trans(k)) * scale, _LOWEST)
         higher = tl.maximum(top, tl.max(scores, axis=1))
@@ -106,12 +123,10 @@ def _query_slopes(
     num_kv: tl.constexpr = NUM_QUERY // GROUP
     kv = head // GROUP
     position = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = tl.load(place_ptr + position, mask=position < num, other=-1).to(tl.int64)
-    has = row >= 0
-    first = tl.load(begin_ptr + position, mask=has, other=num)
     dim = tl.arange(0, D)
-    at = (row[:, None] * NUM_QUERY + head) * D + dim[None, :]
-    q = tl.load(q_ptr + at, mask=has[:, None], other=0.0)
+    row, has, first, at, q = _load_rows(
+        q_ptr, place_ptr, begin_ptr, num, position, head, NUM_QUERY, D
+    )
     slope = tl.load(slope_ptr + at, mask=has[:, None], other=0.0)
     out = tl.load(out_ptr + at, mask=has[:, None], other=0.0)
     norm = tl.load(norm_ptr + row * NUM_QUERY + head, mask=has, other=0.0)
@@ -123,11 +138,7 @@ def _query_slopes(
     end = tl.minimum(num, (tl.program_id(0) + 1) * ROWS)
     for start in range(begin, end, KEYS):
         key = start + tl.arange(0, KEYS)
-        is_key = key < num
-        place = (key.to(tl.int64)[:, None] * num_kv + kv) * D + dim[None, :]
-        k = tl.load(k_ptr + place, mask=is_key[:, None], other=0.0)
-        v = tl.load(v_ptr + place, mask=is_key[:, None], other=0.0)
-        seen = tl.load(seen_ptr + key, mask=is_key, other=0)
+        _, k, v, seen = _load_keys(k_ptr, v_ptr, seen_ptr, num, key, kv, num_kv, D)
         visible = _visible(position, first, key, seen)
         scores = tl.dot(q, tl.trans(k)) * scale
         weights = tl.where(visible, tl.exp(tl.where(visible, scores - norm[:, None], 0.0)), 0.0)
@@ -158,11 +169,7 @@ def _key_slopes(
     begin = tl.program_id(0) * KEYS
     key = begin + tl.arange(0, KEYS)
     is_key = key < num
-    dim = tl.arange(0, D)
-    own = (key.to(tl.int64)[:, None] * num_kv + kv) * D + dim[None, :]
-    k = tl.load(k_ptr + own, mask=is_key[:, None], other=0.0)
-    v = tl.load(v_ptr + own, mask=is_key[:, None], other=0.0)
-    seen = tl.load(seen_ptr + key, mask=is_key, other=0)
+    own, k, v, seen = _load_keys(k_ptr, v_ptr, seen_ptr, num, key, kv, num_kv, D)
     end = tl.max(tl.load(end_ptr + key, mask=is_key, other=0), axis=0)
     k_slope = tl.zeros([KEYS, D], tl.float32)
     v_slope = tl.zeros([KEYS, D], tl.float32)
@@ -170,11 +177,9 @@ def _key_slopes(
         head = kv * GROUP + member
         for start in range(begin, end, ROWS):
             position = start + tl.arange(0, ROWS)
-            row = tl.load(place_ptr + position, mask=position < num, other=-1).to(tl.int64)
-            has = row >= 0
-            first = tl.load(begin_ptr + position, mask=has, other=num)
-            at = (row[:, None] * NUM_QUERY + head) * D + dim[None, :]
-            q = tl.load(q_ptr + at, mask=has[:, None], other=0.0)
+            row, has, first, at, q = _load_rows(
+                q_ptr, place_ptr, begin_ptr, num, position, head, NUM_QUERY, D
+            )
             slope = tl.load(slope_ptr + at, mask=has[:, None], other=0.0)
             norm = tl.load(norm_ptr + row * NUM_QUERY + head, mask=has, other=0.0)
             pull = tl.load(pull_ptr + row * NUM_QUERY + head, mask=has, other=0.0)
