@@ -238,10 +238,10 @@ class Shifts:
         part = self._state.pop(key, None)
         if part is None:
             part = _Shift((_CLASS_SD if key[0] == "class" else _TENANT_SD) ** 2)
+            tenants = [other for other in self._state if other[0] == "tenant"]
+            if key[0] == "tenant" and len(tenants) == _MOST_TENANTS:
+                del self._state[tenants[0]]
         self._state[key] = part
-        tenants = [key for key in self._state if key[0] == "tenant"]
-        if len(tenants) > _MOST_TENANTS:
-            del self._state[tenants[0]]
         return part
 
     def on_swap(self, leaving: int | None, version: int, calibration: Mapping[str, Any]) -> None:
