@@ -19,7 +19,6 @@ from torch import Tensor
 
 from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.formats.checkpoint import (
-    CONFIG,
     WHOLE,
     Checkpoint,
     dtype_name,
@@ -78,10 +77,7 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: see ``from_published``.
     """
-    layer = checkpoint.table("transformer_layer_config")
-    if not layer:
-        raise checkpoint.error(f"{CONFIG} has no transformer_layer_config")
-    inner = replace(checkpoint, config={**layer, **checkpoint.config})
+    inner = checkpoint.with_layer()
     shape = _shape(inner, inner, target)
     refuse_others(
         checkpoint, {"sample_from_anchor": False, "target_hidden_size": target.hidden_size}

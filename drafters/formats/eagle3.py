@@ -20,7 +20,6 @@ from torch import Tensor
 
 from drafters.eagle3.model import Eagle3Config, default_layer_ids
 from drafters.formats.checkpoint import (
-    CONFIG,
     FLOATING,
     WHOLE,
     Checkpoint,
@@ -67,13 +66,10 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: names the first key or shape that does not fit.
     """
-    layer = checkpoint.table("transformer_layer_config")
-    if not layer:
-        raise checkpoint.error(f"{CONFIG} has no transformer_layer_config")
+    inner = checkpoint.with_layer()
     if "norm_before_residual" not in checkpoint.config:
         # speculators takes False then, vLLM True
         raise checkpoint.error("config.json has no norm_before_residual")
-    inner = replace(checkpoint, config={**layer, **checkpoint.config})
     return from_layer(checkpoint, target, inner, "layers.0.")
 
 
