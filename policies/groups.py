@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 
 from policies.log_odds import log_odds, shifted
 from policies.round_counts import Beyond, Excess, Ints, Rounds
+from policies.versions import remember
 
 Floats = NDArray[np.float64]
 
@@ -53,7 +54,6 @@ _MOST = 4.0
 _CARRIED, _CARRIED_DOUBT = 0.8, 0.3
 """What is left of shifts after a swap to weights of which nothing is known, and the share by which
 they are as uncertain again as at first: hard text stays hard."""
-_KEPT_VERSIONS = 32
 _PUBLISHED_ROUNDS = 64.0
 """Rounds that a published acceptance of a class counts for."""
 
@@ -238,10 +238,10 @@ class Shifts:
         part = self._state.pop(key, None)
         if part is None:
             part = _Shift((_CLASS_SD if key[0] == "class" else _TENANT_SD) ** 2)
+            tenants = [other for other in self._state if other[0] == "tenant"]
+            if key[0] == "tenant" and len(tenants) == _MOST_TENANTS:
+                del self._state[tenants[0]]
         self._state[key] = part
-        tenants = [key for key in self._state if key[0] == "tenant"]
-        if len(tenants) > _MOST_TENANTS:
-            del self._state[tenants[0]]
         return part
 
     def on_swap(self, leaving: int | None, version: int, calibration: Mapping[str, Any]) -> None:
@@ -254,10 +254,7 @@ class Shifts:
             calibration: see ``DraftPolicy.on_swap``.
         """
         if leaving is not None:
-            self._known.pop(leaving, None)
-            self._known[leaving] = self._state
-            while len(self._known) > _KEPT_VERSIONS:
-                del self._known[next(iter(self._known))]
+            remember(self._known, leaving, self._state)
         known = self._known.get(version)
         self._state = {
             key: _Shift(part.prior, part.mean, part.variance) if known else part.carried()

@@ -36,7 +36,7 @@ from configs.schema import PolicySettings
 from policies.interface import CostSample, Decision, Outcome, Pick, PolicyContext, StepObs
 from policies.lengths import spread
 from policies.live_costs import LiveCosts
-from policies.versions import probabilities
+from policies.versions import probabilities, remember
 
 _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
 """Rounds that every position starts with, and those of them that kept it."""
@@ -44,7 +44,6 @@ _PUBLISHED_ROUNDS = 16.0
 """Rounds that a published acceptance counts for."""
 _MOST_WEIGHT = 4.0
 """Largest weight of what was heard against what was expected."""
-_KEPT_VERSIONS = 32
 
 
 @dataclass(slots=True)
@@ -287,10 +286,7 @@ class HedgePolicy:
             return
         self._stretch = None
         if expert.version is not None:
-            expert.former.pop(expert.version, None)
-            expert.former[expert.version] = expert.life
-            while len(expert.former) > _KEPT_VERSIONS:
-                del expert.former[next(iter(expert.former))]
+            remember(expert.former, expert.version, expert.life)
         expert.version = version
         known = expert.former.get(version)
         if known is None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -21,6 +21,8 @@ from policies.acceptance import AcceptanceModel, Floats
 from policies.interface import DrafterTraits
 from policies.log_odds import log_odds
 from policies.regimes import Evidence
+
+T = TypeVar("T")
 
 _log_odds = np.vectorize(log_odds, otypes=[np.float64])  # for a swap, not for a step
 _KEPT_VERSIONS = 32
@@ -84,10 +86,7 @@ class VersionMemory:
         leaving = _Known(evidence, hazards, published)
         known = self._known[drafter]
         if version is not None:
-            known.pop(version, None)
-            known[version] = leaving
-            while len(known) > _KEPT_VERSIONS:
-                del known[next(iter(known))]
+            remember(known, version, leaving)
         return leaving
 
     def _first_evidence(
@@ -138,6 +137,15 @@ def _filled_up(evidence: Evidence, published: Sequence[float]) -> Evidence:
     accepted[-1, :num] += weights * published[:num]
     pool += weights
     return Evidence(reached, accepted)
+
+
+def remember(known: dict[int, T], version: int, value: T) -> None:
+    """Keep what is known of a version that leaves, and forget the one that left the longest ago if
+    they become too many."""
+    known.pop(version, None)
+    known[version] = value
+    while len(known) > _KEPT_VERSIONS:
+        del known[next(iter(known))]
 
 
 def probabilities(value: Any) -> list[float]:

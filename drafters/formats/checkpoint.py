@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +136,18 @@ class Checkpoint:
         if not isinstance(value, dict):
             raise self.error(f"{name} of {CONFIG} must be an object, got {value!r}")
         return value
+
+    def with_layer(self) -> Checkpoint:
+        """The checkpoint with the keys of its layers' config at the top, as ``speculators`` nests
+        them; its own come first.
+
+        Raises:
+            FormatError: there are none.
+        """
+        layer = self.table("transformer_layer_config")
+        if not layer:
+            raise self.error(f"{CONFIG} has no transformer_layer_config")
+        return replace(self, config={**layer, **self.config})
 
     def heads(self) -> tuple[int, int, int]:
         """Query heads, key heads and head dimension, as Hugging Face names them.

@@ -19,16 +19,13 @@ from torch import Tensor
 
 from drafters.dflash.model import DFlash, DFlashConfig
 from drafters.formats.checkpoint import (
-    CONFIG,
-    FLOATING,
     WHOLE,
     Checkpoint,
     dtype_name,
     refuse_others,
     refuse_partial_rotation,
 )
-from drafters.formats.published import Imported, TargetTable
-from targets.fits import num_positions
+from drafters.formats.published import EMBEDDING, Imported, TargetTable
 
 _ARCHITECTURES = ["DFlashDraftModel"]
 _COMPUTED: dict[str, Any] = {
@@ -36,9 +33,6 @@ _COMPUTED: dict[str, Any] = {
     "output_multiplier": 1.0, "attention_bias": False, "use_aux_hidden_state": True,
 }  # fmt: skip
 """Keys of published configs -> the only value that is computed here."""
-_MAX_POSITIONS = 32_768
-"""What an exported config says of a target that does not say."""
-_TABLE = "embed_tokens.weight"
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
 
@@ -83,10 +77,7 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: see ``from_published``.
     """
-    layer = checkpoint.table("transformer_layer_config")
-    if not layer:
-        raise checkpoint.error(f"{CONFIG} has no transformer_layer_config")
-    inner = replace(checkpoint, config={**layer, **checkpoint.config})
+    inner = checkpoint.with_layer()
     shape = _shape(inner, inner, target)
     refuse_others(
         checkpoint, {"sample_from_anchor": False, "target_hidden_size": target.hidden_size}
@@ -101,10 +92,8 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     is_causal = False if checkpoint.flag("sliding_window_non_causal") else None
     windows, causal = _masks(inner, shape["block_size"], is_causal)
     config = DFlashConfig(**shape, layer_ids=layer_ids, windows=windows, causal=causal)
-    if _TABLE in checkpoint.files:
-        checkpoint.expect(_TABLE, (target.vocab_size, target.hidden_size), FLOATING)
-        target.check_embedding(checkpoint)
-    return Imported("dflash", config.to_json(), _tensors(checkpoint, config, {_TABLE}))
+    target.check_embedding(checkpoint)
+    return Imported("dflash", config.to_json(), _tensors(checkpoint, config, {EMBEDDING}))
 
 
 def _tensors(
@@ -300,7 +289,7 @@ def _layers_config(config: DFlashConfig, target: TargetTable) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
-        "max_position_embeddings": num_positions(target.config) or _MAX_POSITIONS,
+        "max_position_embeddings": target.max_positions,
         "tie_word_embeddings": False,
         "layer_types": [_FULL if width is None else _SLIDING for width in c.windows],
         "sliding_window": widths[0] if widths else None,

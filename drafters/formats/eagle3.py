@@ -20,7 +20,7 @@ from torch import Tensor
 
 from drafters.eagle3.model import Eagle3Config, default_layer_ids
 from drafters.formats.checkpoint import (
-    CONFIG,
+    FLOATING,
     WHOLE,
     Checkpoint,
     dtype_name,
@@ -30,8 +30,7 @@ from drafters.formats.checkpoint import (
     refuse_windows,
     rope_theta_of,
 )
-from drafters.formats.published import Imported, TargetTable, Wanted
-from targets.fits import num_positions
+from drafters.formats.published import EMBEDDING, Imported, TargetTable, Wanted
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 _IDS = "eagle_aux_hidden_state_layer_ids"
@@ -39,8 +38,6 @@ _VARIANTS = ("norm_before_residual", "fc_norm", "norm_output")
 _UNSUPPORTED = ("norm_before_fc", "attention_bias", "mlp_bias")
 _SPECULATIVE_TOKENS = 4
 """Draft length that an exported config suggests."""
-_MAX_POSITIONS = 32_768
-"""What an exported config says of a target that does not say."""
 
 
 def is_published(checkpoint: Checkpoint) -> bool:
@@ -69,13 +66,10 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     Raises:
         FormatError: names the first key or shape that does not fit.
     """
-    layer = checkpoint.table("transformer_layer_config")
-    if not layer:
-        raise checkpoint.error(f"{CONFIG} has no transformer_layer_config")
+    inner = checkpoint.with_layer()
     if "norm_before_residual" not in checkpoint.config:
         # speculators takes False then, vLLM True
         raise checkpoint.error("config.json has no norm_before_residual")
-    inner = replace(checkpoint, config={**layer, **checkpoint.config})
     return from_layer(checkpoint, target, inner, "layers.0.")
 
 
@@ -98,8 +92,7 @@ def from_layer(
         checkpoint.expect(name, shape, dtypes)
     if unknown := sorted(checkpoint.files.keys() - kept.keys() - ignored.keys()):
         raise checkpoint.error(f"{unknown[0]} is not a tensor of EAGLE-3")
-    if "embed_tokens.weight" in present:
-        target.check_embedding(checkpoint)
+    target.check_embedding(checkpoint)
     tensors = _renamed(checkpoint, config, prefix)
     d2t = _checked_vocabulary(checkpoint, config)
     if d2t is not None:
@@ -176,7 +169,6 @@ def _ids(checkpoint: Checkpoint, where: str) -> list[int] | None:
 def _tensors_wanted(config: Eagle3Config, prefix: str) -> tuple[Wanted, Wanted]:
     """Shape and dtypes of the tensors that there must be, and of those that may be there too."""
     c, hidden = config, config.hidden_size
-    floating = {"F64", "F32", "F16", "BF16"}
     shapes: dict[str, tuple[int, ...]] = {
         "fc.weight": (hidden, len(c.layer_ids) * hidden),
         f"{prefix}hidden_norm.weight": (hidden,),
@@ -194,12 +186,12 @@ def _tensors_wanted(config: Eagle3Config, prefix: str) -> tuple[Wanted, Wanted]:
     }
     if c.fc_norm:
         shapes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(len(c.layer_ids))}
-    kept: Wanted = {name: (shape, floating) for name, shape in shapes.items()}
+    kept: Wanted = {name: (shape, FLOATING) for name, shape in shapes.items()}
     maps: Wanted = {
         "d2t": ((c.draft_vocab_size,), {"I64"}),
         "t2d": ((c.target_vocab_size,), {"BOOL"}),
     }
-    ignored: Wanted = {"embed_tokens.weight": ((c.target_vocab_size, hidden), floating)}
+    ignored: Wanted = {EMBEDDING: ((c.target_vocab_size, hidden), FLOATING)}
     if c.draft_vocab_size != c.target_vocab_size:
         return {**kept, **maps}, ignored
     return kept, {**ignored, **maps}
@@ -287,7 +279,7 @@ def to_speculators(
     """
     c = Eagle3Config.from_json(config)
     out = _published_tensors(c, tensors, "layers.0.")
-    out["embed_tokens.weight"] = target.embed_VH.to(out["norm.weight"].dtype)
+    out[EMBEDDING] = target.embed_VH.to(out["norm.weight"].dtype)
     if c.draft_vocab_size != c.target_vocab_size:
         out |= _vocabulary_maps(c, tensors.get("d2t"))
     return {
@@ -318,7 +310,7 @@ def _layer_config(config: Eagle3Config, target: TargetTable) -> dict[str, Any]:
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": num_positions(target.config) or _MAX_POSITIONS,
+        "max_position_embeddings": target.max_positions,
         "rms_norm_eps": c.rms_norm_eps,
         "rope_theta": c.rope_theta,
         "attention_bias": False,

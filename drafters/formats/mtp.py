@@ -18,7 +18,6 @@ from torch import Tensor
 
 from drafters.formats.checkpoint import (
     CONFIG,
-    FLOATING,
     LAYER,
     Checkpoint,
     dtype_name,
@@ -30,9 +29,8 @@ from drafters.formats.checkpoint import (
     rope_theta_of,
     rotated,
 )
-from drafters.formats.published import Imported, TargetTable
+from drafters.formats.published import EMBEDDING, Imported, TargetTable
 from drafters.mtp import NEW_ORDER, ORDERS, MtpConfig, Order
-from targets.fits import num_positions
 
 TARGET_NORM = "slipstream.target_norm.weight"
 """Where an exported head keeps its own copy of the target's final norm, which it has learnt; the
@@ -184,7 +182,7 @@ def _wanted(config: MtpConfig, order: Order) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-_SHARED = ("shared_head.head.weight", "embed_tokens.weight")
+_SHARED = ("shared_head.head.weight", EMBEDDING)
 """Copies of the target's tables, which heads share here."""
 
 
@@ -338,11 +336,8 @@ _SPECULATORS = Order(
 _PLAIN, _GATED = "qwen3", "qwen3_5_text"
 _ORDER_OF = {_PLAIN: NEW_ORDER, _GATED: "qwen3_5"}
 """Type of layer that ``speculators`` puts a head around -> our order of the same halves."""
-_TABLE = "embed_tokens.weight"
 _SPECULATIVE_TOKENS = 3
 """Draft length that an exported config suggests."""
-_MAX_POSITIONS = 32_768
-"""What an exported config says of a target that does not say."""
 
 
 def is_speculators(checkpoint: Checkpoint) -> bool:
@@ -373,11 +368,9 @@ def from_speculators(checkpoint: Checkpoint, target: TargetTable) -> Imported:
     wanted = _wanted(config, order)
     for tensor, shape in wanted.items():
         checkpoint.expect(tensor, shape)
-    if unknown := sorted(checkpoint.files.keys() - wanted.keys() - {TARGET_NORM, _TABLE}):
+    if unknown := sorted(checkpoint.files.keys() - wanted.keys() - {TARGET_NORM, EMBEDDING}):
         raise checkpoint.error(f"{unknown[0]} is not a tensor of an MTP head that can run here")
-    if _TABLE in checkpoint.files:
-        checkpoint.expect(_TABLE, (target.vocab_size, target.hidden_size), FLOATING)
-        target.check_embedding(checkpoint)
+    target.check_embedding(checkpoint)
     tensors = _tensors(checkpoint, config, order)
     tensors["target_norm.weight"] = _norm_of_target(checkpoint, target)
     return Imported("mtp", config.to_json(), tensors)
@@ -446,7 +439,7 @@ def _layer_config(config: MtpConfig, kind: str, target: TargetTable) -> dict[str
         "num_key_value_heads": c.num_kv_heads,
         "head_dim": c.head_dim,
         "hidden_act": "silu",
-        "max_position_embeddings": num_positions(target.config) or _MAX_POSITIONS,
+        "max_position_embeddings": target.max_positions,
         "rms_norm_eps": c.rms_norm_eps,
         "attention_bias": False,
         "layer_types": ["full_attention"] * num_layers,

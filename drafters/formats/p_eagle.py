@@ -18,11 +18,11 @@ from torch import Tensor
 
 from drafters.eagle3.model import Eagle3Config
 from drafters.formats import eagle3
-from drafters.formats.checkpoint import FLOATING, Checkpoint, joined_rows
-from drafters.formats.published import Imported, TargetTable
+from drafters.formats.checkpoint import Checkpoint, joined_rows
+from drafters.formats.published import EMBEDDING, Imported, TargetTable
 from drafters.p_eagle import PEagleConfig
 
-_MASK_HIDDEN, _TABLE = "mask_hidden", "embed_tokens.weight"
+_MASK_HIDDEN = "mask_hidden"
 _MASK_IDS = ("mask_token_id", "ptd_token_id", "pard_token")
 _SPECULATIVE_TOKENS = 7
 """Draft length that an exported config suggests."""
@@ -50,7 +50,7 @@ def from_published(checkpoint: Checkpoint, target: TargetTable) -> Imported:
         if number >= num_layers:
             raise checkpoint.error(f"there is {name}, but num_hidden_layers is {num_layers}")
     further = [name for name, number in numbers.items() if number > 0]
-    left = checkpoint.files.keys() - {*further, _MASK_HIDDEN, _TABLE}
+    left = checkpoint.files.keys() - {*further, _MASK_HIDDEN, EMBEDDING}
     first = _first_layer(replace(checkpoint, files={n: checkpoint.files[n] for n in left}), target)
     c = Eagle3Config.from_json(first.config)
     tensors = {**first.tensors, **_further(checkpoint, c, num_layers, set(further))}
@@ -151,11 +151,10 @@ def _masks(
     found = checkpoint.shape(_MASK_HIDDEN)
     checkpoint.expect(_MASK_HIDDEN, (1, width) if found == (1, width) else (1, 1, width))
     hidden = checkpoint.read(_MASK_HIDDEN).view(1, 1, width)
-    if _TABLE not in checkpoint.files:
+    if EMBEDDING not in checkpoint.files:
         return {_MASK_HIDDEN: hidden, "mask_embed": target.embed_VH[mask_id].to(hidden.dtype)}
-    checkpoint.expect(_TABLE, (target.vocab_size, target.hidden_size), FLOATING)
     target.check_embedding(checkpoint, but=mask_id)
-    return {_MASK_HIDDEN: hidden, "mask_embed": checkpoint.read(_TABLE)[mask_id].clone()}
+    return {_MASK_HIDDEN: hidden, "mask_embed": checkpoint.read(EMBEDDING)[mask_id].clone()}
 
 
 def to_published(
@@ -193,7 +192,7 @@ def _beside(
     c = config.first
     table = target.embed_VH.to(tensors["mask_embed"].dtype).clone()
     table[config.mask_token_id] = tensors["mask_embed"]
-    out = {_MASK_HIDDEN: tensors[_MASK_HIDDEN], _TABLE: table}
+    out = {_MASK_HIDDEN: tensors[_MASK_HIDDEN], EMBEDDING: table}
     heads = [n * c.head_dim for n in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
     for number in range(1, config.num_layers):
         for ours, theirs in _PLAIN.items():

@@ -23,14 +23,21 @@ from buffer.records import Manifest
 from buffer.sealed import plain
 from drafters.catalog import CATALOG
 from drafters.formats.checkpoint import (
+    FLOATING,
     Checkpoint,
     read_checkpoint,
     read_config,
     write_checkpoint,
 )
 from drafters.trainable import trainable
+from targets.fits import num_positions
 from targets.head import load_target_head
 from targets.tokenizer import copy_tokenizer
+
+EMBEDDING = "embed_tokens.weight"
+"""A drafter's embedding table, in all layouts of its own."""
+_MAX_POSITIONS = 32_768
+"""What an exported config says of a target that does not say."""
 
 Wanted = dict[str, tuple[tuple[int, ...], set[str]]]
 """Name -> shape and dtype tags of a tensor."""
@@ -76,22 +83,30 @@ class TargetTable:
         """Decoder layers."""
         return int(self.config.num_hidden_layers)
 
+    @property
+    def max_positions(self) -> int:
+        """What an exported config says of the positions that the target has."""
+        return num_positions(self.config) or _MAX_POSITIONS
+
     def check_embedding(self, checkpoint: Checkpoint, but: int | None = None) -> None:
-        """Refuse an embedding table of its own: drafters here read the target's.
+        """Refuse an embedding table of its own, if there is one: drafters here read the target's.
 
         Args:
             but: a row that may differ.
 
         Raises:
-            FormatError: ``embed_tokens.weight`` is not the target's table.
+            FormatError: ``EMBEDDING`` is there, and is not the target's table.
         """
-        theirs = checkpoint.read("embed_tokens.weight").float()
+        if EMBEDDING not in checkpoint.files:
+            return
+        checkpoint.expect(EMBEDDING, (self.vocab_size, self.hidden_size), FLOATING)
+        theirs = checkpoint.read(EMBEDDING).float()
         if but is not None:
             theirs = theirs.index_copy(0, torch.tensor([but]), self.embed_VH[but : but + 1])
         if (theirs - self.embed_VH).norm() > _TOLERANCE * self.embed_VH.norm():
             raise checkpoint.error(
-                "embed_tokens.weight is not the target's table: a drafter with an embedding of its "
-                "own is not supported"
+                f"{EMBEDDING} is not the target's table: a drafter with an embedding of its own is "
+                f"not supported"
             )
 
     def speculators_config(self, algorithm: str, num_draft: int) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from drafters.dflash.model import DFlash
 from drafters.dflash.trainable import config_for_target as dflash_config
-from drafters.formats.checkpoint import FormatError, read_checkpoint
+from drafters.formats.checkpoint import Checkpoint, FormatError, read_checkpoint
 from drafters.formats.mtp import TARGET_NORM
 from drafters.formats.published import export, load_target_table, read_drafter
 from drafters.mtp import ORDERS, Mtp
@@ -363,3 +364,11 @@ def test_another_vocabulary_is_named(sound, tmp_path):
     found, problem = outcome(checkpoint, narrower)
     assert found is None
     assert "hidden" in problem and str(HIDDEN - 2) in problem
+
+
+def test_what_a_checkpoint_says_itself_comes_before_its_layers_config():
+    layer = {"hidden_size": 8, "vocab_size": 5}
+    given = {"hidden_size": 16, "transformer_layer_config": layer}
+    merged = Checkpoint(Path("drafter"), given, {}).with_layer()
+
+    assert (merged.size("hidden_size"), merged.size("vocab_size")) == (16, 5)
