@@ -29,6 +29,7 @@ from tests.serving.engine.test_sampled_law import (
     PENALIZED,
     SHAPES,
     V,
+    counted,
     expected_law,
     soft_target,
 )
@@ -103,10 +104,7 @@ def counts_of(engine, shape, num_samples=700):
         request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **shape)
         for i in range(num_samples)
     ]
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in run(engine, requests).values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    return counts
+    return counted(run(engine, requests))
 
 
 def law_engine(regime="opposed", **values):
