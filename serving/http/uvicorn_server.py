@@ -137,6 +137,11 @@ class _Behind:
         self._transport.close()
 
 
+def _chunk(data: bytes) -> bytes:
+    """A part of a chunked body, not empty: that would be its end."""
+    return b"%x\r\n%b\r\n" % (len(data), data)
+
+
 class _Body:
     """``send`` of a response. Parts of a chunked body need none of what h11 does: it checks that a
     response has begun, and writes the length before them."""
@@ -158,7 +163,7 @@ class _Body:
         """See ``serving.http.streaming.Write``."""
         if not self._is_chunked or self._flow.write_paused or self._cycle.disconnected:
             return False
-        self._transport.write(b"%x\r\n%b\r\n" % (len(data), data))
+        self._transport.write(_chunk(data))
         return True
 
     async def send(self, message: Message) -> None:
@@ -167,7 +172,7 @@ class _Body:
         if data and self._is_chunked:
             if self._flow.write_paused and not cycle.disconnected:
                 await self._flow.drain()
-            chunk = b"%x\r\n%b\r\n" % (len(data), data)
+            chunk = _chunk(data)
             if message.get("more_body"):
                 if not cycle.disconnected:
                     self._transport.write(chunk)

@@ -192,9 +192,14 @@ def test_tapped_layers_are_those_of_published_drafters(num_layers, published):
     assert default_layer_ids(num_layers) == tuple(k + 1 for k in published)
 
 
+def published_module(model):
+    """As published drafters are: blocks of 16, and a window in the first layer."""
+    return module_for(model, "published", block_size=16)
+
+
 def published_folder(folder, model, change=lambda config, tensors: None):
     """A random checkpoint in the published layout."""
-    module = module_for(model, "published", block_size=16)
+    module = published_module(model)
     text = model.config
     config = {
         "architectures": ["DFlashDraftModel"],
@@ -229,9 +234,13 @@ def published_folder(folder, model, change=lambda config, tensors: None):
 
 def published(tmp_path, model):
     """The checkpoint that ``published_folder`` wrote, and its target."""
+    return read_checkpoint(tmp_path / "published"), table_of(tmp_path, model)
+
+
+def table_of(folder, model):
+    """The target as formats see it."""
     embed_VH = model.get_input_embeddings().weight.detach()
-    target = TargetTable("target", tmp_path, model.config, (), embed_VH)
-    return read_checkpoint(tmp_path / "published"), target
+    return TargetTable("target", folder, model.config, (), embed_VH)
 
 
 @pytest.mark.parametrize(
@@ -267,9 +276,9 @@ def test_a_published_checkpoint_is_read(tmp_path):
 )
 def test_what_is_exported_is_read_back(tmp_path, windows, causal):
     model = random_model("qwen3")
-    module = published_folder(tmp_path / "published", model)
+    module = published_module(model)
     config = replace(module.config, windows=windows, causal=causal).to_json()
-    _, target = published(tmp_path, model)
+    target = table_of(tmp_path, model)
 
     write_checkpoint(tmp_path / "out", *to_published(config, module.state_dict(), target))
 
@@ -288,9 +297,9 @@ def test_what_is_exported_is_read_back(tmp_path, windows, causal):
 )
 def test_the_layout_of_speculators_is_read_back(tmp_path, windows, causal):
     model = random_model("qwen3")
-    module = published_folder(tmp_path / "published", model)
+    module = published_module(model)
     own = replace(module.config, windows=windows, causal=causal).to_json()
-    _, target = published(tmp_path, model)
+    target = table_of(tmp_path, model)
 
     config, tensors = to_speculators(own, module.state_dict(), target)
 
@@ -320,8 +329,8 @@ def test_the_layout_of_speculators_is_read_back(tmp_path, windows, causal):
 )
 def test_masks_that_speculators_cannot_say_are_not_exported(tmp_path, changed, message):
     model = random_model("qwen3")
-    module = published_folder(tmp_path / "published", model)
-    _, target = published(tmp_path, model)
+    module = published_module(model)
+    target = table_of(tmp_path, model)
 
     with pytest.raises(ValueError, match=message):
         to_speculators(replace(module.config, **changed).to_json(), module.state_dict(), target)
@@ -337,8 +346,8 @@ def test_masks_that_speculators_cannot_say_are_not_exported(tmp_path, changed, m
 )
 def test_what_the_layout_cannot_say_is_not_exported(tmp_path, changed, message):
     model = random_model("qwen3")
-    module = published_folder(tmp_path / "published", model)
-    _, target = published(tmp_path, model)
+    module = published_module(model)
+    target = table_of(tmp_path, model)
 
     with pytest.raises(ValueError, match=message):
         to_published(replace(module.config, **changed).to_json(), module.state_dict(), target)

@@ -19,12 +19,20 @@ from drafters.cli import app
 from drafters.formats.checkpoint import read_checkpoint, write_checkpoint
 from drafters.formats.mtp import from_carrier, to_carrier, to_speculators
 from drafters.formats.published import TargetTable, imported, load_target_table, read_drafter
-from drafters.initial import NewDrafter, TargetFacts, made_drafter
+from drafters.initial import NewDrafter, made_drafter
 from drafters.mtp import ORDERS, Mtp, MtpConfig, config_for_target
 from drafters.mtp_learning import MtpTrainable
 from oracles.bundle_folders import write_bundle
 from targets.last_layer import load_last_layer
-from tests.trainer.traffic import HIDDEN, LAYERS, SHAPE, VOCAB, fingerprint_of, save_target
+from tests.trainer.traffic import (
+    HIDDEN,
+    LAYERS,
+    SHAPE,
+    VOCAB,
+    facts_of,
+    fingerprint_of,
+    save_target,
+)
 
 EPS = 1e-6
 LENGTH = 9
@@ -218,11 +226,6 @@ def carrying_target(tmp_path_factory):
     del tensors["model.norm.weight"]
     save_file(tensors, folder / "mtp.safetensors")
     return folder, model
-
-
-def facts_of(folder, model):
-    head = model.get_output_embeddings().weight.detach()
-    return TargetFacts(model.config, head, fingerprint_of(folder))
 
 
 def test_new_weights_are_the_head_in_the_targets_files(carrying_target, tmp_path):

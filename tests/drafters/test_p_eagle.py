@@ -199,12 +199,6 @@ def test_a_new_drafter_begins_as_the_targets_last_layer_alone(tmp_path):
 # ---- layouts -----------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    return folder, save_target(folder)
-
-
 def drafter_for(model, reduced=False, dtype=torch.bfloat16):
     ids = torch.arange(3, 83, 2) if reduced else None
     given = LEARNS.new_model(

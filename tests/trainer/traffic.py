@@ -23,6 +23,7 @@ from buffer.interface import TraceLimits
 from buffer.records import FeatureRows, Round, Rounds, Sampling, Trace
 from configs.schema import DrafterSettings, Settings, TrainerSettings
 from drafters.eagle3.model import default_layer_ids
+from drafters.initial import TargetFacts
 from trainer.build import build_trainer
 from trainer.loop import run
 
@@ -168,3 +169,9 @@ def train(settings: Settings) -> None:
 
 def fingerprint_of(target: Path) -> str:
     return target_fingerprint(target)
+
+
+def facts_of(folder: Path, model: Any) -> TargetFacts:
+    """What new drafters are made from, of a target and its folder."""
+    head_VH = model.get_output_embeddings().weight.detach()
+    return TargetFacts(model.config, head_VH, fingerprint_of(folder))

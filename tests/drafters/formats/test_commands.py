@@ -9,16 +9,10 @@ import pytest
 from buffer.backends import open_backend
 from drafters.formats.checkpoint import FormatError, read_checkpoint
 from drafters.formats.published import load_target_table, read_drafter
-from drafters.initial import NewDrafter, TargetFacts, made_drafter, publish_initial
+from drafters.initial import NewDrafter, made_drafter, publish_initial
 from oracles.bundle_folders import write_bundle
 from tests.drafters.formats.test_eagle3 import bundle_of, command, drafter_for
-from tests.trainer.traffic import fingerprint_of, save_target
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    return folder, save_target(folder)
+from tests.trainer.traffic import facts_of
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +26,7 @@ def bundle(target, tmp_path_factory):
 def test_a_version_of_each_drafter_of_a_run_is_exported(target, tmp_path):
     """By a number in the store, on any backend: the name of a folder would do on disks alone."""
     folder, model = target
-    head = model.get_output_embeddings().weight.detach()
-    facts = TargetFacts(model.config, head, fingerprint_of(folder))
+    facts = facts_of(folder, model)
     backend = open_backend("log:", tmp_path / "run")
     for kind, line in (("eagle3", ""), ("mtp", "mtp")):
         publish_initial(backend.open_weights(line), *made_drafter(kind, facts, NewDrafter()))
@@ -97,12 +90,12 @@ def test_a_folder_that_is_no_bundle_is_not_exported(target, tmp_path):
 
 def test_a_layout_that_a_kind_lacks_is_named_with_those_that_it_has(target, tmp_path):
     folder, model = target
-    head = model.get_output_embeddings().weight.detach()
-    facts = TargetFacts(model.config, head, fingerprint_of(folder))
+    facts = facts_of(folder, model)
     manifest, _ = made_drafter("draft_model", facts, NewDrafter())
     write_bundle(
-        tmp_path / "0", "draft_model", manifest.drafter_config, facts.fingerprint, {"a": head}
-    )
+        tmp_path / "0", "draft_model", manifest.drafter_config, facts.fingerprint,
+        {"a": facts.lm_head_VH},
+    )  # fmt: skip
     to = ("--to", tmp_path / "out", "--format", "speculators", "--set", f"target={folder}")
 
     done = command("export", tmp_path / "0", *to)

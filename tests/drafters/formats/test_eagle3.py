@@ -15,18 +15,12 @@ from buffer.manifest import TENSORS
 from drafters.cli import app
 from drafters.eagle3.model import Eagle3, Eagle3Config, config_for_target
 from drafters.formats.published import LAYOUTS, imported, load_target_table
-from drafters.initial import NewDrafter, TargetFacts, stored_drafter
+from drafters.initial import NewDrafter, stored_drafter
 from oracles.bundle_folders import write_bundle
-from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, fingerprint_of, save_target
+from tests.trainer.traffic import HIDDEN, LAYER_IDS, VOCAB, facts_of, fingerprint_of
 
 VARIANTS = ("norm_before_residual", "fc_norm", "norm_output")
 REDUCED = 40
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("target")
-    return folder, save_target(folder)
 
 
 def drafter_for(model, reduced=False, variants=(), dtype=torch.bfloat16, seed=5):
@@ -266,9 +260,7 @@ def test_a_run_begins_with_an_imported_drafter(target, published, tmp_path):
     folder, model = target
     settings = ("--set", f"target={folder}", "--set", f"run_dir={tmp_path / 'run'}")
     command("import", published, "--to", tmp_path / "new", *settings)
-    facts = TargetFacts(
-        model.config, model.get_output_embeddings().weight.detach(), fingerprint_of(folder)
-    )
+    facts = facts_of(folder, model)
     store = open_backend("log:", tmp_path / "run").open_weights()
 
     first = first_drafter(store, "eagle3", facts, path=tmp_path / "new/0", new=NewDrafter())

@@ -7,7 +7,6 @@ import random
 from dataclasses import dataclass, field, replace
 
 import pytest
-import torch
 
 from buffer.codec import decode_trace, encode_trace
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
@@ -25,7 +24,7 @@ from tests.serving.engine.test_sampled_law import (
     LENGTH,
     PROMPT,
     SHAPES,
-    V,
+    counted,
     drafter_for,
     expected_law,
     soft_target,
@@ -99,9 +98,7 @@ def sampled(allocation, *, rule=Rule.BLOCK, regime="opposed", num_samples=1200, 
     requests = [
         request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
     ]
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for one in run(engine, requests).values():
-        counts[tuple(one.token_ids[:LENGTH])] += 1
+    counts = counted(run(engine, requests))
     figures = engine.figures()
     return counts, law, figures.num_draft_tokens / figures.num_rounds
 

@@ -17,7 +17,13 @@ from serving.capture.rounds import round_columns
 from serving.engine.loop import Engine, Listeners
 from specops.verify_logits import Rule
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
-from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
+from tests.serving.engine.test_sampled_law import (
+    LENGTH,
+    SHAPES,
+    counted,
+    expected_law,
+    soft_target,
+)
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
 
 PAIR = ("eagle3", "mtp")
@@ -107,12 +113,9 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced):
 
     got = run(engine, requests)
 
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
     by_drafter = engine.figures().drafters
     assert all(by_drafter[kind].tokens > 200 for kind in PAIR)
-    assert law_excess(counts, law) < 1
+    assert law_excess(counted(got), law) < 1
 
 
 def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch):
@@ -140,10 +143,7 @@ def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch):
         ],
     )
 
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    assert law_excess(counts, law) > 1
+    assert law_excess(counted(got), law) > 1
 
 
 def rounds_of(model, policy, kinds, weights):

@@ -21,6 +21,7 @@ from specops import draft_sampling_triton, verify_logits
 from specops import verify_logits_triton as kernels
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.verify_logits import Rule
+from tests.serving.engine.test_every_drafter import Stubborn
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
 from tests.serving.engine.test_mixed import Mixing as MixingAny
 from tests.serving.engine.test_mixed import few_tokens, scrambled
@@ -29,6 +30,7 @@ from tests.serving.engine.test_sampled_law import (
     PENALIZED,
     SHAPES,
     V,
+    counted,
     expected_law,
     soft_target,
 )
@@ -37,14 +39,6 @@ from tests.serving.swap.test_swaps import ask
 from tests.specops.test_verify_logits import SMALL, assert_alike, by_kernel, case
 
 MIX = "eagle3+suffix"
-
-
-class Repeating(SuffixIndex):
-    """Proposes the same tokens whatever the text is, so that a law is tested with proposals that
-    are often wrong, and what is wrong with them does not cancel out."""
-
-    def propose(self, keys, most):
-        return [[(2 + j) % V for j in range(k)] for k in most]
 
 
 class Short(SuffixIndex):
@@ -103,10 +97,7 @@ def counts_of(engine, shape, num_samples=700):
         request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **shape)
         for i in range(num_samples)
     ]
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in run(engine, requests).values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    return counts
+    return counted(run(engine, requests))
 
 
 def law_engine(regime="opposed", **values):
@@ -115,7 +106,7 @@ def law_engine(regime="opposed", **values):
         soft_target(regime), **{"kind": "eagle3", "policy": Mixing()} | values, mixes_index=True,
         max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192, max_draft=3,
     )  # fmt: skip
-    engine.drafting.hosts["suffix"].__class__ = Repeating
+    engine.drafting.hosts["suffix"].__class__ = Stubborn
     return engine
 
 

@@ -98,6 +98,14 @@ def law_of(regime, shape):
     return expected_law(soft_target(regime), SHAPES[shape])
 
 
+def counted(answers):
+    """How often [V, V, V] the answers of ``run`` began with each three tokens."""
+    counts = torch.zeros(V, V, V, dtype=torch.float64)
+    for collected in answers.values():
+        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    return counts
+
+
 def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule=Rule.BLOCK, overlaps=False):
     """Counts [V, V, V] of emitted sequences, and the acceptance rate seen."""
     model = soft_target(regime)
@@ -117,10 +125,7 @@ def sample(regime, shape, num_samples=NUM_SAMPLES, seed=1, rule=Rule.BLOCK, over
     requests = [
         request_of(str(i), PROMPT, LENGTH + 1, capture=False, **shape) for i in range(num_samples)
     ]
-    got = run(engine, requests)
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
+    counts = counted(run(engine, requests))
     figures = engine.figures()
     return counts, figures.num_accepted_tokens / figures.num_draft_tokens
 

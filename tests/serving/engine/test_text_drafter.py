@@ -28,7 +28,14 @@ from specops.verify_logits import Rule
 from tests.serving.engine.test_answers_on_devices import DEVICES, engine_on
 from tests.serving.engine.test_every_drafter import scrambled
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
-from tests.serving.engine.test_sampled_law import LENGTH, SHAPES, V, expected_law, soft_target
+from tests.serving.engine.test_sampled_law import (
+    LENGTH,
+    SHAPES,
+    V,
+    counted,
+    expected_law,
+    soft_target,
+)
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
 
 CPU = torch.device("cpu")
@@ -131,10 +138,7 @@ def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(is_mixed, sha
         answers = {tuple(one.token_ids) for one in got.values()}
         assert answers == {tuple(reference(soft_target("opposed"), LAW_PROMPT, LENGTH + 1))}
         return
-    counts = torch.zeros(V, V, V, dtype=torch.float64)
-    for collected in got.values():
-        counts[tuple(collected.token_ids[:LENGTH])] += 1
-    assert chi_squared_excess(counts, expected_law(soft_target("opposed"), SHAPES[shape])) < 1
+    assert chi_squared_excess(counted(got), expected_law(soft_target("opposed"), SHAPES[shape])) < 1
     drafted = engine.figures().drafters
     assert all(drafted[kind].tokens > 300 for kind in (["eagle3"] if is_mixed else []) + ["suffix"])
 
