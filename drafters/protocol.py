@@ -138,9 +138,6 @@ class TextDrafter(Drafter, Protocol):
             Number of the namespace, which rounds find in ``Field.SPACE``.
         """
 
-    def is_sure(self, drafts: TextDrafts) -> Tensor:
-        """[R] bool: where it should draft in place of a neural drafter, by committed tokens."""
-
     def finish(self, text_N: Tensor | None, namespace: str) -> None:
         """A request has ended; called once for each that has begun.
 

@@ -17,6 +17,7 @@ from specops import (
     lanes_host,
     listed,
     matches,
+    text_first,
 )
 from specops import best_ids as best_definition
 from specops import chain_attention as chains_definition
@@ -37,10 +38,11 @@ from specops.distill import (
 )
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
-from specops.lanes import ClosedRound, LaneState, OpenedRound
+from specops.lanes import ClosedRound, Field, LaneState, OpenedRound
 from specops.matches import Bounds, RingText, TextDrafts
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
+from specops.text_first import Begun
 from specops.verify_logits import LogitVerdict, Rule
 
 
@@ -244,6 +246,36 @@ def text_drafts(
 
         find = matches_triton.text_drafts
     return find(texts_LN, lanes_R, lengths_R, spaces_R, ring, num_draft, bounds)
+
+
+def begin_drafts(
+    counts: Tensor, found: TextDrafts, opened: OpenedRound, num_draft: int, num_passes: int
+) -> Begun:
+    """See ``specops.text_first.begin_drafts``."""
+    begin = text_first.begin_drafts
+    if counts.is_cuda:
+        from specops import text_first_triton
+
+        begin = text_first_triton.begin_drafts
+    return begin(
+        counts, found.matched_R, found.counts_R, opened.floats_3R[0], opened.lanes_R,
+        opened.ints_FR[Field.LENGTH], opened.lens_R, num_draft, num_passes,
+    )  # fmt: skip
+
+
+def note_kept(
+    counts: Tensor, found: TextDrafts, opened: OpenedRound, begun: Begun, closed: ClosedRound
+) -> None:
+    """See ``specops.text_first.note_kept``."""
+    note = text_first.note_kept
+    if counts.is_cuda:
+        from specops import text_first_triton
+
+        note = text_first_triton.note_kept
+    note(
+        counts, found.matched_R, found.counts_R, opened.floats_3R[0], begun.text_R, begun.lens_R,
+        found.tokens_RK, closed.emitted_RQ, closed.count_R,
+    )  # fmt: skip
 
 
 def pack_kept_rows(

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from serving.engine.cuda_graphs import Graphs, fitting
-from serving.engine.drafts import Drafts, drafted
+from serving.engine.drafts import AfterText, Drafts, drafted
 from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, upload
 from serving.engine.sequence import Sequence
@@ -132,6 +132,11 @@ class DrafterRows:
         """See ``Traits.draws``."""
         return self.drafter.traits.draws
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._outputs_LH.device
+
     # ---- which rows it has ---------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
@@ -197,16 +202,19 @@ class DrafterRows:
         *,
         draws: bool,
         tells: bool = False,
+        after: AfterText | None = None,
     ) -> Drafts:
         """What the drafter proposes for the requests of a round.
 
         Args:
             inputs_RI: see ``Input``; a mix reads it.
-            draws, tells: see ``drafts.drafted``.
+            draws, tells, after: see ``drafts.drafted``.
         """
         ahead = self.pass_at(rows, opened.draft_at_R)
-        outputs = self.outputs_of(opened.lanes_R)
-        return drafted(self.drafter, outputs, ahead, opened, num_draft, draws=draws, tells=tells)
+        return drafted(
+            self.drafter, self.outputs_of(opened.lanes_R), ahead, opened, num_draft,
+            draws=draws, tells=tells, after=after,
+        )  # fmt: skip
 
     def observe_round(
         self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor

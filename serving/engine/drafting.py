@@ -21,11 +21,14 @@ from serving.engine.grouping import Grouping
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
 from serving.engine.sequence import Sequence
+from serving.engine.text_mix import TextMix
 from serving.engine.text_rows import TextRows
 
 _KEPT = 1 - 1 / 32
 """See ``policies.interface.DraftRecord``."""
 _NO_RECORD = DraftRecord(0.0, 0.0, 0.0)
+
+Mix = MixedRows | TextMix
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,7 @@ class _Offer:
     """Those of ``hosts`` that need a match."""
     without_match: tuple[str, ...]
     """Kinds that need none."""
-    on_device: dict[str, DrafterRows | TextRows | MixedRows]
+    on_device: dict[str, DrafterRows | TextRows | Mix]
     """With the mixes of those that may draft."""
     has_mixes: bool
 
@@ -79,7 +82,7 @@ class Drafting:
         neural: Several[DrafterRows],
         max_draft: int,
         on_request: Collection[str] = (),
-        mixes: Several[MixedRows] = (),
+        mixes: Several[Mix] = (),
         texts: Several[TextRows] = (),
     ) -> None:
         """
@@ -92,7 +95,7 @@ class Drafting:
         self.neural = {rows.kind: rows for rows in neural}
         self.texts = {rows.kind: rows for rows in texts}
         self.mixes = {rows.kind: rows for rows in mixes}
-        self.on_device: dict[str, DrafterRows | TextRows | MixedRows] = {
+        self.on_device: dict[str, DrafterRows | TextRows | Mix] = {
             **self.neural, **self.texts, **self.mixes
         }  # fmt: skip
         """What may draft within a round's program."""

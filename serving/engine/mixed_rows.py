@@ -3,8 +3,7 @@
 All neural members draft for all requests, and the draft of the picked one is taken: at the batch
 sizes at which drafting pays, a drafter takes as long for some requests as for all. All of them
 compute their rows at the end, so whichever drafts next for a request has its rows, in such a round
-or alone. Host drafters propose for the requests that they were picked for, before the launch. A
-text drafter looks within the round, and drafts where it is sure of its match.
+or alone. Host drafters propose for the requests that they were picked for, before the launch.
 
 Verification uses the distribution that the picked drafter drew from; what a host drafter proposes
 is certain. Which drafter is picked depends on committed tokens only, so outputs follow the target
@@ -22,12 +21,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from policies.interface import Pick
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.drafts import Drafts
 from serving.engine.lanes import LaneRows
 from serving.engine.sequence import Sequence
-from serving.engine.text_rows import TextRows
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.lanes import ClosedRound, Input, OpenedRound
 
@@ -43,15 +40,13 @@ class MixedRows:
         members: Several[DrafterRows],
         vocab_size: int,
         hosts: Several[str] = (),
-        text: TextRows | None = None,
     ) -> None:
         """
         Args:
             kind: name of the mix.
-            members: the neural drafters; one, if there is a text drafter.
+            members: the neural drafters.
             vocab_size: V.
             hosts: kinds of the host drafters.
-            text: drafts where it is sure of its match, which is found out within the round.
 
         Raises:
             ValueError: some draw their tokens and others do not.
@@ -65,23 +60,17 @@ class MixedRows:
         self.members = tuple(members)
         self.draws = members[0].draws
         self.hosts = tuple(hosts)
-        self.text = text
         self._vocab_size = vocab_size
         self._numbers = {one: number for number, one in enumerate(self.kinds)}
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of all drafters that may be picked, neural ones first."""
-        texts = () if self.text is None else self.text.kinds
-        return (*(rows.kind for rows in self.members), *self.hosts, *texts)
+        return (*(rows.kind for rows in self.members), *self.hosts)
 
     def number_of(self, drafter: str) -> int:
         """Number of a member, as rounds take it."""
         return self._numbers[drafter]
-
-    def picks(self, numbers: list[int]) -> list[Pick]:
-        """Who drafted, by the numbers that a round tells."""
-        return [Pick(self.kinds[number], 1.0, "match") for number in numbers]
 
     def catch_up(self, batch: list[Sequence]) -> int:
         """See ``DrafterRows.catch_up``; of all members."""
@@ -108,8 +97,6 @@ class MixedRows:
         assert not tells, "drafts of a mix are not cut"
         found = [one.draft(opened, rows, inputs_RI, num_draft, draws=draws) for one in self.members]
         picked_R = inputs_RI[:, Input.PICKED]
-        if self.text is not None:
-            return self._with_text(found[0], self.text, opened, num_draft)
         tokens_RK = _of_picked([one.tokens_RK for one in found], picked_R)
         is_given_R, lens_R = picked_R >= len(self.members), None
         if self.hosts:
@@ -122,23 +109,9 @@ class MixedRows:
         logq_RK = _of_picked([_known(one.logq_RK) for one in found], picked_R)
         law = self._law([_known(one.law) for one in found], picked_R, num_draft)
         if self.hosts:
-            law = certain_where(law, is_given_R, tokens_RK, self._vocab_size)
+            is_given_RK = is_given_R[:, None].expand_as(tokens_RK)
+            law = certain_where(law, is_given_RK, tokens_RK, self._vocab_size)
         return Drafts(tokens_RK, logq_RK, law, lens_R)
-
-    def _with_text(
-        self, neural: Drafts, text: TextRows, opened: OpenedRound, num_draft: int
-    ) -> Drafts:
-        """The text drafter's drafts where it is sure, else the neural drafter's."""
-        found = text.propose(opened, num_draft)
-        is_text_R = text.drafter.is_sure(found)
-        tokens_RK = torch.where(is_text_R[:, None], found.tokens_RK, neural.tokens_RK)
-        counts_R = torch.where(is_text_R, found.counts_R, num_draft)
-        lens_R = torch.minimum(opened.lens_R, counts_R)
-        picked_R = is_text_R.long()  # the neural drafter is number 0
-        if neural.law is None:
-            return Drafts(tokens_RK, None, None, lens_R, picked_R)
-        law = certain_where(neural.law, is_text_R, tokens_RK, self._vocab_size)
-        return Drafts(tokens_RK, neural.logq_RK, law, lens_R, picked_R)
 
     def _law(self, laws: list[DraftLaw], picked_R: Tensor, num_draft: int) -> DraftLaw:
         """The law of each request's picked draft, over one vocabulary for all."""
@@ -172,24 +145,24 @@ def over_target(law: DraftLaw, vocab_size: int) -> Tensor:
 
 
 def certain_where(
-    law: DraftLaw, is_given_R: Tensor, tokens_RK: Tensor, vocab_size: int
+    law: DraftLaw, is_given_RK: Tensor, tokens_RK: Tensor, vocab_size: int
 ) -> DraftLaw:
-    """A law in which the draft tokens of some requests are certain, whatever the temperature and
-    truncation. It is over the target's vocabulary, because a host drafter knows all of it.
+    """A law in which some draft tokens are certain, whatever the temperature and truncation. It is
+    over the target's vocabulary, because whoever gave them knows all of it.
 
     Args:
-        is_given_R: [R] bool, these requests.
+        is_given_RK: [R, K] bool, these tokens.
         tokens_RK: [R, K] int64 target ids.
         vocab_size: V.
     """
-    is_given_R11, ids_RK1 = is_given_R[:, None, None], tokens_RK[..., None]
+    is_given_RK1, ids_RK1 = is_given_RK[..., None], tokens_RK[..., None]
     logits_RKV = over_target(law, vocab_size)
     own_RK1 = logits_RKV.gather(-1, ids_RK1)
-    certain = logits_RKV.masked_fill(is_given_R11, float("-inf"))
-    certain.scatter_(-1, ids_RK1, own_RK1.masked_fill(is_given_R11, 0.0))
+    certain = logits_RKV.masked_fill(is_given_RK1, float("-inf"))
+    certain.scatter_(-1, ids_RK1, own_RK1.masked_fill(is_given_RK1, 0.0))
     kept = None
     if law.laws is not None and law.vocab is None:  # otherwise they number the draft vocabulary
-        is_given_T = is_given_R[:, None].expand_as(tokens_RK).reshape(-1)
+        is_given_T = is_given_RK.reshape(-1)
         point = torch.zeros_like(law.laws.tops_cuts_masses)
         point[..., 2] = 1.0
         kept = RowLaws(

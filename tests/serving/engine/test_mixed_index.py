@@ -138,9 +138,9 @@ def neural_law_for_all(law, is_given_R, tokens_RK, vocab_size):
     return law
 
 
-def certain_of_another_token(law, is_given_R, tokens_RK, vocab_size):
+def certain_of_another_token(law, is_given_RK, tokens_RK, vocab_size):
     """Mutant: certainty of the token at the position before."""
-    return certain_where(law, is_given_R, tokens_RK.roll(1, 1), vocab_size)
+    return certain_where(law, is_given_RK, tokens_RK.roll(1, 1), vocab_size)
 
 
 certain_where = mixed_rows.certain_where
@@ -252,7 +252,7 @@ def test_certain_drafts_are_judged_as_delta_drafts_and_the_others_as_before(is_r
     is_given = torch.arange(9) % 2 == 0
     other = logits[:, :3].topk(3).indices[..., 2]
     tokens = torch.where(is_given[:, None], other, drawn)
-    certain = mixed_rows.certain_where(law, is_given, tokens, 60)
+    certain = mixed_rows.certain_where(law, is_given[:, None].expand_as(tokens), tokens, 60)
 
     mixed = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, certain)
 
@@ -287,7 +287,8 @@ def test_the_kernel_need_not_find_the_laws_of_certain_drafts_again():
     with_laws = DraftLaw(law.logits_RKD, law.sampling, law.greedy_R, laws=kept)
     is_given = torch.tensor([True, False, True, False, False, True])
     tokens = torch.where(is_given[:, None], (drawn + 7) % 90, drawn)
-    both = [mixed_rows.certain_where(one, is_given, tokens, 90) for one in (law, with_laws)]
+    is_given_RK = is_given[:, None].expand_as(tokens)
+    both = [mixed_rows.certain_where(one, is_given_RK, tokens, 90) for one in (law, with_laws)]
     assert both[0].laws is None and both[1].laws is not None
 
     found = [

@@ -22,8 +22,10 @@ from oracles.joint_law import chi_squared_excess
 from policies.fixed import FixedPolicy
 from policies.interface import Decision
 from serving.capture.rounds import round_columns
+from serving.engine import text_mix
 from serving.engine.loop import PLAIN, Listeners
 from specops.matches import BLOCK, END, Bounds, TextDrafts
+from specops.text_first import NEURAL_ALONE, TEXT_ALONE, TEXT_FIRST, Begun
 from specops.verify_logits import Rule
 from tests.serving.engine.test_answers_on_devices import DEVICES, engine_on
 from tests.serving.engine.test_every_drafter import scrambled
@@ -105,16 +107,23 @@ def test_programs_that_are_replayed_draft_the_same(device):
 
 
 class Doubtful(DeviceIndex):
-    """Proposes tokens whatever the text is, for every other request in place of another drafter,
-    so that a law is tested with proposals that are often wrong."""
+    """Proposes tokens whatever the text is, so that a law is tested with proposals that are often
+    wrong."""
 
     def propose(self, texts_LN, opened, num_draft):
         number = torch.arange(num_draft) + opened.lanes_R[:, None]
         counts = 1 + opened.lanes_R.long() % num_draft
         return TextDrafts(number % V, counts, opened.lanes_R.long())
 
-    def is_sure(self, drafts):
-        return drafts.matched_R % 2 == 0
+
+def begun_anyhow(_counts, found, opened, num_draft, num_passes):
+    """In place of ``begin_drafts``: none, some or all tokens from text, whatever was kept."""
+    text_R = (opened.lanes_R.long() // 3) % (num_draft + 1)
+    text_R = torch.minimum(text_R, found.counts_R)
+    lens_R = torch.minimum(opened.lens_R, text_R.clamp(min=num_passes))
+    who_R = torch.where(text_R < lens_R, TEXT_FIRST, TEXT_ALONE)
+    who_R = torch.where(text_R == 0, NEURAL_ALONE, who_R)
+    return Begun(text_R, lens_R, who_R, torch.arange(num_draft) < text_R[:, None])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,11 @@ class Doubtful(DeviceIndex):
     [("greedy", Rule.BLOCK), ("whole", Rule.BLOCK), ("truncated", Rule.STANDARD)],
 )
 @pytest.mark.parametrize("is_mixed", [True, False])
-def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(is_mixed, shape, rule):
+def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(
+    is_mixed, shape, rule, monkeypatch
+):
+    monkeypatch.setattr(text_mix, "begin_drafts", begun_anyhow)
+    monkeypatch.setattr(text_mix, "MOST_PASSES", 2)
     fields = SHAPES.get(shape, {"temperature": 0.0})
     index = Doubtful("suffix", DEVICE_TRAITS, Bounds(2, 8), 0, CPU)
     policy = FixedPolicy(MIX if is_mixed else "suffix", 3, needs_match=False)
