@@ -104,7 +104,7 @@ def drafted(
         ahead: a pass over its rows, from the first draft token on.
         draws: draw tokens from distributions; otherwise each is the most likely one.
         tells: also compute ``Drafts.figures_RK3``.
-        after: tokens that are drafted already. They are certain, which the law does not say.
+        after: tokens that are drafted already, which are certain.
     """
     figures: list[Tensor] = []
     num_passes = num_draft if after is None else after.num_passes
@@ -137,7 +137,10 @@ def drafted(
     # Nothing is drawn at further places, and what the law says of them is not looked at.
     num_further = num_draft - num_passes
     kept, drawn = kept + kept[-1:] * num_further, drawn + drawn[-1:] * num_further
-    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
+    certain_RK = None if after is None else after.is_text_RK
+    law = DraftLaw(
+        torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn), certain_RK
+    )
     logq_RK = torch.stack([d.logq_R for d in drawn], 1)
     if after is not None:
         tokens, logq_RK = after.whole(tokens), logq_RK.masked_fill(after.is_text_RK, 0.0)

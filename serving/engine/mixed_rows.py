@@ -15,6 +15,7 @@ Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
@@ -109,13 +110,15 @@ class MixedRows:
         logq_RK = _of_picked([_known(one.logq_RK) for one in found], picked_R)
         law = self._law([_known(one.law) for one in found], picked_R, num_draft)
         if self.hosts:
-            is_given_RK = is_given_R[:, None].expand_as(tokens_RK)
-            law = certain_where(law, is_given_RK, tokens_RK, self._vocab_size)
+            law, logq_RK = certain_at(law, logq_RK, is_given_R[:, None].repeat(1, num_draft))
         return Drafts(tokens_RK, logq_RK, law, lens_R)
 
     def _law(self, laws: list[DraftLaw], picked_R: Tensor, num_draft: int) -> DraftLaw:
-        """The law of each request's picked draft, over one vocabulary for all."""
+        """The law of each request's picked draft, over one vocabulary for all. A single member's
+        is taken as it is."""
         first = laws[0]
+        if len(laws) == 1:
+            return first
         if all(law.vocab is first.vocab for law in laws):
             logits_RKD = _of_picked([law.logits_RKD for law in laws], picked_R)
             kept = _picked_laws([law.laws for law in laws], picked_R, num_draft)
@@ -144,32 +147,14 @@ def over_target(law: DraftLaw, vocab_size: int) -> Tensor:
     return logits_RKV.index_copy_(-1, law.vocab.to_target(ids_D), logits_RKD)
 
 
-def certain_where(
-    law: DraftLaw, is_given_RK: Tensor, tokens_RK: Tensor, vocab_size: int
-) -> DraftLaw:
-    """A law in which some draft tokens are certain, whatever the temperature and truncation. It is
-    over the target's vocabulary, because whoever gave them knows all of it.
+def certain_at(law: DraftLaw, logq_RK: Tensor, certain_RK: Tensor) -> tuple[DraftLaw, Tensor]:
+    """The law and log q of drafts in which others' tokens, which are certain, have replaced some.
 
     Args:
-        is_given_RK: [R, K] bool, these tokens.
-        tokens_RK: [R, K] int64 target ids.
-        vocab_size: V.
+        logq_RK: [R, K] float32, of the drafts before.
+        certain_RK: [R, K] bool, contiguous: where the tokens were replaced.
     """
-    is_given_RK1, ids_RK1 = is_given_RK[..., None], tokens_RK[..., None]
-    logits_RKV = over_target(law, vocab_size)
-    own_RK1 = logits_RKV.gather(-1, ids_RK1)
-    certain = logits_RKV.masked_fill(is_given_RK1, float("-inf"))
-    certain.scatter_(-1, ids_RK1, own_RK1.masked_fill(is_given_RK1, 0.0))
-    kept = None
-    if law.laws is not None and law.vocab is None:  # otherwise they number the draft vocabulary
-        is_given_T = is_given_RK.reshape(-1)
-        point = torch.zeros_like(law.laws.tops_cuts_masses)
-        point[..., 2] = 1.0
-        kept = RowLaws(
-            torch.where(is_given_T[:, None], point, law.laws.tops_cuts_masses),
-            torch.where(is_given_T, tokens_RK.reshape(-1).int(), law.laws.lasts),
-        )
-    return DraftLaw(certain, law.sampling, law.greedy_R, laws=kept)
+    return replace(law, certain_RK=certain_RK), logq_RK.masked_fill(certain_RK, 0.0)
 
 
 def _of_picked(found: Several[Tensor], picked_R: Tensor) -> Tensor:

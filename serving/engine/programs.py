@@ -168,7 +168,7 @@ def make_programs(
         members = [by_kind[kind] for kind in kinds if kind in by_kind]
         if texts_of := [reading[kind] for kind in kinds if kind in reading]:
             (member,), (text,) = members, texts_of
-            mixed.append(TextMix(name, member, text, target.vocab_size, sizes.max_draft))
+            mixed.append(TextMix(name, member, text, sizes.max_draft))
             continue
         others = [kind for kind in kinds if kind not in by_kind]
         mixed.append(MixedRows(name, members, target.vocab_size, others))

@@ -27,7 +27,6 @@ from policies.interface import Pick
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.drafts import AfterText, Drafts
 from serving.engine.lanes import LaneRows
-from serving.engine.mixed_rows import certain_where
 from serving.engine.sequence import Sequence
 from serving.engine.text_rows import TextRows
 from specops.device import begin_drafts, note_kept
@@ -44,19 +43,15 @@ GOES_ON = "goes on"
 class TextMix:
     """One text drafter and one neural drafter in the same rounds."""
 
-    def __init__(
-        self, kind: str, neural: DrafterRows, text: TextRows, vocab_size: int, most_draft: int
-    ) -> None:
+    def __init__(self, kind: str, neural: DrafterRows, text: TextRows, most_draft: int) -> None:
         """
         Args:
             kind: name of the mix.
-            vocab_size: V of the target.
             most_draft: the longest draft.
         """
         self.kind, self.neural, self.text = kind, neural, text
         self.members = (neural,)
         self.draws = neural.draws
-        self._vocab_size = vocab_size
         self._counts = new_counts(most_draft, neural.device)
 
     @property
@@ -102,15 +97,12 @@ class TextMix:
         begun = begin_drafts(self._counts, found, opened, num_draft, num_passes)
         after = AfterText(found.tokens_RK, begun.is_text_RK, num_passes)
         drafts = self.neural.draft(opened, rows, inputs_RI, num_draft, draws=draws, after=after)
-        law = drafts.law
-        if law is not None:
-            law = certain_where(law, begun.is_text_RK, drafts.tokens_RK, self._vocab_size)
 
         def close(closed: ClosedRound, outputs_RC: Tensor) -> None:
             note_kept(self._counts, found, opened, begun, closed)
             outputs_RC[:, Column.PICKED] = begun.who_R
 
-        return replace(drafts, law=law, lens_R=begun.lens_R, when_closed=close)
+        return replace(drafts, lens_R=begun.lens_R, when_closed=close)
 
     def observe_round(
         self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor

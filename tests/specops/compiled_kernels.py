@@ -94,6 +94,8 @@ def one_round(size: int, num_draft: int) -> None:
     if num_draft:
         sample_draft(logits[:, 0].contiguous(), sampling, numbering, flags)
         law = DraftLaw(logits[:, 1:].contiguous(), sampling, flags, None)
+        some_certain = replace(law, certain_RK=drafts != 0)
+        verify_logits(logits, sampling, drafts, lens, ints[6], numbering, some_certain, False)
     verdicts = [
         verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)
         for drafted in (None, law)

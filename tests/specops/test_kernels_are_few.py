@@ -21,11 +21,11 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_split_rows": 3,
         "_join_rows": 3,
         "_finish": 1,
-        # dense and delta drafts
-        "_judge": 2,
-        "_stop": 2,
-        "_emit": 2,
-        "_overlap": 1,
+        # delta drafts, dense drafts, and dense drafts of which some are certain
+        "_judge": 3,
+        "_stop": 3,
+        "_emit": 3,
+        "_overlap": 2,
         # with and without biases and penalties
         "_adjust_part": 1,
         "_count_tokens": 1,
