@@ -176,7 +176,8 @@ def begin_drafts(
         UP=max(16, int(triton.next_power_of_2(num_draft + 1))),
         KINDS_UP=int(triton.next_power_of_2(NUM_KINDS)), num_warps=1,
     )  # fmt: skip
-    return Begun(*begun_3R.unbind(), is_text_RK)
+    text_R, new_lens_R, who_R = begun_3R.unbind()
+    return Begun(text_R, new_lens_R, who_R, is_text_RK)
 
 
 def note_kept(
