@@ -33,7 +33,7 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.harness.allocate_times import allocate_times
+from benchmarks.harness.allocate_times import Times, allocate_times, confidence_times
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.loops import Feed
@@ -55,6 +55,7 @@ from policies.run_log import log_of_run, read_steps
 from serving.build import load_target
 from serving.requests import Request, SamplingParams
 from serving.service import Service
+from specops import allocation
 from trainer.ltd import (
     FullInformation,
     Ppo,
@@ -252,7 +253,7 @@ def plan_rows(plans: dict[str, Any]) -> Iterator[Row]:
         yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
 
 
-def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
+def allocate_rows(times: Times, device: str) -> Iterator[Row]:
     """What cutting takes. The goal is for GPUs: a CPU's step takes a hundred times as long."""
     for score, us in times.items():
         yield at_most(
@@ -263,14 +264,26 @@ def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
         )
 
 
-def publish_allocate(device: str, folder: Path) -> dict[str, float]:
-    """Measure the cut alone, and write its figures and rows beside the others."""
-    times = allocate_times(device)
-    write_result(folder / f"allocate_{device}.json", {"device": device, "microseconds": times})
+def confidence_rows(times: Times, device: str) -> Iterator[Row]:
+    """What the figures that cuts need take in each pass."""
+    for size, us in times.items():
+        yield at_most(f"confidence, {size} logits, {device}", "one pass, us, median", us, None)
+
+
+def publish_allocate(device: str, folder: Path) -> Times:
+    """Measure cuts and the figures that they need, on a GPU also by their definitions in torch, and
+    write all of it and rows beside the others."""
+    times, confidences = allocate_times(device), confidence_times(device)
+    found = {"device": device, "microseconds": times, "confidence_microseconds": confidences}
+    if device == "cuda":
+        found["definition_microseconds"] = allocate_times(device, allocation)
+        found["confidence_definition_microseconds"] = confidence_times(device, allocation)
+    write_result(folder / f"allocate_{device}.json", found)
     source = f"{SOURCE} --only-allocate --device {device}"
-    write_rows_of("policies", allocate_rows(times, device), source, folder)
-    for score, us in times.items():
-        say(f"allocate by {score}: {us:.1f} us on {device}")
+    rows = [*allocate_rows(times, device), *confidence_rows(confidences, device)]
+    write_rows_of("policies", rows, source, folder)
+    for name, us in (times | confidences).items():
+        say(f"{name}: {us:.1f} us on {device}")
     return times
 
 
