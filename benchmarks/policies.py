@@ -33,7 +33,12 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.harness.allocate_times import Times, allocate_times, confidence_times
+from benchmarks.harness.allocate_times import (
+    Times,
+    allocate_times,
+    confidence_times,
+    packing_times,
+)
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.loops import Feed
@@ -264,26 +269,37 @@ def allocate_rows(times: Times, device: str) -> Iterator[Row]:
         )
 
 
-def confidence_rows(times: Times, device: str) -> Iterator[Row]:
-    """What the figures that cuts need take in each pass."""
+def beside_rows(kind: str, times: Times, device: str) -> Iterator[Row]:
+    """What else a round that is cut takes, for which there is no goal."""
     for size, us in times.items():
-        yield at_most(f"confidence, {size} logits, {device}", "one pass, us, median", us, None)
+        yield at_most(f"{kind}, {size}, {device}", "us, median", us, None)
 
 
 def publish_allocate(device: str, folder: Path) -> Times:
-    """Measure cuts and the figures that they need, on a GPU also by their definitions in torch, and
-    write all of it and rows beside the others."""
-    times, confidences = allocate_times(device), confidence_times(device)
-    found = {"device": device, "microseconds": times, "confidence_microseconds": confidences}
+    """Measure cuts and what belongs to them, on a GPU also by the definitions in torch, and write
+    figures and rows beside the others."""
+    times = allocate_times(device)
+    beside = {
+        "confidence of a pass": confidence_times(device),
+        "packed rows": packing_times(device),
+    }
+    found: dict[str, Any] = {"device": device, "microseconds": times, "beside": beside}
     if device == "cuda":
-        found["definition_microseconds"] = allocate_times(device, allocation)
-        found["confidence_definition_microseconds"] = confidence_times(device, allocation)
+        found["definition"] = {
+            "microseconds": allocate_times(device, allocation),
+            "beside": {
+                "confidence of a pass": confidence_times(device, allocation),
+                "packed rows": packing_times(device, allocation),
+            },
+        }
     write_result(folder / f"allocate_{device}.json", found)
     source = f"{SOURCE} --only-allocate --device {device}"
-    rows = [*allocate_rows(times, device), *confidence_rows(confidences, device)]
+    rows = list(allocate_rows(times, device))
+    for kind, ones in beside.items():
+        rows += beside_rows(kind, ones, device)
     write_rows_of("policies", rows, source, folder)
-    for name, us in (times | confidences).items():
-        say(f"{name}: {us:.1f} us on {device}")
+    for row in rows:
+        say(f"{row.row}: {row.value} us")
     return times
 
 

@@ -1,5 +1,6 @@
 """What cuts on the device take: scores and lengths of a batch of drafts, noted for traces
-(``specops.device.cut_drafts``), and the figures of each position before it (``confidence``).
+(``specops.device.cut_drafts``), the figures of each position before it (``confidence``), and the
+rows of a verification with a budget behind it (``pack_rows``).
 
 On a GPU the operators are timed as they run in service, captured in a graph, between two CUDA
 events, with other data in the cache, and so are their definitions in torch; on a CPU by wall time,
@@ -49,14 +50,9 @@ def allocate_times(place: str, by: Any = device) -> Times:
     warmth = torch.full((BATCH,), 0.7, device=place)
     noted = torch.zeros(BATCH, 1 + NUM_FIGURES * 2 * DRAFT_K, device=place)
     head = _head(numbers, place)
+    cut = partial(by.cut_drafts, figures, offered, warmth, values, head, noted)
     return {
-        score: _us(
-            place,
-            partial(
-                by.cut_drafts, figures, offered, warmth, values, head, noted,
-                score=score, cumulative=score in CUMULATIVE,
-            ),  # fmt: skip
-        )
+        score: _us(place, partial(cut, score=score, cumulative=score in CUMULATIVE))
         for score in get_args(Score)
     }
 
@@ -68,6 +64,13 @@ def confidence_times(place: str, by: Any = device) -> Times:
         logits = torch.randn(num_rows, vocab, device=place).bfloat16()
         found[f"{num_rows} x {vocab:,}"] = _us(place, partial(by.confidence, logits))
     return found
+
+
+def packing_times(place: str, by: Any = device) -> Times:
+    """Rows of a verification of ``BATCH`` requests with room for half of their draft tokens."""
+    lens = torch.arange(BATCH, device=place) % (DRAFT_K // 2 + 1)
+    work = partial(by.pack_rows, lens, DRAFT_K, BATCH * DRAFT_K // 2)
+    return {f"{BATCH} requests": _us(place, work)}
 
 
 def _us(place: str, work: Callable[[], object]) -> float:

@@ -1,6 +1,6 @@
 """Draft lengths that each request is cut to on the device, from what its drafter's distributions
 say, and the packed rows of a verification that is cut so. The torch definition;
-``allocation_triton`` computes confidence and lengths in one launch each.
+``allocation_triton`` computes each of these in one launch.
 
 Fixed shapes, no synchronisation: lengths are values, and every launch depends on R, K and the
 budget's capacity alone.

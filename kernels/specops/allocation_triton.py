@@ -1,4 +1,5 @@
-"""Confidence in draft tokens, and the lengths that drafts are cut to; see ``specops.allocation``.
+"""Confidence in draft tokens, the lengths that drafts are cut to, and the rows of a verification
+that is cut; see ``specops.allocation``.
 
 ``confidence`` reads each row of logits once: every lane of a program keeps the two largest logits
 it has seen, the sum of ``exp(x)`` and that of ``x exp(x)``, both relative to its largest, and the
@@ -13,7 +14,10 @@ positions of this survival. Both end as soon as a count is right, usually after 
 steps. Further programs of the launch note what the cut was decided by. A batch with more than 1,024
 requests or 16,384 positions, counted in tiles, is cut by the definition.
 
-Shapes: R requests, K draft tokens, D draft vocabulary, F figures, C columns of what is noted.
+``pack_rows`` is one launch with a program for each request, which adds up the lengths before it.
+
+Shapes: R requests, K draft tokens, Q = K + 1, D draft vocabulary, F figures, C columns of what is
+noted, T packed rows.
 """
 
 from __future__ import annotations
@@ -35,6 +39,7 @@ from specops.allocation import (
     TOP,
     CutValues,
     HeadWeights,
+    PackedRows,
     Score,
 )
 
@@ -54,6 +59,11 @@ _MOST_POSITIONS = 16_384
 """32 in each of 512 threads."""
 _NOTED = 4
 """Numbers that a thread notes."""
+
+_LEAST_PLACES = 32
+"""Rows of a request that are written at once; a verification has at most 17."""
+_SUMMED = 256
+"""Lengths added, and rows of padding written, at once."""
 
 _TOP, _ENTROPY, _MARGIN = tl.constexpr(TOP), tl.constexpr(ENTROPY), tl.constexpr(MARGIN)
 _FIGURES, _INPUTS = tl.constexpr(NUM_FIGURES), tl.constexpr(NUM_HEAD_INPUTS)
@@ -455,3 +465,63 @@ def cut_drafts(
         NOTED=noted_by_program, DRAFT_UP=draft_up, REQUESTS_UP=requests_up, num_warps=num_warps,
     )  # fmt: skip
     return lens
+
+
+# ---- packed rows -------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["num_requests", "num_draft", "num_rows"])
+def _pack(
+    lens_ptr, at_ptr, request_ptr, is_real_ptr, of_ptr, num_requests, num_draft, num_rows,
+    PLACES: tl.constexpr, SUMMED: tl.constexpr,
+):  # fmt: skip
+    """Write the rows of one request; the last program writes padding."""
+    request = tl.program_id(0)
+    begin = request * 0
+    for first in range(0, request, SUMMED):
+        before = first + tl.arange(0, SUMMED)
+        lens = tl.load(lens_ptr + before, mask=before < request, other=-1)
+        begin += tl.sum(lens.to(tl.int32) + 1, axis=0)
+    if request < num_requests:
+        num = tl.load(lens_ptr + request).to(tl.int32)
+        place = tl.arange(0, PLACES)
+        row = begin + place
+        is_row = (place <= num) & (row < num_rows)
+        first_row = request.to(tl.int64) * (num_draft + 1)
+        tl.store(at_ptr + row, first_row + place, mask=is_row)
+        tl.store(request_ptr + row, (place * 0 + request).to(tl.int64), mask=is_row)
+        tl.store(is_real_ptr + row, place >= 0, mask=is_row)
+        of = (begin + tl.minimum(place, num)).to(tl.int64)
+        tl.store(of_ptr + first_row + place, of, mask=place <= num_draft)
+    else:
+        for first in range(begin, num_rows, SUMMED):
+            row = first + tl.arange(0, SUMMED)
+            is_row = row < num_rows
+            none = (row * 0).to(tl.int64)
+            tl.store(at_ptr + row, none, mask=is_row)
+            tl.store(request_ptr + row, none + num_requests - 1, mask=is_row)
+            tl.store(is_real_ptr + row, row < 0, mask=is_row)
+
+
+def pack_rows(lens_R: Tensor, num_draft: int, capacity: int) -> PackedRows:
+    """See ``specops.allocation.pack_rows``. Can be captured in a CUDA graph.
+
+    Raises:
+        ValueError: the lengths are not int64, or not contiguous.
+    """
+    if lens_R.dtype != torch.int64 or not lens_R.is_contiguous():
+        raise ValueError(
+            f"lens must be contiguous torch.int64, got {lens_R.dtype} by {lens_R.stride()}"
+        )
+    num_requests, device = len(lens_R), lens_R.device
+    num_rows = num_requests + capacity
+    at = torch.empty(num_rows, dtype=torch.int64, device=device)
+    request = torch.empty_like(at)
+    is_real = torch.empty(num_rows, dtype=torch.bool, device=device)
+    of = torch.empty((num_requests, num_draft + 1), dtype=torch.int64, device=device)
+    _pack[(num_requests + 1,)](
+        lens_R, at, request, is_real, of, num_requests, num_draft, num_rows,
+        PLACES=max(_LEAST_PLACES, int(triton.next_power_of_2(num_draft + 1))), SUMMED=_SUMMED,
+        num_warps=1,
+    )  # fmt: skip
+    return PackedRows(at, request, is_real, of)

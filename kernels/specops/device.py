@@ -24,7 +24,7 @@ from specops import chain_attention as chains_definition
 from specops import distill as distill_definition
 from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
-from specops.allocation import CutValues, HeadWeights, Score
+from specops.allocation import CutValues, HeadWeights, PackedRows, Score
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
 from specops.chain_attention import Anchors
@@ -224,6 +224,15 @@ def cut_drafts(
         figures_RKF, offered_R, temperature_R, values, head, noted_RC,
         score=score, cumulative=cumulative,
     )  # fmt: skip
+
+
+def pack_rows(lens_R: Tensor, num_draft: int, capacity: int) -> PackedRows:
+    """See ``specops.allocation.pack_rows``."""
+    if lens_R.is_cuda:
+        from specops import allocation_triton
+
+        return allocation_triton.pack_rows(lens_R, num_draft, capacity)
+    return allocation.pack_rows(lens_R, num_draft, capacity)
 
 
 def open_round(

@@ -26,9 +26,9 @@ from torch import Tensor
 from policies.allocation import Allocation, Cut
 from policies.confidence_head import HIDDEN, NAMES, Head
 from serving.engine.cuda_graphs import Graphs
-from specops.allocation import NUM_FIGURES, CutValues, HeadWeights, PackedRows, pack_rows
+from specops.allocation import NUM_FIGURES, CutValues, HeadWeights, PackedRows
 from specops.attention import DecodePass
-from specops.device import cut_drafts
+from specops.device import cut_drafts, pack_rows
 from specops.lanes import OpenedRound
 from targets.target import KvPool, Target, TargetRows
 

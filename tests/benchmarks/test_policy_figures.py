@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.harness.allocate_times import allocate_times, confidence_times
-from benchmarks.policies import allocate_rows, confidence_rows, publish_allocate
+from benchmarks.harness.allocate_times import allocate_times
+from benchmarks.policies import allocate_rows, publish_allocate
 from benchmarks.policy_comparison import RULES
 from benchmarks.policy_simulation import claims, shift_claims, steps_to_plain
 from benchmarks.real import choosing
@@ -27,18 +27,14 @@ def test_what_the_device_does_to_cut_drafts_is_timed_for_every_score():
     assert [row.holds for row in on_gpu] == [True, False]
 
 
-def test_the_figures_of_a_pass_are_timed_without_a_goal():
-    times = confidence_times("cpu")
-    assert times["8 x 4,096"] > 1
-    assert [row.goal for row in confidence_rows(times, "cpu")] == [None]
-
-
-def test_cuts_alone_are_measured_and_written(tmp_path):
+def test_cuts_and_what_belongs_to_them_are_measured_and_written(tmp_path):
     times = publish_allocate("cpu", tmp_path)
     written = json.loads((tmp_path / "allocate_cpu.json").read_text())
     rows = json.loads((tmp_path / "rows" / "policies.json").read_text())
     assert written["microseconds"] == times
-    assert len(rows) == len(times) + len(written["confidence_microseconds"])
+    beside = [us for ones in written["beside"].values() for us in ones.values()]
+    assert [row["value"] for row in rows] == [*times.values(), *beside]
+    assert len(beside) == 2 and min(beside) > 1
 
 
 def test_every_policy_that_decides_is_in_the_comparison_with_its_origin():

@@ -17,7 +17,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from specops.allocation import CutValues, HeadWeights
-from specops.allocation_triton import confidence, cut_drafts
+from specops.allocation_triton import confidence, cut_drafts, pack_rows
 from specops.attention import DecodePass, Places
 from specops.attention_triton import attend_pages, places_of
 from specops.best_ids_triton import best_ids
@@ -134,16 +134,18 @@ def from_text(size: int, num_draft: int) -> None:
 
 
 def cut(size: int, num_draft: int) -> None:
-    """A cut by a head, and the figures that it reads of rows of one part and of several."""
+    """A cut by a head, the figures that it reads, of rows of one part and of several, and the rows
+    that are left."""
     for vocab in (VOCAB, 32 * VOCAB):
         confidence(torch.zeros((size, vocab), dtype=torch.bfloat16))
     figures, noted = torch.zeros((size, num_draft, 3)), torch.zeros((64, 1 + 3 * MOST))[:size]
     shapes = ((5,), (5,), (16, 5), (16,), (16,), ())
     head = HeadWeights(*(torch.zeros(shape) for shape in shapes))
-    cut_drafts(
+    lens = cut_drafts(
         figures, torch.zeros((8, size)).long()[3], torch.zeros((3, size))[1],
         CutValues(*torch.zeros(3)), head, noted, score="head", cumulative=size % 2 == 0,
     )  # fmt: skip
+    pack_rows(lens, num_draft, size * num_draft // 2)
 
 
 def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:

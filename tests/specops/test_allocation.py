@@ -18,7 +18,7 @@ import torch
 from policies.allocation import Allocation, Cut
 from policies.confidence_head import HIDDEN, Head
 from specops import allocation, allocation_triton
-from specops.allocation import NUM_FIGURES, TOP, CutValues, HeadWeights, pack_rows
+from specops.allocation import NUM_FIGURES, TOP, CutValues, HeadWeights, PackedRows
 from specops.verify import acceptance, block_acceptance, residual
 from tests.specops.test_verification_is_exact import (
     K,
@@ -73,6 +73,11 @@ def cut_drafts(by, score, figures, offered, threshold, budget, cumulative, head=
         on_device(head or random_head()), score=score, cumulative=cumulative,
     )  # fmt: skip
     return lens.cpu()
+
+
+def pack_rows(by, lens, num_draft, capacity):
+    found = by.pack_rows(lens.to(DEVICE), num_draft, capacity)
+    return PackedRows(*(getattr(found, name).cpu() for name in PackedRows.__slots__))
 
 
 def judged_by(score, figures, cumulative, head=None):
@@ -316,11 +321,12 @@ def test_a_distribution_that_is_none_has_no_confidence(by, poison):
     assert 0.5 < masked[0] < 1, "a masked token is no damage"
 
 
+@BOTH
 @pytest.mark.parametrize("capacity", [5, 6, 9, 20])
-def test_packed_rows_are_the_rows_that_are_verified(capacity):
+def test_packed_rows_are_the_rows_that_are_verified(by, capacity):
     lens, num_draft = torch.tensor([2, 0, 3, 0]), 3
 
-    packed = pack_rows(lens, num_draft, capacity)
+    packed = pack_rows(by, lens, num_draft, capacity)
 
     index = packed.at_T[packed.is_real_T].tolist()
     wanted = [r * 4 + j for r, n in enumerate(lens.tolist()) for j in range(n + 1)]

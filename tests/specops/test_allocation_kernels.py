@@ -17,7 +17,7 @@ import triton.language as tl
 
 from benchmarks.harness.launches import counted
 from specops import allocation, allocation_triton, device
-from specops.allocation import HeadWeights
+from specops.allocation import HeadWeights, PackedRows
 from tests.specops.test_allocation import (
     BOTH,
     DEVICE,
@@ -26,6 +26,7 @@ from tests.specops.test_allocation import (
     cut_drafts,
     judged_by,
     on_device,
+    pack_rows,
     random_head,
 )
 
@@ -39,7 +40,8 @@ def poisoned(monkeypatch):
     right = torch.empty, torch.empty_like
 
     def empty(*shape, **options):
-        return right[0](*shape, **options).fill_(113)
+        made = right[0](*shape, **options)
+        return made.fill_(True if made.dtype == torch.bool else 113)
 
     def empty_like(other, **options):
         return right[1](other, **options).fill_(113)
@@ -227,10 +229,34 @@ def test_tensors_of_another_kind_are_refused():
         allocation_triton.allocate(strided, offered, number, number, cumulative=True)
     with refused("offered must be contiguous torch.int64, got torch.int32"):
         allocation_triton.allocate(scores, offered.int(), number, number, cumulative=True)
+    with refused("lens must be contiguous torch.int64, got torch.int32"):
+        allocation_triton.pack_rows(offered.int(), 3, 4)
     with refused("at least two logits"):
         allocation_triton.confidence(torch.zeros(3, 1, device=DEVICE))
     with refused("must be contiguous rows"):
         allocation_triton.confidence(torch.zeros(4, 3, device=DEVICE).T)
+
+
+# ---- packed rows -------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(
+    ("num_requests", "num_draft"), [(1, 1), (1, 16), (7, 3), (256, 8), (300, 2), (3, 40)]
+)
+@pytest.mark.parametrize("spare", [0, 1, 600])
+def test_packed_rows_are_the_definitions(num_requests, num_draft, spare):
+    """Without padding, and with more than is written at once; more requests than are added at
+    once; longer drafts than any round's."""
+    generator = torch.Generator().manual_seed(num_requests)
+    lens = torch.randint(0, num_draft + 1, (num_requests,), generator=generator)
+    asked = lens, num_draft, int(lens.sum()) + spare
+
+    got, wanted = pack_rows(allocation_triton, *asked), pack_rows(allocation, *asked)
+
+    for name in PackedRows.__slots__:
+        one, other = getattr(got, name), getattr(wanted, name)
+        assert one.dtype == other.dtype and torch.equal(one, other), name
 
 
 # ---- confidence --------------------------------------------------------------------------------
@@ -318,7 +344,7 @@ def test_rows_may_lie_apart():
 # ---- launches ----------------------------------------------------------------------------------
 
 
-def test_a_cut_is_one_launch_and_so_are_the_figures_of_a_pass():
+def test_a_cut_is_one_launch_and_so_are_the_figures_of_a_pass_and_packed_rows():
     with torch.device("meta"):
         figures, offered, warmth = torch.empty(256, 8, 3), torch.empty(256).long(), torch.empty(256)
         values = allocation.CutValues(*torch.empty(3).unbind())
@@ -339,3 +365,6 @@ def test_a_cut_is_one_launch_and_so_are_the_figures_of_a_pass():
     with counted() as launched:
         device.confidence(few)
     assert launched == {"_confidence_of_part": 1, "_join_confidence": 1}
+    with counted() as launched:
+        device.pack_rows(offered, 8, 1024)
+    assert launched == {"_pack": 1}

@@ -34,6 +34,7 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_take_drafts": 2,
         # batches up to 32 and to 256, drafts up to 8 and to 16
         "_cut": 4,
+        "_pack": 1,
         # whole rows and parts
         "_confidence_of_part": 2,
         "_join_confidence": 1,
