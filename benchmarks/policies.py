@@ -33,7 +33,12 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.harness.allocate_times import allocate_times
+from benchmarks.harness.allocate_times import (
+    Times,
+    allocate_times,
+    confidence_times,
+    packing_times,
+)
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.loops import Feed
@@ -55,6 +60,7 @@ from policies.run_log import log_of_run, read_steps
 from serving.build import load_target
 from serving.requests import Request, SamplingParams
 from serving.service import Service
+from specops import allocation
 from trainer.ltd import (
     FullInformation,
     Ppo,
@@ -252,7 +258,7 @@ def plan_rows(plans: dict[str, Any]) -> Iterator[Row]:
         yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
 
 
-def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
+def allocate_rows(times: Times, device: str) -> Iterator[Row]:
     """What cutting takes. The goal is for GPUs: a CPU's step takes a hundred times as long."""
     for score, us in times.items():
         yield at_most(
@@ -263,14 +269,37 @@ def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
         )
 
 
-def publish_allocate(device: str, folder: Path) -> dict[str, float]:
-    """Measure the cut alone, and write its figures and rows beside the others."""
+def beside_rows(kind: str, times: Times, device: str) -> Iterator[Row]:
+    """What else a round that is cut takes, for which there is no goal."""
+    for size, us in times.items():
+        yield at_most(f"{kind}, {size}, {device}", "us, median", us, None)
+
+
+def publish_allocate(device: str, folder: Path) -> Times:
+    """Measure cuts and what belongs to them, on a GPU also by the definitions in torch, and write
+    figures and rows beside the others."""
     times = allocate_times(device)
-    write_result(folder / f"allocate_{device}.json", {"device": device, "microseconds": times})
+    beside = {
+        "confidence of a pass": confidence_times(device),
+        "packed rows": packing_times(device),
+    }
+    found: dict[str, Any] = {"device": device, "microseconds": times, "beside": beside}
+    if device == "cuda":
+        found["definition"] = {
+            "microseconds": allocate_times(device, allocation),
+            "beside": {
+                "confidence of a pass": confidence_times(device, allocation),
+                "packed rows": packing_times(device, allocation),
+            },
+        }
+    write_result(folder / f"allocate_{device}.json", found)
     source = f"{SOURCE} --only-allocate --device {device}"
-    write_rows_of("policies", allocate_rows(times, device), source, folder)
-    for score, us in times.items():
-        say(f"allocate by {score}: {us:.1f} us on {device}")
+    rows = list(allocate_rows(times, device))
+    for kind, ones in beside.items():
+        rows += beside_rows(kind, ones, device)
+    write_rows_of("policies", rows, source, folder)
+    for row in rows:
+        say(f"{row.row}: {row.value} us")
     return times
 
 

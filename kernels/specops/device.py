@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specops import (
+    allocation,
     attention,
     capture_pack,
     draft_sampling,
@@ -24,6 +25,7 @@ from specops import chain_attention as chains_definition
 from specops import distill as distill_definition
 from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
+from specops.allocation import CutValues, HeadWeights, PackedRows, Score
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
 from specops.chain_attention import Anchors
@@ -192,6 +194,47 @@ def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, is_target: bool = F
         overlap = overlap_triton.can_overlap(logits.device)
         return best_ids_triton.best_ids(logits, d2t_D, is_target=is_target, overlap=overlap)
     return best_definition.best_ids(logits, d2t_D, is_target=is_target)
+
+
+def confidence(logits_RD: Tensor) -> Tensor:
+    """See ``specops.allocation.confidence``."""
+    if logits_RD.is_cuda:
+        from specops import allocation_triton
+
+        return allocation_triton.confidence(logits_RD)
+    return allocation.confidence(logits_RD)
+
+
+def cut_drafts(
+    figures_RKF: Tensor,
+    offered_R: Tensor,
+    temperature_R: Tensor,
+    values: CutValues,
+    head: HeadWeights,
+    noted_RC: Tensor | None = None,
+    *,
+    score: Score,
+    cumulative: bool,
+) -> Tensor:
+    """See ``specops.allocation.cut_drafts``."""
+    cut = allocation.cut_drafts
+    if figures_RKF.is_cuda:
+        from specops import allocation_triton
+
+        cut = allocation_triton.cut_drafts
+    return cut(
+        figures_RKF, offered_R, temperature_R, values, head, noted_RC,
+        score=score, cumulative=cumulative,
+    )  # fmt: skip
+
+
+def pack_rows(lens_R: Tensor, num_draft: int, capacity: int) -> PackedRows:
+    """See ``specops.allocation.pack_rows``."""
+    if lens_R.is_cuda:
+        from specops import allocation_triton
+
+        return allocation_triton.pack_rows(lens_R, num_draft, capacity)
+    return allocation.pack_rows(lens_R, num_draft, capacity)
 
 
 def open_round(

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
-from specops.allocation import confidence
 from specops.attention import DecodePass
-from specops.device import best_ids, sample_draft
+from specops.device import best_ids, confidence, sample_draft
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import ClosedRound, OpenedRound
 

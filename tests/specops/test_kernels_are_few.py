@@ -32,6 +32,12 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # with and without finished texts
         "_find_matches": 2,
         "_take_drafts": 2,
+        # batches up to 32 and to 256, drafts up to 8 and to 16
+        "_cut": 4,
+        "_pack": 1,
+        # whole rows and parts
+        "_confidence_of_part": 2,
+        "_join_confidence": 1,
         # neural drafts and given ones
         "_open_round": 2,
         # greedy, sampled with and without log q
