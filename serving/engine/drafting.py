@@ -37,11 +37,14 @@ class _Offer:
 
     kinds: tuple[str, ...]
     """Neural ones first."""
+    offered: tuple[str, ...]
+    """Those of them that a policy chooses among. A neural drafter that is mixed with text is not:
+    with text before its drafts it keeps at least as much, for a search of some microseconds."""
     hosts: tuple[HostDrafter, ...]
     with_match: tuple[HostDrafter, ...]
     """Those of ``hosts`` that need a match."""
     without_match: tuple[str, ...]
-    """Kinds that need none."""
+    """Those of ``offered`` that need none."""
     on_device: dict[str, DrafterRows | TextRows | Mix]
     """With the mixes of those that may draft."""
     has_mixes: bool
@@ -177,13 +180,15 @@ class Drafting:
         }
         with_match = tuple(d for d in hosts if d.traits.needs_match)
         matching = {d.kind for d in with_match}
+        mixed = {rows.neural.kind for rows in on_device.values() if isinstance(rows, TextMix)}
         free = (
             *(kind for kind, rows in on_device.items() if matching.isdisjoint(rows.kinds)),
             *(d.kind for d in hosts if not d.traits.needs_match),
         )
         has_mixes = not self.mixes.keys().isdisjoint(on_device)
         names = (*on_device, *(d.kind for d in hosts))
-        return _Offer(names, hosts, with_match, free, on_device, has_mixes)
+        offered, free = (tuple(k for k in kinds if k not in mixed) for kinds in (names, free))
+        return _Offer(names, offered, hosts, with_match, free, on_device, has_mixes)
 
     def _reading(self, sequence: Sequence) -> list[TextRows]:
         """Text drafters that may take drafts from a request's text, now or later."""
@@ -301,7 +306,7 @@ class Drafting:
         """
         caps = self.caps(batch, most)
         offer = self._offer(choice)
-        kinds = offer.kinds if look else offer.without_match
+        kinds = offer.offered if look else offer.without_match
         if not kinds or not any(caps):
             return None
         matches = None

@@ -173,7 +173,7 @@ def test_a_mix_follows_the_target_with_swaps_in_the_middle(architecture):
 
     assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
     used = {drafter for drafter, _ in engine.figures().steps_by_arm}
-    assert used > {"eagle3", "suffix", MIX}
+    assert used == {"none", "suffix", MIX}
 
 
 def test_a_mix_says_who_drafted():
@@ -240,6 +240,16 @@ def test_where_text_is_kept_it_drafts_more_and_the_neural_drafter_goes_on_after_
     assert rounds[0].most == 6
     counts = engine.drafting.mixes[MIX]._counts
     assert counts[TEXT, 0].sum() > 100 and counts[TEXT, 1].sum() == 0
+
+
+@pytest.mark.parametrize("chosen", [None, frozenset({"eagle3"})], ids=["any", "named"])
+def test_a_drafter_that_is_mixed_with_text_drafts_alone_only_for_requests_that_name_it(chosen):
+    engine = mixing_engine()
+    engine.policy = RandomPolicy(random.Random(4))
+    run(engine, [request_of("a", [5, 9, 11, 4, 7], 60, drafters=chosen)])
+
+    used = {drafter for drafter, _ in engine.figures().steps_by_arm} - {"none"}
+    assert used == ({"eagle3"} if chosen else {"suffix", MIX})
 
 
 def test_tokens_of_text_are_certain_in_traces_and_those_after_them_are_not(monkeypatch):
