@@ -167,7 +167,7 @@ class Forecaster:
         else:
             kinds = kinds_of(obs.matches)
             rows = by_kind(kinds, num_kinds)
-            has_match = rows[0] < batch
+            has_match = rows.item(0) < batch
         by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
         drafters = obs.drafters if has_match else self._needing_none(obs.drafters)
         seconds = outline.seconds

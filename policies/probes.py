@@ -48,6 +48,11 @@ _MOST_EXCESS = 25.0
 """Largest charge of a step beyond its prediction, relative to it; more is a machine's hiccup."""
 
 
+_OTHER = 2.0
+"""Weight of a drafter that is not in use."""
+_LENGTH, _ARM = Purpose.LENGTH, Purpose.ARM  # a member of an enum is found slowly in its class
+
+
 class Stretch(NamedTuple):
     """Steps of one arm, to be explored."""
 
@@ -223,15 +228,14 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        of_length = Purpose.LENGTH
-        own_s, other_s = self._ledger.balance(of_length), self._ledger.balance(Purpose.ARM)
+        own_s, other_s = self._ledger.balance(_LENGTH), self._ledger.balance(_ARM)
         affordable: list[Priced] = []
         total = weighted_steps = wanted_s = 0.0
         for priced in options:
             (_, weight, num_steps, purpose), loss_s = priced
             if loss_s > wanted_s:
                 wanted_s = loss_s
-            if loss_s <= (own_s if purpose is of_length else other_s):
+            if loss_s <= (own_s if purpose is _LENGTH else other_s):
                 affordable.append(priced)
                 total += weight
                 weighted_steps += weight * num_steps
@@ -256,8 +260,7 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None
         self._ledger.forgive(Purpose.ARM)
-        of_arm = Option(arm, 1.0, 1, Purpose.ARM)
-        one, loss_s = self._priced(of_arm, choice, choice.loss_s(arm))
+        one, loss_s = self._priced(arm, 1.0, _ARM, choice, choice.loss_s(arm))
         return self._begin(one, loss_s, choice, 1.0)
 
     def draws_match(self, loss_s: float, num_since: int) -> tuple[bool, float]:
@@ -295,27 +298,33 @@ class Explorer:
             num_steps: of a stretch of the base at another K.
             begin_s: seconds that it takes to begin and to end.
         """
-        (drafter, k), base, values, speed = choice.arm, choice.base, choice.values, choice.speed
-        most, found, neural = values[drafter][k], [], self._neural
+        (drafter, k), base, speed, values, _, _, _ = choice
+        most, neural = values[drafter][k], self._neural
+        found: list[Priced] = []
         for kind in sorted(values):
             by_k = values[kind]
-            if kind == drafter == base and k:
-                ones = _lengths(kind, k, seen.max_k, num_steps)
+            if kind == "none":
+                if k:
+                    loss_s = (most - by_k[0]) / speed
+                    found.append(self._priced(PLAIN_ARM, self._haste, _ARM, choice, loss_s))
+            elif kind == drafter == base:
                 step_s = num_steps / speed
-                found += [(one, (most - by_k[at]) * step_s + begin_s) for one, at in ones]
-                continue
-            if kind == drafter:
-                ones = _lengths(kind, k, seen.max_k, 1) if k else ()
-                priced = [(one, (most - by_k[at]) / speed) for one, at in ones]
-            elif kind == "none":
-                one = Option(PLAIN_ARM, self._haste, 1, Purpose.ARM)
-                priced = [(one, (most - by_k[0]) / speed)]
+                for one, at in _lengths(kind, k, seen.max_k, num_steps):
+                    found.append((one, (most - by_k[at]) * step_s + begin_s))
+            elif kind == drafter:
+                for one, at in _lengths(kind, k, seen.max_k, 1):
+                    loss_s = (most - by_k[at]) / speed
+                    if kind in neural:
+                        found.append(self._priced(one.arm, one.weight, _LENGTH, choice, loss_s))
+                    else:
+                        found.append((one, loss_s))
             else:
                 best = max(by_k)
-                priced = [(_other(kind, by_k.index(best)), (most - best) / speed)]
-            if kind == "none" or (kind != base and kind in neural):
-                priced = [self._priced(one, choice, loss_s) for one, loss_s in priced]
-            found += priced
+                at, loss_s = by_k.index(best), (most - best) / speed
+                if kind != base and kind in neural:
+                    found.append(self._priced((kind, at), _OTHER, _ARM, choice, loss_s))
+                else:
+                    found.append((_other(kind, at), loss_s))
         return found
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
@@ -325,7 +334,9 @@ class Explorer:
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
 
-    def _priced(self, one: Option, choice: Choice, first_s: float) -> Priced:
+    def _priced(
+        self, arm: Arm, weight: float, purpose: Purpose, choice: Choice, first_s: float
+    ) -> Priced:
         """A stretch of plain decoding or of a drafter that is not the base, with its steps and what
         it is predicted to lose: it switches once.
 
@@ -335,8 +346,7 @@ class Explorer:
         Args:
             first_s: what its first step loses.
         """
-        arm, weight, _, purpose = one
-        on_trial = self._is_on_trial(arm, choice)
+        on_trial = choice.base == "none" and arm[0] in self._neural
         switch_s = choice.charges_s[arm[0]]
         step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         least = _TRIAL_STEPS if on_trial else _LEAST_STRETCH
@@ -354,12 +364,11 @@ def _lengths(drafter: str, k: int, most_k: int, num_steps: int) -> tuple[tuple[O
     """Other K of the drafter in use that are worth a try, as options and as numbers."""
     weights = {most_k: 1.0, min(k + 2, most_k): 1.0}
     weights |= {min(k + 1, most_k): 2.0, max(k - 1, 1): 2.0}
-    own = Purpose.LENGTH
     others = sorted(weights.keys() - {k})
-    return tuple((Option((drafter, one), weights[one], num_steps, own), one) for one in others)
+    return tuple((Option((drafter, one), weights[one], num_steps, _LENGTH), one) for one in others)
 
 
 @cache
 def _other(drafter: str, k: int) -> Option:
     """A step of a drafter that is not in use."""
-    return Option((drafter, k), 2.0, 1, Purpose.ARM)
+    return Option((drafter, k), _OTHER, 1, _ARM)
