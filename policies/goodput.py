@@ -238,7 +238,11 @@ class GoodputPolicy:
 
     @property
     def _like(self) -> Like:
-        return Like(self._acceptance.mix, self._times.context)
+        """What the requests of the last step are like: the same record while nothing changes."""
+        known, mix, context = self._steps.now, self._acceptance.mix, self._times.context
+        if known.mix is not mix or known.context != context:
+            known = self._steps.now = Like(mix, context)
+        return known
 
     def prepare(self, batch: int) -> None:
         """Compute what the next plan will weigh, while the device works.
@@ -300,30 +304,28 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
-        self._steps.like = self._like
+        steps, looked = self._steps, obs.matches is not None
+        basis, ahead, steps.obs[looked] = self._basis, self._ahead, obs
+        steps.like = like = self._like
         self._basis = self._ahead = None
         fresh = self._fresh(obs)
-        if basis is None or not basis.is_for(obs, max_k, fresh, self._steps.like):
+        if basis is None or not basis.is_for(obs, max_k, fresh, like):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches != basis.obs.matches or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
-        seen, choice = ahead.seen, ahead.choice
-        self._steps.made = Made(ahead, self._steps.drafter, obs.matches is not None)
-        self._steps.best = ahead.draft
-        (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
-        tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._lessons.catches_up(drafter, fresh)
+        steps.made, steps.best = Made(ahead, steps.drafter, looked), ahead.draft
+        arm, propensity, reason = self._decided(ahead, looked=looked)
+        (drafter, k), (tokens, seconds) = arm, ahead.seen.arm(arm)
+        catches_up = drafter != fresh and self._lessons.catches_up(drafter, fresh)
         if catches_up:
             seconds += basis.catch_up_s[drafter]
-        self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
-        on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
+        steps.tokens, explore = tokens / obs.batch, reason == "probe"
+        on_trial = explore and self._explorer.is_on_trial(drafter, ahead.choice.base)
         picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
-        return Decision(
-            drafter, k, propensity, explore, reason, "goodput", picks=picks,
-            note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
-        )  # fmt: skip
+        note = Predicted(steps.tokens, seconds, catches_up, obs.pending_rows, on_trial)
+        # By position: names take a third as long again.
+        return Decision(drafter, k, propensity, explore, reason, "goodput", None, picks, note)
 
     def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""

@@ -349,10 +349,11 @@ class Explorer:
         on_trial = choice.base == "none" and arm[0] in self._neural
         switch_s = choice.charges_s[arm[0]]
         step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
-        least = _TRIAL_STEPS if on_trial else _LEAST_STRETCH
-        longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
-        usual = max(_USUAL_STRETCH, least)
-        num_steps = min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
+        least, num_steps = (_TRIAL_STEPS,) * 2 if on_trial else (_LEAST_STRETCH, _USUAL_STRETCH)
+        if (other := round(switch_s / step_s)) > num_steps:
+            num_steps = min(other, _MOST_STRETCH)
+        if (other := round(_MUCH_STEPS * choice.plain_s / step_s)) < num_steps:
+            num_steps = max(other, least)
         loss_s = first_s * num_steps - switch_s * (num_steps - 1)
         if on_trial:
             loss_s = min(loss_s, choice.plain_s)
