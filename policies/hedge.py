@@ -33,10 +33,11 @@ from typing import Any, NamedTuple, Self
 
 from configs.policies import HedgeSettings
 from configs.schema import PolicySettings
+from policies.calibration import Calibration
 from policies.interface import CostSample, Decision, Outcome, Pick, PolicyContext, StepObs
 from policies.lengths import spread
 from policies.live_costs import LiveCosts
-from policies.versions import probabilities, remember
+from policies.versions import remember
 
 _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
 """Rounds that every position starts with, and those of them that kept it."""
@@ -290,8 +291,7 @@ class HedgePolicy:
         expert.version = version
         known = expert.former.get(version)
         if known is None:
-            published = calibration.get("acceptance")
-            known = _Life.of(probabilities(published), self._max_draft)
+            known = _Life.of(Calibration.of(calibration).acceptance, self._max_draft)
             weights = [math.exp(one.life.log_weight) for one in self._experts.values()]
             known.log_weight = math.log(sum(weights) / len(weights))
         expert.life = known
