@@ -1,8 +1,8 @@
 """What a bundle says of its version's acceptance, in ``Manifest.policy``.
 
-Whoever publishes bundles writes it, so any of it may be malformed. A figure that is, is ignored as a
-whole, and the policy starts as it does without it; ``problems`` says which ones, for whoever takes
-the version.
+Whoever publishes bundles writes it, so any of it may be malformed. A malformed figure is ignored as
+a whole, and the policy starts as it does without it; ``problems`` names it, for whoever takes the
+version.
 """
 
 from __future__ import annotations

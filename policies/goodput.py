@@ -85,7 +85,7 @@ class GoodputPolicy:
         self._acceptance = GroupedAcceptance(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
-        self._switches = SwitchCosts(kinds.neural)
+        self._switches = SwitchCosts(kinds.on_device)
         self._forecaster = Forecaster(
             self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
         )
@@ -146,8 +146,8 @@ class GoodputPolicy:
             return decision
         if self._kinds.matching and self._rest.wants_look():
             return None
-        # Without a neural drafter, a plan without a look finds nothing.
-        may_plan = bool(self._kinds.neural) and self._rest.may_plan
+        # Without a drafter on the device, a plan without a look finds nothing.
+        may_plan = bool(self._kinds.on_device) and self._rest.may_plan
         if self._rest.left or (self._rest.is_resting and not may_plan):
             return self._resting()
         return None
@@ -194,7 +194,7 @@ class GoodputPolicy:
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
         self._settle()
-        return bool(self._kinds.matching) and (not self._kinds.neural or self._rest.wants_look())
+        return bool(self._kinds.matching) and (not self._kinds.on_device or self._rest.wants_look())
 
     def match_values(self, drafter: str) -> list[float] | None:
         """Expected tokens of its longest draft, by kind of match."""
@@ -255,7 +255,7 @@ class GoodputPolicy:
             batch: requests of the last step.
         """
         self._basis = self._ahead = None
-        if not self._kinds.neural or not self._rest.is_over:
+        if not self._kinds.on_device or not self._rest.is_over:
             return
         self._lessons.learn_gathered()
         looks = bool(self._kinds.matching) and self._rest.wants_look()
@@ -280,7 +280,7 @@ class GoodputPolicy:
         self._rest.reset()
         self._basis = self._ahead = None
         self._explorer.under_way = None
-        if drafter in self._kinds.neural:
+        if drafter in self._kinds.on_device:
             self._steps.untried[drafter] = self._steps.clock_s
 
     def figures(self) -> dict[str, Any]:
@@ -337,7 +337,7 @@ class GoodputPolicy:
                 kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
             )
             for kind in obs.drafters
-            if kind in self._kinds.neural
+            if kind in self._kinds.on_device
         }
         return_s = {
             kind: self._switches.seconds(kind, 0, obs.batch, outline.plain_s) for kind in catch_up_s

@@ -24,13 +24,14 @@ from policies.forecast import PLAIN_ARM, Arm, Forecast
 from policies.ledger import Ledger, Purpose
 
 _LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
-"""Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough. It
-is longer where the arm loses less than the switch costs: arms that are nearly as good as the best
-are the hardest to tell from it, and cost the least. It is shorter where a step loses much."""
+"""Steps of a stretch of plain decoding or of an idle drafter on the device; for others one is
+enough. It is longer where the arm loses less than the switch costs: arms that are nearly as good as
+the best are the hardest to tell from it, and cost the least. It is shorter where a step loses much.
+"""
 _TRIAL_STEPS = 8
-"""Least steps of a neural drafter where plain decoding is the base: the first one says nothing of
-the others' time, and step times that are far off take four surprises in a row to be given up. A
-stretch that loses too much is ended."""
+"""Least steps of a drafter on the device where plain decoding is the base: the first one says
+nothing of the others' time, and step times that are far off take four surprises in a row to be
+given up. A stretch that loses too much is ended."""
 _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
 _OWED_STEPS = 4.0
@@ -79,15 +80,15 @@ Priced = tuple[Option, float]
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
-    def __init__(self, explore: float, seed: int, neural: Set[str], ledger: Ledger) -> None:
+    def __init__(self, explore: float, seed: int, on_device: Set[str], ledger: Ledger) -> None:
         """
         Args:
             explore: share of steps that explore once figures are known.
-            neural: kinds of the drafters that must catch up.
+            on_device: kinds of the drafters that must catch up.
             ledger: pays.
         """
         self._explore = explore
-        self._neural = neural
+        self._on_device = on_device
         self._ledger = ledger
         self._rng = random.Random(seed)
         self.under_way: Stretch | None = None
@@ -299,7 +300,7 @@ class Explorer:
             begin_s: seconds that it takes to begin and to end.
         """
         (drafter, k), base, speed, values, _, _, _ = choice
-        most, neural = values[drafter][k], self._neural
+        most, on_device = values[drafter][k], self._on_device
         found: list[Priced] = []
         for kind in sorted(values):
             by_k = values[kind]
@@ -314,14 +315,14 @@ class Explorer:
             elif kind == drafter:
                 for one, at in _lengths(kind, k, seen.max_k, 1):
                     loss_s = (most - by_k[at]) / speed
-                    if kind in neural:
+                    if kind in on_device:
                         found.append(self._priced(one.arm, one.weight, _LENGTH, choice, loss_s))
                     else:
                         found.append((one, loss_s))
             else:
                 best = max(by_k)
                 at, loss_s = by_k.index(best), (most - best) / speed
-                if kind != base and kind in neural:
+                if kind != base and kind in on_device:
                     found.append(self._priced((kind, at), _OTHER, _ARM, choice, loss_s))
                 else:
                     found.append((_other(kind, at), loss_s))
@@ -329,7 +330,7 @@ class Explorer:
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
         """Whether a step of a stretch of this drafter is charged by what it loses."""
-        return base == "none" and drafter in self._neural
+        return base == "none" and drafter in self._on_device
 
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
@@ -346,7 +347,7 @@ class Explorer:
         Args:
             first_s: what its first step loses.
         """
-        on_trial = choice.base == "none" and arm[0] in self._neural
+        on_trial = choice.base == "none" and arm[0] in self._on_device
         switch_s = choice.charges_s[arm[0]]
         step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         least, num_steps = (_TRIAL_STEPS,) * 2 if on_trial else (_LEAST_STRETCH, _USUAL_STRETCH)

@@ -97,7 +97,7 @@ class _Costs:
 
     @property
     def of_plan(self) -> float:
-        """Of a plan beside that of its look. Without a neural drafter every plan has one."""
+        """Of a plan beside that of its look. Without a drafter on the device every plan has one."""
         if self.plan.num or not self.glance.num:
             return self.plan.mean
         return max(self.planned.mean - self.glance.mean, 0.0)

@@ -55,7 +55,7 @@ class Basis(NamedTuple):
     """The drafter of the decision before."""
     outline: Outline
     catch_up_s: dict[str, float]
-    """Seconds to come back to each neural drafter that may propose."""
+    """Seconds to come back to each drafter on the device that may propose."""
     footing: Footing
     like: Like
 

@@ -199,8 +199,16 @@ def test_a_published_acceptance_by_temperature_is_where_a_version_starts():
 
 @pytest.mark.parametrize(
     "published",
-    ["much", {"0": "much", "2": [0.5]}, {"0": [7.0]}, {"0": [0.9, 7.0], "2": [0.1]}, {"x": [0.5]},
-     {"0": [True], "2": [0.1]}, {"0": []}, None],
+    [
+        "much",
+        {"0": "much", "2": [0.5]},
+        {"0": [7.0]},
+        {"0": [0.9, 7.0], "2": [0.1]},
+        {"x": [0.5]},
+        {"0": [True], "2": [0.1]},
+        {"0": []},
+        None,
+    ],
 )
 def test_what_is_no_probability_is_ignored(published):
     shifts = Shifts()
