@@ -24,6 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -168,7 +169,8 @@ class Shifts:
 
     def of(self, group: int) -> float:
         """Shift of a group, in log-odds."""
-        return sum(self._state[key].mean for key in _keys(group) if key in self._state)
+        state = self._state
+        return sum([state[key].mean for key in _keys(group) if key in state])
 
     def weigh(self, rounds: Rounds, hazards: Floats) -> Weighed:
         """Compare rounds with what the shifts say of them.
@@ -303,6 +305,7 @@ _CLASS_NAMES = tuple(str(number) for number in range(NUM_CLASSES))
 """As JSON has them."""
 
 
+@cache
 def _keys(group: int) -> tuple[tuple[str, int], ...]:
     tenant, number = divmod(group, NUM_CLASSES)
     return ("class", number), ("tenant", tenant)
