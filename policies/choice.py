@@ -183,14 +183,14 @@ class Chooser:
             footing: of the outline that the forecast was made from.
             looked: matches of this step are known.
         """
-        base = footing.base
-        best, arm = seen.batch - footing.plain_worth, PLAIN_ARM
+        base, alone, speed, plain, charges_s, plain_worth, worth, _ = footing
+        best, arm = seen.batch - plain_worth, PLAIN_ARM
         values = {"none": [best]}
         for drafter, tokens in seen.tokens.items():
-            by_k = values[drafter] = list(map(sub, tokens, footing.worth[drafter]))
+            by_k = values[drafter] = list(map(sub, tokens, worth[drafter]))
             if (here := max(by_k)) > best:
                 best, arm = here, (drafter, by_k.index(here))
-        if arm == PLAIN_ARM and footing.alone < footing.plain:
+        if arm is PLAIN_ARM and alone < plain:
             # In doubt a base goes on drafting: a step without it would tell nothing.
             most = max(values[base])
             arm = base, values[base].index(most)
@@ -201,10 +201,9 @@ class Chooser:
             for other in values.keys() & footing.on_device:
                 values[other] = [min(value, below) for value in values[other]]
             arm = best_of(values) or PLAIN_ARM
-        charges_s = footing.charges_s
         if len(values) < len(charges_s):  # of those that can propose in this step
             charges_s = {drafter: charges_s[drafter] for drafter in values}
-        return Choice(arm, base, footing.speed, values, charges_s, seen.plain_s, footing.alone)
+        return Choice(arm, base, speed, values, charges_s, seen.plain_s, alone)
 
     def take(self, choice: Choice, seen: Forecast, fresh: str, look_s: float = 0.0) -> None:
         """Go on from a choice: its base is kept, and whether it interrupts that is noted.
