@@ -30,8 +30,9 @@ from specops.matches import TextDrafts
 class Traits:
     """Properties of a drafter. Other code checks these instead of its name."""
 
-    is_neural: bool
-    """Computes on the device, within a round's program. Otherwise it proposes on the host."""
+    on_device: bool
+    """Drafts on the device, within a round's program: a neural drafter or a text drafter. Otherwise
+    it proposes on the host."""
     learns: bool
     """Has weights that a trainer updates: they are published, swapped, watched and rolled back."""
     needs_match: bool

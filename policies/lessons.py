@@ -157,7 +157,7 @@ class Lessons:
         if self._arm == before:
             self._num_alike += 1
             return
-        is_own = self._arm[0] == before[0] in self._kinds.neural
+        is_own = self._arm[0] == before[0] in self._kinds.on_device
         self._num_alike = 0 if is_own and outcome.rows.matches is None else FRESH_STEPS
 
     def _compare_look(self, outcome: Outcome, plain_s: float) -> None:
@@ -176,7 +176,7 @@ class Lessons:
     def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
         """Charge a step of a stretch what it took."""
         drafter = outcome.decision.drafter
-        if drafter in self._kinds.neural:
+        if drafter in self._kinds.on_device:
             k, batch = outcome.decision.draft_k, outcome.batch
             took, is_late = self._times.in_plain_steps(drafter, k, batch, outcome.step_s)
             worth = outcome.rows.tokens_each / self._chooser.plain_lead
@@ -225,7 +225,7 @@ class Lessons:
 
     def catches_up(self, drafter: str, before: str) -> bool:
         """Whether a drafter must catch up after a step by another one."""
-        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
+        return drafter in self._kinds.on_device and not self._chooser.goes_on(drafter, before)
 
     def _observe_rows(self, outcome: Outcome) -> None:
         found = {outcome.decision.drafter: outcome.rows}
@@ -261,6 +261,6 @@ class Lessons:
             self._switches.observe_fresh(drafter, step_s - usual_s, plain_s)
             if self._switches.fresh(drafter):
                 return
-        if k and drafter not in self._kinds.neural:
+        if k and drafter not in self._kinds.on_device:
             k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)
