@@ -114,9 +114,13 @@ class Lessons:
             self._observe_time(outcome, predicted.pending_rows if predicted else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
             if predicted and outcome.decision.explore:
-                self._charge(outcome, predicted, plain_s)
+                self._charge(outcome, predicted, plain_s, outcome.step_s)
             elif outcome.decision.draft_k:
                 self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
+        elif predicted and predicted.on_trial:
+            # Requests that begin and end make many steps say nothing of their time: on a busy
+            # server nearly all. They are not free for that.
+            self._charge(outcome, predicted, plain_s, predicted.seconds)
         self.drafter = outcome.decision.drafter
 
     def _goes_on(self, outcome: Outcome) -> bool:
@@ -173,16 +177,22 @@ class Lessons:
         looked = outcome.rows.matches is not None
         self._rest.look_time.note(as_plain_s, plain_s, looked=looked, always=self._rest.pays)
 
-    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
-        """Charge a step of a stretch what it took."""
+    def _charge(
+        self, outcome: Outcome, predicted: Predicted, plain_s: float, step_s: float
+    ) -> None:
+        """Charge a step of a stretch what it took.
+
+        Args:
+            step_s: its seconds, or those that were predicted where it says nothing of them.
+        """
         drafter = outcome.decision.drafter
         if drafter in self._kinds.neural:
             k, batch = outcome.decision.draft_k, outcome.batch
-            took, is_late = self._times.in_plain_steps(drafter, k, batch, outcome.step_s)
+            took, is_late = self._times.in_plain_steps(drafter, k, batch, step_s)
             worth = outcome.rows.tokens_each / self._chooser.plain_lead
             self._explorer.note_gain(
                 drafter,
-                worth - outcome.step_s / plain_s,
+                worth - step_s / plain_s,
                 plain_s,
                 on_trial=predicted.on_trial,
                 catches_up=predicted.catches_up,
@@ -191,7 +201,7 @@ class Lessons:
             )
         if not predicted.on_trial:
             self._explorer.settle(
-                outcome.step_s,
+                step_s,
                 predicted.seconds,
                 plain_s,
                 catches_up=predicted.catches_up,
