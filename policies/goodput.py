@@ -50,6 +50,7 @@ _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
+_PLAIN_REST = replace(_PLAIN, reason="rest")
 
 
 class GoodputPolicy:
@@ -155,6 +156,8 @@ class GoodputPolicy:
     def _resting(self, arm: Arm | None = None, propensity: float = 1.0) -> Decision:
         """Go on as planned, or with the arm of a glance."""
         drafter, k = self._rest.take(arm)
+        if not k and propensity == 1.0:
+            return self._steps.note(_PLAIN_REST)
         return self._steps.note(Decision(drafter, k, propensity, False, "rest", "goodput"))
 
     def _unless_untried(self, obs: StepObs, arm: Arm, num_since: int) -> Decision:

@@ -153,18 +153,18 @@ class Lessons:
         if not (resting := self._resting):
             return
         self._resting = []
-        num_steps, owed = len(resting), 0.0
+        num_steps = len(resting)
         self._switches.stepped(num_steps)
+        # Requests come and go, and hardly change what a step takes.
+        plain_s = self._times.plain_s(sum([one.batch for one in resting]) // num_steps)
+        self._ledger.pay_off(sum([one.step_s for one in resting]) / plain_s)
         self._num_alike += num_steps
         for outcome in resting:
-            plain_s = self._times.plain_s(outcome.batch)
             self._acceptance.tick(outcome.batch)
-            owed += outcome.step_s / plain_s
             is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
             if is_timed and self._kinds.matching:
-                self._compare_look(outcome, plain_s)
+                self._compare_look(outcome, self._times.plain_s(outcome.batch))
             self._gather(outcome)
-        self._ledger.pay_off(owed)
 
     def _count_alike(self, outcome: Outcome) -> None:
         """Count steps in a row of one K. Where another drafter was in use before, the first step
