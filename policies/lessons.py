@@ -242,7 +242,10 @@ class Lessons:
         gathered, self._rest.gathered = self._rest.gathered, Gathered()
         if gathered.counted.rounds:
             self._acceptance.learn(gathered.drafter, gathered.counted, self._acceptance.batch)
-        plain_s, is_drafted = self._times.plain_s(self._acceptance.batch), gathered.drafter != "none"
+        plain_s, is_drafted = (
+            self._times.plain_s(self._acceptance.batch),
+            gathered.drafter != "none",
+        )
         if seconds := gathered.seconds + gathered.num_untimed * plain_s:
             self._earn(seconds, self._acceptance.batch, is_drafted=is_drafted)
         if gathered.seconds and is_drafted:

@@ -68,8 +68,8 @@ def test_steps_that_say_nothing_of_their_time_are_neither_free_nor_lost():
 
 
 def test_nothing_is_prepared_for_steps_that_no_plan_is_made_for():
-    """Preparing takes the host as long as a plan, and a trial goes on without one. A plan is weighed
-    once ahead and once more if its batch is another one."""
+    """Preparing takes the host as long as a plan, and a trial goes on without one. A plan is
+    weighed once ahead, and once more if its batch is another one."""
     world = replace(SMALL, batch=8, has_index=False, verify_per_token_s=2e-5 / 8)
     server = started(world)
     policy, plans, weighed = server.policy, [], []
