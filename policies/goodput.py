@@ -50,6 +50,7 @@ _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
+_PLAIN_REST = replace(_PLAIN, reason="rest")
 
 
 class GoodputPolicy:
@@ -155,6 +156,8 @@ class GoodputPolicy:
     def _resting(self, arm: Arm | None = None, propensity: float = 1.0) -> Decision:
         """Go on as planned, or with the arm of a glance."""
         drafter, k = self._rest.take(arm)
+        if not k and propensity == 1.0:
+            return self._steps.note(_PLAIN_REST)
         return self._steps.note(Decision(drafter, k, propensity, False, "rest", "goodput"))
 
     def _unless_untried(self, obs: StepObs, arm: Arm, num_since: int) -> Decision:
@@ -175,21 +178,27 @@ class GoodputPolicy:
         step; ``None``: it must be planned."""
         batch = self._acceptance.batch
         plain_s = self._times.plain_s(batch)
-        (drafter, k), changes = stretch.arm, self._times.num_changes
-        if self._steps.drafter != drafter:
-            return None
-        if drafter in self._picker.mixes:  # who drafts for which request is planned
+        drafter, k = stretch.arm
+        if not self._needs_no_plan(stretch):
             return None
         on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
-        if self._kinds.matching and self._rest.pays and not on_trial:
-            return None
-        if not self._explorer.goes_on_unplanned(changes):
-            return None
         self._explorer.take(stretch)
         seconds = self._times.arm_times(drafter, batch)[k - 1] if k else plain_s
         note = Predicted(self._steps.tokens, seconds, False, {}, on_trial)
         decision = Decision(drafter, k, 1.0, True, "probe", "goodput", note=note)
         return self._steps.note(decision)
+
+    def _needs_no_plan(self, stretch: Stretch) -> bool:
+        """Whether a stretch goes on without a plan."""
+        drafter, _ = stretch.arm
+        if self._steps.drafter != drafter:
+            return False
+        if drafter in self._picker.mixes:  # who drafts for which request is planned
+            return False
+        on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
+        if self._kinds.matching and self._rest.pays and not on_trial:
+            return False
+        return self._explorer.goes_on_unplanned(self._times.num_changes)
 
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
@@ -223,14 +232,15 @@ class GoodputPolicy:
         self._settle()
         self._times.follow(outcome.context, outcome.batch)
         self._steps.clock_s += outcome.step_s
-        if (batch := self._rest.learn_looks()) is not None:
-            tokens, seconds = self._forecaster.needing_match(batch)
-            self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
-        self._rest.index_alone.appraise()
+        if self._kinds.matching:
+            if (batch := self._rest.learn_looks()) is not None:
+                tokens, seconds = self._forecaster.needing_match(batch)
+                self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
+            self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         self._acceptance.follow(outcome.rows.groups)
-        if self._like.is_far_from(self._steps.like):  # a plan that is still followed is for others
-            self._rest.left = 0
+        if self._rest.left and self._like.is_far_from(self._steps.like):
+            self._rest.left = 0  # the plan that is still followed is for others
         if outcome.decision.policy:
             self.prepare(outcome.batch)
         else:  # no plan was wanted, and the next step is likely to want none
@@ -256,6 +266,9 @@ class GoodputPolicy:
         """
         self._basis = self._ahead = None
         if not self._kinds.on_device or not self._rest.is_over:
+            return
+        stretch = self._explorer.under_way
+        if stretch is not None and self._needs_no_plan(stretch):
             return
         self._lessons.learn_gathered()
         looks = bool(self._kinds.matching) and self._rest.wants_look()

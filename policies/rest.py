@@ -454,10 +454,14 @@ class Gathered:
         """Of steps whose time says something,"""
         self.tokens_each = 0.0
         """and the sum of tokens of a request in each of these."""
+        self.num_untimed = 0
+        """Plain steps whose time says nothing."""
 
     def add(self, outcome: Outcome) -> None:
         self.num_steps += 1
-        if not outcome.has_prefill:
+        if outcome.has_prefill:
+            self.num_untimed += not outcome.decision.draft_k
+        else:
             self.seconds += outcome.step_s
             if outcome.decision.draft_k:
                 self.tokens_each += outcome.rows.tokens_each

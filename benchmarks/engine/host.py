@@ -94,6 +94,8 @@ class StandIn:
         self._rounds, self._prefill = programs.rounds, programs.prefill
         self._lanes, self._acceptance = programs.lanes, acceptance
         self._device_s, self._done_s = device_s, 0.0
+        self._landings_s: dict[int, float] = {}
+        """When what was launched is done, by the identity of its landing."""
         self._numbers = np.random.default_rng(0)
 
     def round_program(self, key: Any) -> Program:
@@ -108,10 +110,21 @@ class StandIn:
         """In place of a program whose outcome the host does not read."""
         return self._take_time
 
-    def wait(self, _landing: Landing) -> bool:
+    def launching(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """``launch`` of rounds or prompts, noting when the device is done with what it launched."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            launched = launch(*args, **kwargs)
+            self._landings_s[id(launched.landed)] = self._done_s
+            return launched
+
+        return noted
+
+    def wait(self, landing: Landing) -> bool:
         """In place of ``Landing.wait``."""
-        had_to = time.perf_counter() < self._done_s
-        while time.perf_counter() < self._done_s:
+        done_s = self._landings_s[id(landing)]
+        had_to = time.perf_counter() < done_s
+        while time.perf_counter() < done_s:
             pass
         return had_to
 
@@ -219,6 +232,8 @@ def metered(
     changes: dict[tuple[Any, str], Any] = {
         (programs.rounds, "_program"): counted(stand_in.round_program),
         (programs.prefill, "_program"): counted(stand_in.prompt_program),
+        (programs.rounds, "launch"): stand_in.launching(programs.rounds.launch),
+        (programs.prefill, "launch"): stand_in.launching(programs.prefill.launch),
         # As a method, it is given the landing.
         (Landing, "wait"): meter.wrap(_DEVICE, stand_in.wait),
     }
@@ -228,7 +243,8 @@ def metered(
         for path in paths:
             *owners, name = path.split(".")
             owner = attrgetter(".".join(owners))(engine) if owners else engine
-            changes[owner, name] = meter.wrap(part, getattr(owner, name))
+            work = changes.get((owner, name), getattr(owner, name))
+            changes[owner, name] = meter.wrap(part, work)
     return patched(changes)
 
 
@@ -311,8 +327,12 @@ def _counts(engine: Engine) -> Counter[str]:
 
 
 @contextmanager
-def host_engine(max_batch: int) -> Iterator[Built]:
-    """An engine with all drafters and a full index; rounds overlap as on a GPU."""
+def host_engine(max_batch: int, others: Sequence[str] = ()) -> Iterator[Built]:
+    """An engine with all drafters and a full index; rounds overlap as on a GPU.
+
+    Args:
+        others: ``key=value`` settings beside its own.
+    """
     device = torch.device("cpu")
     chosen = (
         f"engine.max_batch={max_batch}",
@@ -322,6 +342,7 @@ def host_engine(max_batch: int) -> Iterator[Built]:
         f"drafter.suffix.recent_tokens={_RECENT_TOKENS}",
         "policy.kind=goodput",
         "capture.enabled=true",
+        *others,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
