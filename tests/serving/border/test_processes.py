@@ -24,6 +24,7 @@ from serving.border import processes as border_processes
 from serving.border import server as border_server
 from serving.border.processes import MOST_DEATHS, Spawner
 from serving.border.server import num_processes, serve_http
+from serving.http.loading import LOADING, answering_503
 from serving.http.port import bind
 from tests.serving.border.conftest import settings_of
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
@@ -243,6 +244,37 @@ def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
     asking.join(60)
     assert endings[-1] == "engine_gone"
     assert "the engine cannot go on: the server ends" in caplog.text
+
+
+def test_it_is_not_ready_while_anybody_is_told_that_the_model_loads(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch
+):
+    """For a moment, an HTTP process and the loading server accept connections side by side."""
+    settings = settings_of(tiny_target_dir, tmp_path)
+    service = new_service()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/ready"
+    meanwhile: list[str] = []
+
+    @contextlib.contextmanager
+    def still_answering(held: socket.socket) -> Iterator[None]:
+        with answering_503(held):
+            yield  # until the HTTP process accepts connections
+            meanwhile.extend(httpx.get(url).text for _ in range(20))
+
+    def end_once_ready() -> None:
+        try:
+            wait_for(lambda: answers(url), 60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(border_server, "answering_503", still_answering)
+    ending = threading.Thread(target=end_once_ready)
+    ending.start()
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 0
+    spawner.close()
+    ending.join(60)
+    assert [json.loads(said)["reason"] for said in meanwhile] == [LOADING] * 20
 
 
 def test_a_stopped_process_is_replaced_and_does_not_hold_up_the_end(
