@@ -10,6 +10,7 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -177,6 +178,29 @@ def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_fre
     with again:
         again.bind(("127.0.0.1", pair.port))
         again.listen()
+
+
+def test_a_server_that_is_killed_while_it_loads_leaves_nobody_at_its_port():
+    """Its HTTP processes still import, and cannot see that it has gone: here one is even stopped."""
+    loading = (
+        "import time; from configs.load import load_settings; from serving.http.port import bind; "
+        "from serving.border.processes import Spawner; "
+        "held = bind(load_settings((), ('server.port=0',), {})); "
+        "spawner = Spawner(1, held); print(held.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", loading], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            wait_for(lambda: children_of(server.pid), 60)
+            (importing,) = children_of(server.pid)
+            maps = Path(f"/proc/{importing}/maps")
+            wait_for(lambda: "pydantic_core" in maps.read_text(), 60)
+            os.kill(importing, signal.SIGSTOP)
+        finally:
+            server.kill()
+    wait_for(lambda: not lives(importing), 10)
+    bind(load_settings((), (f"server.port={port}",), {})).close()
 
 
 def test_a_process_that_hangs_holds_up_no_other_and_leaves_nothing(pair: LiveServer):
