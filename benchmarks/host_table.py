@@ -113,6 +113,8 @@ LINES = (
          "^SmolLM2-135M on a card, (first|second) start$", labels=("first", "second")),
     Line(8, "seconds to ready, bundled target, two cores", "start", "^seconds to ready",
          "^bundled target on two cores, (first|second) start$", labels=("first", "second")),
+    Line(8, "processor seconds until ready, the same", "start", "^processor seconds",
+         "^bundled target on two cores, (first|second) start$"),
     Line(9, "SmolLM2-135M over our compiled loop, by requests", "peers", f"{_FASTEST}our compiled loop",
          r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
     Line(9, "SmolLM2-135M over the fastest other peer that ran, by requests", "peers",

@@ -13,7 +13,8 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,9 @@ import pytest
 from configs.load import load_settings
 from serving.border import processes as border_processes
 from serving.border import server as border_server
-from serving.border.processes import MOST_DEATHS, Spawner
+from serving.border.engine_side import welcome_for
+from serving.border.in_process import Desk
+from serving.border.processes import MOST_DEATHS, HttpProcesses, Spawned, Spawner
 from serving.border.server import num_processes, serve_http
 from serving.http.loading import LOADING, answering_503
 from serving.http.port import bind
@@ -234,6 +237,51 @@ def test_a_server_whose_http_processes_cannot_start_gives_up(
     assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 1
     spawner.close()
     assert f"{MOST_DEATHS} HTTP processes in a row died" in caplog.text
+
+
+class OneBroken(Spawner):
+    """The first process of its second row lives until it is killed, and those after it die at once,
+    as after an update of the package."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(2, listener)
+        self.starts_s: list[float] = []
+        self.sound, self._others = subprocess.Popen(["sleep", "600"]), list[socket.socket]()
+
+    def spawn(self, row: int) -> Spawned:
+        if row == 0:
+            return super().spawn(row)
+        process = subprocess.Popen(["false"]) if self.starts_s else self.sound
+        self.starts_s.append(time.monotonic())
+        own, other = socket.socketpair()
+        self._others.append(other)
+        return Spawned(process, own)
+
+    def close(self) -> None:
+        super().close()
+        for other in self._others:
+            other.close()
+
+
+def test_a_process_that_dies_at_once_beside_a_sound_one_is_started_ever_more_rarely(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(border_processes, "_LIVED_S", 0.0)
+    settings = settings_of(tiny_target_dir, tmp_path)
+    desk, spawner = Desk(new_service()), OneBroken(listener)
+    processes = HttpProcesses(spawner, desk, welcome_for(desk, settings, tiny_target_dir))
+
+    def ticks(is_done: Callable[[], bool]) -> None:
+        wait_for(lambda: processes.tick() is not None or is_done(), 60)
+
+    try:
+        ticks(lambda: processes.is_ready)
+        spawner.sound.kill()
+        ticks(lambda: len(spawner.starts_s) == 4)
+    finally:
+        processes.close(0.0, lambda: True)
+        spawner.close()
+    assert spawner.starts_s[3] - spawner.starts_s[2] >= 0.4
 
 
 def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
