@@ -3,8 +3,8 @@
     python -m benchmarks.host_table
 
 Rows of ``benchmarks/results/rows`` are written by the commands that measured them; this puts those
-that the table asks for into the page, with their goals, and says what was not measured. Run it after
-any of these commands. Measures nothing.
+that the table asks for into the page, with their goals, and says what was not measured. Run it
+after any of these commands. Measures nothing.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ LINES = (
     *(
         Line(2, f"plain tokens/s through HTTP over the engine alone, HTTP processes: {count} "
              f"(the default {which}), by clients",
-             "border", _SHARE, rf"at most 0 draft tokens, {count} HTTP process(?:es)?, (\d+) clients",
+             "border", _SHARE, rf" 0 draft tokens, {count} HTTP process(?:es)?, (\d+) clients",
              labels=("8", "32", "128"))
         for count, which in _DEFAULT.items()
     ),
@@ -90,14 +90,14 @@ LINES = (
              labels=("32", "64", "128"))
         for arm in ("plain decoding", "policy with drafters of no use")
     ),
-    Line(3, "objects that a request keeps of a step and the collector visits", "host", "^objects kept",
-         r"^(\d+ requests, .*)$"),
+    Line(3, "objects that a request keeps of a step and the collector visits", "host",
+         "^objects kept", r"^(\d+ requests, .*)$"),
     Line(4, "index on the device over an 8B step, by requests", "ops_matches",
          "^share of an 8B step", r"(\d+) requests", labels=("32", "128")),
     Line(4, "index on the device over a 135M step, by requests", "ops_matches",
          "^share of a 135M step", r"(\d+) requests", labels=("32", "128")),
-    Line(4, "index on the host, ms of a round, by requests", "index", "^milliseconds of a step, alone, median",
-         r"index in a round, (\d+) requests"),
+    Line(4, "index on the host, ms of a round, by requests", "index",
+         "^milliseconds of a step, alone, median", r"index in a round, (\d+) requests"),
     Line(4, "index on the host: times as fast as Arctic Inference's, by requests", "index",
          "^times as fast, median of steps", r"Arctic Inference's, (\d+) requests"),
     *(
@@ -115,8 +115,8 @@ LINES = (
          "^bundled target on two cores, (first|second) start$", labels=("first", "second")),
     Line(8, "processor seconds until ready, the same", "start", "^processor seconds",
          "^bundled target on two cores, (first|second) start$"),
-    Line(9, "SmolLM2-135M over our compiled loop, by requests", "peers", f"{_FASTEST}our compiled loop",
-         r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
+    Line(9, "SmolLM2-135M over our compiled loop, by requests", "peers",
+         f"{_FASTEST}our compiled", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
     Line(9, "SmolLM2-135M over the fastest other peer that ran, by requests", "peers",
          f"{_FASTEST}(?!our )", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
 )  # fmt: skip

@@ -8,9 +8,9 @@ result beside ``cache.py``.
 
 Both get the traffic of ``benchmarks.index``: a full memory of finished text, then requests whose
 steps commit what is kept of each draft of up to 4 tokens and one token more. Each has the requests
-to itself, in turns of changing order. Arctic's cache has vLLM's
-defaults (depth 24, at least 0.1 of the occurrences, no more tokens than the match has), and keeps as
-many finished answers as hold about as many tokens. It remembers answers and not prompts of others;
+to itself, in turns of changing order. Arctic's cache has vLLM's defaults (depth 24, at least 0.1 of
+the occurrences, no more tokens than the match has), and keeps as many finished answers as hold
+about as many tokens. It remembers answers and not prompts of others;
 ``SuffixIndex`` remembers both. Its drafts are shorter or longer for that reason and by its rule, so
 the tokens of a step are reported beside the time.
 
@@ -144,10 +144,9 @@ def rows_of(results: Sequence[dict[str, Any]]) -> Iterator[Row]:
         times = other["step_median_us"] / own["step_median_us"]
         yield Row(case, "times as fast, median of steps", times, "at least 1", times >= 1)
         for name, of in (("ours", own), ("Arctic's", other)):
-            yield Row(
-                case, f"milliseconds of a step, median, {name}", of["step_median_us"] / 1e3, None, None
-            )  # fmt: skip
-            yield Row(case, f"tokens of a request in a step, {name}", of["tokens_per_step"], None, None)
+            step_ms, tokens = of["step_median_us"] / 1e3, of["tokens_per_step"]
+            yield Row(case, f"milliseconds of a step, median, {name}", step_ms, None, None)
+            yield Row(case, f"tokens of a request in a step, {name}", tokens, None, None)
 
 
 def filled(texts: Sequence[list[int]]) -> tuple[dict[str, Index], list[list[int]]]:

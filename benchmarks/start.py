@@ -101,7 +101,13 @@ def _rows(row: str, summary: dict[str, Any], goals: tuple[float, float]) -> list
         for which, goal in zip(("first", "second"), goals, strict=True)
     ]
     cores = [
-        Row(f"{row}, {which} start", "processor seconds until ready", found["processor_s"], None, None)
+        Row(
+            f"{row}, {which} start",
+            "processor seconds until ready",
+            found["processor_s"],
+            None,
+            None,
+        )
         for which, found in summary.items()
     ]
     return [*times, *cores]

@@ -72,7 +72,10 @@ def bench_server(
         ChildDiedError: it ended while starting; the text quotes its log.
     """
     wanted = DemoSettings(
-        configs=tuple(map(Path, configs)), run_dir=folder / "run", overrides=tuple(settings), start_s=START_S
+        configs=tuple(map(Path, configs)),
+        run_dir=folder / "run",
+        overrides=tuple(settings),
+        start_s=START_S,
     )
     child = begin_server(wanted)
     try:

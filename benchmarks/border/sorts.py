@@ -88,19 +88,21 @@ def bodies(server: BenchServer, context: int) -> dict[str, dict[str, Any]]:
 
 def measure(configs: Sequence[str], settings: Sequence[str]) -> dict[str, Any]:
     """Ask a new server for one sort after another, each once and then some times more."""
-    with tempfile.TemporaryDirectory() as name:
-        with bench_server(Path(name), settings, configs=configs) as server:
-            models = httpx.get(f"{server.url}/v1/models", timeout=60).json()
-            asked = bodies(server, int(models["data"][0]["max_model_len"]))
-            usual = asked.pop("usual")
-            for _ in range(10):
-                first_event_s(server, usual)
-            found = {}
-            for sort, body in asked.items():
-                first_s = first_event_s(server, body)
-                later = [first_event_s(server, body) for _ in range(NUM_LATER)]
-                found[sort] = {"first_s": first_s, "later_s": statistics.median(later)}
-                say(f"{sort}: {first_s:.3f} s, later {found[sort]['later_s']:.3f} s")
+    with (
+        tempfile.TemporaryDirectory() as name,
+        bench_server(Path(name), settings, configs=configs) as server,
+    ):
+        models = httpx.get(f"{server.url}/v1/models", timeout=60).json()
+        asked = bodies(server, int(models["data"][0]["max_model_len"]))
+        usual = asked.pop("usual")
+        for _ in range(10):
+            first_event_s(server, usual)
+        found = {}
+        for sort, body in asked.items():
+            first_s = first_event_s(server, body)
+            later = [first_event_s(server, body) for _ in range(NUM_LATER)]
+            found[sort] = {"first_s": first_s, "later_s": statistics.median(later)}
+            say(f"{sort}: {first_s:.3f} s, later {found[sort]['later_s']:.3f} s")
     return {"configs": list(configs), "settings": list(settings), "sorts": found}
 
 

@@ -65,8 +65,8 @@ ARMS = {"plain": (OFF, 0.0), "lookup": ((LOOKUP, _MAX_DRAFT), 0.5), "goodput": (
 MOST_MS = {32: 0.35, 64: 0.6, 128: 1.0}
 """Wanted at most, by requests."""
 MOST_OBJECTS = 0.1
-"""Wanted at most, objects that a request keeps of a step. What must be kept of a round is numbers in
-arrays; an object for each round would be 1."""
+"""Wanted at most, objects that a request keeps of a step. What is kept of a round are numbers; an
+object for each round would be 1."""
 _DEVICE = "device"
 """The part of a step that is not the host's."""
 PARTS = {

@@ -184,7 +184,7 @@ def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_fre
 
 
 def test_a_server_that_is_killed_while_it_loads_leaves_nobody_at_its_port():
-    """Its HTTP processes still import, and cannot see that it has gone: here one is even stopped."""
+    """HTTP processes that import cannot see that it has gone; here one is even stopped."""
     loading = (
         "import time; from configs.load import load_settings; from serving.http.port import bind; "
         "from serving.border.processes import Spawner; "

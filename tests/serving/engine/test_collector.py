@@ -1,5 +1,5 @@
-"""What requests keep of their rounds is numbers in arrays: the garbage collector, which visits every
-object that could refer to another, finds next to nothing of it however long the answers are."""
+"""What requests keep of their rounds is numbers: the garbage collector, which visits every object
+that could refer to another, finds next to nothing of it, however long the answers are."""
 
 from __future__ import annotations
 
