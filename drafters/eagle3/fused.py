@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from drafters.eagle3.model import Eagle3
 from drafters.fused_layers import bias_in, norm_of, why_not_fused
 from specops.cpu_operations import can_pack, packed
-from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
+from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, has_kernels, pick_operations
 from specops.drafter_chain import DrafterLayer
 from specops.rope import Heads, rope_table
 
@@ -111,6 +111,11 @@ class FusedEagle3:
 
     def _pack(self) -> dict[str, Tensor]:
         return {name: packed(self._weight(name)) for name in _PRODUCTS}
+
+    @property
+    def has_kernels(self) -> bool:
+        """Whether its operations are kernels."""
+        return has_kernels(self._operations)
 
     def follow(self) -> None:
         """The module's weights were overwritten: make the packed copies again."""

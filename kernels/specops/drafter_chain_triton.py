@@ -349,9 +349,7 @@ def _join_and_project(
                     at = (one * num_rows + row[None, :, None]) * K + k[:, None, :]
                     found = tl.load(part_ptr + at, mask=is_x, other=0.0, cache_modifier=".cg")
                     x += own[:, :, None] * found
-            sums = tl.dot(
-                x.to(dtype), tl.permute(weight, (0, 2, 1)), sums, input_precision="ieee"
-            )
+            sums = tl.dot(x.to(dtype), tl.permute(weight, (0, 2, 1)), sums, input_precision="ieee")
         value = tl.sum(sums, axis=0).to(dtype)
         is_out = is_row[:, None] & is_n[None, :]
         before = tl.load(
@@ -681,6 +679,17 @@ class Result:
     """[R, K] int64 of a chain."""
 
 
+def takes(layer: DrafterLayer, hidden_RH: Tensor, at: DecodePass) -> bool:
+    """Whether these rows can be processed in one launch."""
+    return (
+        1 <= len(hidden_RH) <= MAX_ROWS
+        and len(at.pages_RP) == len(hidden_RH)
+        and at.counts_R is None
+        and at.ancestors_RQ is None
+        and why_not(layer, at.page_size) is None
+    )
+
+
 def run_pass(
     layer: DrafterLayer,
     ids_R: Tensor,
@@ -689,14 +698,21 @@ def run_pass(
     keys: Tensor,
     values: Tensor,
     meeting: Meeting,
+    *,
+    number: int = 1,
     **how: Any,
 ) -> Result:
     """See ``specops.drafter_chain.run_pass``. For ``how`` see ``_launch``.
 
+    Args:
+        number: the rows are ``number - 1`` positions further than ``at`` says.
+
     Raises:
         ValueError: more than ``MAX_ROWS`` rows, or a wrong shape or memory layout.
     """
-    return _launch(layer, ids_R, hidden_RH, at, keys, values, None, None, meeting, **how)
+    return _launch(
+        layer, ids_R, hidden_RH, at, keys, values, None, None, meeting, number=number, **how
+    )
 
 
 def draft(
@@ -732,14 +748,16 @@ def _launch(
     text: ChainText | None,
     meeting: Meeting,
     *,
+    number: int = 0,
     apart: bool = False,
-    fetch: bool = False,
+    fetch: bool | None = None,
 ) -> Result:
     """Launch a pass (``num_draft`` is ``None``) or a chain.
 
     Args:
+        number: see ``run_pass``; 0 for a chain.
         apart: launch every phase by itself, so that programs need not meet. Slow; for tests.
-        fetch: prefetch the layer's weights.
+        fetch: prefetch the layer's weights; ``None``: on a GPU.
     """
     num_rows, width = hidden_RH.shape
     num_pages = at.pages_RP.shape[1]
@@ -747,7 +765,8 @@ def _launch(
     heads, device = layer.heads, hidden_RH.device
     group, inner = heads.num_query // num_kv, layer.down_HI.shape[1]
     _check(layer, hidden_RH, at, keys, values)
-    num_steps = 2 if num_draft is None else num_draft
+    num_steps = number + 1 if num_draft is None else num_draft
+    fetch = hidden_RH.is_cuda if fetch is None else fetch
     num_programs = meeting.num_programs
     rows = max(16, triton.next_power_of_2(num_rows))
     parts = min(_MAX_PARTS, max(1, num_programs // (num_rows * num_kv)))
@@ -794,7 +813,7 @@ def _launch(
             HEADS_N=_tile(channels, num_programs), OUT_N=out_n,
             GATE_N=_tile(inner, num_programs), HEAD_N=64 if is_wide else 128,
             HEAD_K=32 if is_wide else 64,
-            STAGES=2 if is_wide else 3, HEAD_STAGES=2 if is_wide else 5,
+            STAGES=2 if is_wide else 3, HEAD_STAGES=2 if is_wide else 7,
             PROGRAMS_UP=triton.next_power_of_2(num_programs),
             TOPS=min(64, triton.next_power_of_2(num_programs)),
             HAS_MAP=d2t is not None, HAS_TEXT=text is not None,
@@ -805,14 +824,13 @@ def _launch(
             launch_cooperative_grid=meets and meeting.cooperative,
         )  # fmt: skip
 
-    first = 1 if num_draft is None else 0
     if apart:
-        for step in range(first, num_steps):
+        for step in range(number, num_steps):
             for phase in range(ALL[1]):
                 launch(step, step + 1, (phase, phase), False)
         launch(num_steps, num_steps, (ALL[1], ALL[1]), False)
     else:
-        launch(first, num_steps, ALL, True)
+        launch(number, num_steps, ALL, True)
     return Result(outputs, squares, tokens)
 
 
