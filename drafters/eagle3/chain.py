@@ -8,7 +8,7 @@ Shapes: R requests, H hidden, K draft tokens, Vd draft vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from drafters.eagle3.fused import FusedEagle3
 from drafters.protocol import ChoosesMostLikely
 from specops.attention import DecodePass
-from specops.device import make_chain_meeting
-from specops.drafter_chain import ChainText
+from specops.drafter_chain import ChainText, DrafterLayer
+
+if TYPE_CHECKING:
+    from specops.drafter_chain_triton import Meeting
 
 
 class Chain:
@@ -30,7 +32,16 @@ class Chain:
             keys, values: [num_slots, Hkv, D] the drafter's pool, written in place.
         """
         self._fused, self._keys, self._values = fused, keys, values
-        self.meeting: Any = make_chain_meeting(keys.device) if fused.has_kernels else None
+        self.meeting: Meeting | None = None
+        """Where the programs of its launches meet; ``None``: there are no kernels."""
+        if fused.has_kernels:
+            from specops import drafter_chain_triton
+
+            self.meeting = drafter_chain_triton.make_meeting(keys.device)
+
+    def layer(self) -> DrafterLayer:
+        """The weights as they lie now."""
+        return self._fused.layer()
 
     def takes(self, outputs_RH: Tensor, at: DecodePass) -> bool:
         """Whether these rows can be drafted for here."""
@@ -51,6 +62,7 @@ class Chain:
         likely tokens; else each is one, and its logits one or two."""
         from specops import drafter_chain_triton as kernels
 
+        assert self.meeting is not None
         fused, pool = self._fused, (self._keys, self._values)
         layer = fused.layer()
         if isinstance(choose, ChoosesMostLikely):

@@ -76,7 +76,8 @@ class PagedEagle3(Fusable[FusedPass]):
         self.scale = c.head_dim**-0.5
         self._heads_per_key = c.num_heads // c.num_kv_heads
         self._one_launch = one_launch
-        self._chain: Chain | None = None
+        self.chain: Chain | None = None
+        """Drafts in one launch, if asked for."""
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
 
@@ -86,7 +87,7 @@ class PagedEagle3(Fusable[FusedPass]):
     def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
         asked = options.pop("one_launch", self._one_launch)
         fused = FusedEagle3(self.module, self.embed, num_positions, **options)
-        self._chain = Chain(fused, self.keys, self.values) if asked else None
+        self.chain = Chain(fused, self.keys, self.values) if asked else None
         return fused
 
     def propose(
@@ -97,8 +98,8 @@ class PagedEagle3(Fusable[FusedPass]):
         choose: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
         """See ``NeuralDrafter.propose``."""
-        if self._chain is not None and self._chain.takes(outputs_RH, at):
-            return self._chain.propose(outputs_RH, at, num_draft, choose)
+        if self.chain is not None and self.chain.takes(outputs_RH, at):
+            return self.chain.propose(outputs_RH, at, num_draft, choose)
         tokens = [choose(self._logits(outputs_RH, None), 0)]
         if num_draft == 1:
             return tokens[0][:, None]

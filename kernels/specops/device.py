@@ -421,14 +421,6 @@ def attend_chains(
     return attend(q, k, v, own_k, own_v, anchors)
 
 
-def make_chain_meeting(device: torch.device) -> Any:
-    """See ``specops.drafter_chain_triton.make_meeting``: one program on each multiprocessor of a
-    GPU; Triton's interpreter runs one."""
-    from specops import drafter_chain_triton
-
-    return drafter_chain_triton.make_meeting(device, None if device.type == "cuda" else 1)
-
-
 def can_attend_chains(device: torch.device, dtype: torch.dtype, head_dim: int) -> bool:
     """There are kernels for these rows."""
     if device.type != "cuda" or dtype not in _LOW:

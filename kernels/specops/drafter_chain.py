@@ -23,8 +23,8 @@ from specops.rows import norm_pair
 
 @dataclass(frozen=True, slots=True)
 class DrafterLayer:
-    """Weights of EAGLE-3's shape: the layer reads the embedding of a token and a hidden row. All in
-    one dtype, contiguous."""
+    """Weights of a drafter with one layer, which reads the embedding of a token and a hidden row.
+    All are contiguous, in one dtype."""
 
     embed_VtH: Tensor
     input_norm: Norm

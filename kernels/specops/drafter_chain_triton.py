@@ -38,7 +38,8 @@ MAX_DRAFT = 64
 _MAX_PARTS = 8
 _NUM_WARPS = 8
 _BLOCK_K = 32
-"""Columns that each warp multiplies at a time."""
+"""Columns that each warp multiplies at a time, of one head."""
+_LEAST_HEAD = 16
 _KEYS = 64
 """Keys per block of attention."""
 _LOG2_E = 1.4426950408889634
@@ -530,7 +531,7 @@ def _chain(
             qkv_weight_ptr, o_weight_ptr, gate_up_weight_ptr, down_weight_ptr,
             H, C, NUM_KV * GROUP * D, INNER, AHEAD,
         )  # fmt: skip
-    if CHOOSES and FROM == 0:
+    if CHOOSES and FROM == 0:  # noqa: SIM102, decided when compiling
         if first_step == 0:
             for one in range(tl.program_id(0), num_rows, tl.num_programs(0)):
                 for start in tl.static_range(0, H, 1024):
@@ -599,7 +600,7 @@ def _chain(
                 out_ptr, final_norm_ptr, head_weight_ptr, tops_ptr, part_ids_ptr, row, is_row,
                 final_eps, vocab, H, ROWS, HEAD_N, HEAD_K, HEAD_STAGES,
             )  # fmt: skip
-            if AHEAD > 0:
+            if AHEAD > 0:  # noqa: SIM102, decided when compiling
                 if step + 1 < num_steps:
                     _fetch_layer(
                         qkv_weight_ptr, o_weight_ptr, gate_up_weight_ptr, down_weight_ptr,
@@ -607,7 +608,7 @@ def _chain(
                     )  # fmt: skip
             if MEETS:
                 left = _meet(meet_ptr, lead, left, FLAG)
-    if CHOOSES and TO >= 7:
+    if CHOOSES and TO >= 7:  # noqa: SIM102, decided when compiling
         if (last_step == num_steps) & (tl.program_id(0) == 0):
             token = _token(
                 tops_ptr, part_ids_ptr, d2t_ptr, text_ptr, is_text_ptr, text_stride,
@@ -636,8 +637,11 @@ class Meeting:
 def make_meeting(
     device: torch.device, num_programs: int | None = None, *, cooperative: bool = True
 ) -> Meeting:
-    """A place to meet for ``num_programs``; ``None``: one on each multiprocessor."""
-    if num_programs is None:
+    """A place to meet for ``num_programs``; ``None``: one on each multiprocessor of a GPU, and the
+    one that Triton's interpreter can run."""
+    if num_programs is None and device.type != "cuda":
+        num_programs = 1
+    elif num_programs is None:
         num_programs = torch.cuda.get_device_properties(device).multi_processor_count
     counter = torch.zeros(2 * _FLAG, dtype=torch.int32, device=device)
     return Meeting(counter, num_programs, cooperative)
@@ -657,9 +661,8 @@ def _tile(num_outputs: int, num_programs: int) -> int:
 
 def why_not(layer: DrafterLayer, page_size: int) -> str | None:
     """``None`` if the kernel computes this layer."""
-    head_dim, split_k = layer.head_dim, _BLOCK_K
-    if head_dim < split_k:
-        return f"the head dimension {head_dim} is below {split_k}"
+    if layer.head_dim < _LEAST_HEAD:
+        return f"the head dimension {layer.head_dim} is below {_LEAST_HEAD}"
     if layer.heads.query_norm is not None or layer.heads.bias_C is not None:
         return "heads have norms or a bias"
     if page_size & (page_size - 1):
@@ -809,7 +812,7 @@ def _launch(
             layer.input_norm.eps, layer.hidden_norm.eps, layer.post_norm.eps, layer.norm.eps,
             H=width, INNER=inner, NUM_KV=num_kv, GROUP=group,
             GROUP_UP=max(16, triton.next_power_of_2(group)), D=head_dim, PAGE=at.page_size,
-            ROWS=rows, KEYS=_KEYS, PARTS=parts, SPLIT=_NUM_WARPS, BLOCK_K=_BLOCK_K,
+            ROWS=rows, KEYS=_KEYS, PARTS=parts, SPLIT=_NUM_WARPS, BLOCK_K=min(_BLOCK_K, head_dim),
             HEADS_N=_tile(channels, num_programs), OUT_N=out_n,
             GATE_N=_tile(inner, num_programs), HEAD_N=64 if is_wide else 128,
             HEAD_K=32 if is_wide else 64,

@@ -100,7 +100,7 @@ def test_new_weights_are_in_force_at_the_next_draft():
 
 def test_what_it_cannot_do_is_done_as_without_it():
     """More than 32 requests; verified rows are never its own."""
-    module, drafters = make_paged(VOCAB)
+    _, drafters = make_paged(VOCAB)
     at = make_pass(5)
     many = replace(at, pages_RP=at.pages_RP.repeat(7, 1)[:33], first_R=at.first_R.repeat(7)[:33])
     _, outputs = make_rows(33, 48)
@@ -108,8 +108,8 @@ def test_what_it_cannot_do_is_done_as_without_it():
     want, got = (d.propose(outputs, many, 1, Best(None)) for d in drafters)
 
     assert torch.equal(got, want)
-    assert not drafters[1]._chain.takes(outputs, many)
-    assert drafters[1]._chain.takes(outputs[:5], at)
+    assert not drafters[1].chain.takes(outputs, many)
+    assert drafters[1].chain.takes(outputs[:5], at)
 
 
 @pytest.mark.parametrize("one_launch", [False, True])
@@ -133,7 +133,7 @@ def test_the_setting_decides(one_launch):
     drafter = build(context)
     assert drafter.fuse(64, use_kernels=True) is None
 
-    assert (drafter._chain is not None) is one_launch
+    assert (drafter.chain is not None) is one_launch
     assert drafter.fuse(64) is None  # no kernels on a CPU
     if one_launch:
-        assert not drafter._chain.takes(make_rows(2, 48)[1], make_pass(2))
+        assert not drafter.chain.takes(make_rows(2, 48)[1], make_pass(2))
