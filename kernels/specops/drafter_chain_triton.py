@@ -390,11 +390,13 @@ def _gate_up(
 
 @triton.jit
 def _down(
-    gated_ptr, weight_ptr, stream_ptr, out_ptr, squares_ptr, row, is_row,
+    gated_ptr, weight_ptr, stream_ptr, out_ptr, squares_ptr, norm_ptr, weighted_ptr, row, is_row,
     H: tl.constexpr, INNER: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    WEIGHTED: tl.constexpr,
 ):  # fmt: skip
-    """``stream + gated @ weight.T``, and partial sums of each row's squares."""
+    """``stream + gated @ weight.T``, and partial sums of each row's squares; with WEIGHTED also
+    the output multiplied by the final norm's weight, for the head."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     TILES: tl.constexpr = (H + BLOCK_N - 1) // BLOCK_N
     for tile in range(tl.program_id(0), TILES, tl.num_programs(0)):
@@ -411,18 +413,26 @@ def _down(
         before = tl.load(stream_ptr + at, mask=is_out, other=0.0, cache_modifier=".cg")
         value = (before.to(tl.float32) + value.to(tl.float32)).to(dtype)
         tl.store(out_ptr + at, value, mask=is_out)
+        if WEIGHTED:
+            norm = tl.load(norm_ptr + n, mask=is_n, other=0.0)[None, :]
+            weighted = (value.to(tl.float32) * norm.to(tl.float32)).to(dtype)
+            tl.store(weighted_ptr + at, weighted, mask=is_out)
         wide = tl.where(is_out, value.to(tl.float32), 0.0)
         tl.store(squares_ptr + row * TILES + tile, tl.sum(wide * wide, axis=1), mask=is_row)
 
 
 @triton.jit
 def _head(
-    rows_ptr, norm_ptr, weight_ptr, tops_ptr, ids_ptr, row, is_row, eps, vocab,
+    rows_ptr, weighted_ptr, weight_ptr, tops_ptr, ids_ptr, row, is_row, eps, vocab,
     H: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The largest logit of each row, rounded as if it were written, and the lowest id that has it,
-    among this program's tiles. All steps of all tiles are one loop, so that loads never pause."""
+    among this program's tiles. All steps of all tiles are one loop, so that loads never pause.
+
+    Rows are multiplied by the norm's weight when they are made, and by their scale here at the end:
+    a multiplication within the loop would take longer than loading the head's weight.
+    """
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     STEPS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     program, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -445,16 +455,15 @@ def _head(
             eviction_policy="evict_first",
         )
         x = tl.load(
-            rows_ptr + row[:, None] * H + k[None, :],
+            weighted_ptr + row[:, None] * H + k[None, :],
             mask=is_row[:, None] & is_k[None, :],
             other=0.0,
             cache_modifier=".cg",
         )
-        norm = tl.load(norm_ptr + k, mask=is_k, other=0.0)[None, :]
-        x = _normed(x, norm, scale[:, None])
         sums = tl.dot(x, tl.trans(weight), sums, input_precision="ieee")
         if step % STEPS == STEPS - 1:
-            logits = tl.where((n < vocab)[None, :], sums.to(dtype).to(tl.float32), float("-inf"))
+            logits = (sums * scale[:, None]).to(dtype).to(tl.float32)
+            logits = tl.where((n < vocab)[None, :], logits, float("-inf"))
             is_better = (logits > tops) | ((logits != logits) & (tops == tops))
             tops = tl.where(is_better, logits, tops)
             ids = tl.where(is_better, n[None, :], ids)
@@ -503,7 +512,7 @@ def _chain(
     embed_ptr, input_norm_ptr, hidden_norm_ptr, post_norm_ptr, final_norm_ptr,
     qkv_weight_ptr, o_weight_ptr, gate_up_weight_ptr, down_weight_ptr, head_weight_ptr, d2t_ptr,
     cos_ptr, sin_ptr, keys_ptr, values_ptr,
-    qkv_ptr, part_ptr, lse_ptr, stream_ptr, gated_ptr, rows_ptr, squares_ptr, tops_ptr,
+    qkv_ptr, part_ptr, lse_ptr, stream_ptr, gated_ptr, rows_ptr, squares_ptr, weighted_ptr, tops_ptr,
     part_ids_ptr, tokens_ptr, meet_ptr,
     lead, num_rows, num_pages, first_key, first_step, last_step, num_steps, vocab, scale,
     input_eps, hidden_eps, post_eps, final_eps,
@@ -538,6 +547,9 @@ def _chain(
                     k = start + tl.arange(0, 1024)
                     x = tl.load(hidden_ptr + one * hidden_stride + k, mask=k < H)
                     tl.store(rows_ptr + one * H + k, x, mask=k < H)
+                    norm = tl.load(final_norm_ptr + k, mask=k < H)
+                    x = (x.to(tl.float32) * norm.to(tl.float32)).to(x.dtype)
+                    tl.store(weighted_ptr + one * H + k, x, mask=k < H)
             if MEETS:
                 left = _meet(meet_ptr, lead, left, FLAG)
     for step in range(first_step, last_step):
@@ -590,14 +602,15 @@ def _chain(
                     left = _meet(meet_ptr, lead, left, FLAG)
             if FROM <= 5 and TO >= 5:
                 _down(
-                    gated_ptr, down_weight_ptr, stream_ptr, out_ptr, squares_ptr, row, is_row,
-                    H, INNER, ROWS, OUT_N, SPLIT, BLOCK_K, STAGES,
+                    gated_ptr, down_weight_ptr, stream_ptr, out_ptr, squares_ptr, final_norm_ptr,
+                    weighted_ptr, row, is_row,
+                    H, INNER, ROWS, OUT_N, SPLIT, BLOCK_K, STAGES, CHOOSES,
                 )  # fmt: skip
                 if MEETS and CHOOSES:
                     left = _meet(meet_ptr, lead, left, FLAG)
         if CHOOSES and FROM <= 6 and TO >= 6:
             _head(
-                out_ptr, final_norm_ptr, head_weight_ptr, tops_ptr, part_ids_ptr, row, is_row,
+                out_ptr, weighted_ptr, head_weight_ptr, tops_ptr, part_ids_ptr, row, is_row,
                 final_eps, vocab, H, ROWS, HEAD_N, HEAD_K, HEAD_STAGES,
             )  # fmt: skip
             if AHEAD > 0:  # noqa: SIM102, decided when compiling
@@ -781,6 +794,7 @@ def _launch(
     def empty(*shape: int, dtype: torch.dtype = hidden_RH.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
+    weighted = empty(num_rows, width)
     qkv, stream, gated = (
         empty(num_rows, channels), empty(num_rows, width), empty(num_rows, inner),
     )  # fmt: skip
@@ -805,7 +819,7 @@ def _launch(
             layer.qkv, layer.o_HC, layer.gate_up, layer.down_HI, layer.head_VH,
             tokens if d2t is None else d2t,
             layer.table.cos, layer.table.sin, keys, values,
-            qkv, sums, lse, stream, gated, outputs, squares, tops, part_ids, tokens,
+            qkv, sums, lse, stream, gated, outputs, squares, weighted, tops, part_ids, tokens,
             meeting.counter,
             _lead(num_programs), num_rows, num_pages, at.first_key, first_step, last_step,
             num_steps, layer.head_VH.shape[0], layer.scale * _LOG2_E,
