@@ -234,8 +234,7 @@ class ChoosesMostLikely(Protocol):
     known before, so that a drafter may choose by itself, without logits."""
 
     def known(self) -> tuple[Tensor, Tensor] | None:
-        """Tokens [R, K] int64 that are known before, and [R, K] bool which are; of the same
-        strides, with adjacent columns. ``None``: none are."""
+        """Tokens [R, K] int64 that are known before, and [R, K] bool which are; ``None``: none."""
 
 
 def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:

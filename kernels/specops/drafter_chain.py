@@ -65,7 +65,7 @@ class ChainText:
     tokens_RK: Tensor
     """[R, K] int64; more columns are ignored."""
     is_text_RK: Tensor
-    """[R, K] bool, of the same strides: these tokens are taken instead of the drafter's."""
+    """[R, K] bool: these tokens are taken instead of the drafter's."""
 
 
 def run_pass(

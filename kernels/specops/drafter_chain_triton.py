@@ -35,7 +35,11 @@ from specops.overlap_triton import fetch_into_l2
 MAX_ROWS = 32
 MAX_DRAFT = 64
 """Longest chain in one launch."""
-_MAX_PARTS = 8
+_PARTS = 4
+"""Parts of the keys of up to 16 requests; more fill the GPU with one. A number for each batch size
+would be a kernel to compile for each."""
+_FETCHED_BYTES = 24 << 20
+"""Largest layer that is prefetched, and most of the head: together less than an H200's L2 cache."""
 _NUM_WARPS = 8
 _BLOCK_K = 32
 """Columns that each warp multiplies at a time, of one head."""
@@ -503,8 +507,8 @@ def _token(
 
 
 @triton.jit(
-    do_not_specialize=["lead", "num_rows", "num_pages", "first_key", "first_step", "last_step",
-                       "num_steps", "text_stride"],
+    do_not_specialize=["lead", "num_ahead", "num_rows", "num_pages", "first_key", "first_step",
+                       "last_step", "num_steps", "text_stride"],
     do_not_specialize_on_alignment=["first_ptr", "text_ptr", "is_text_ptr", "ids_ptr"],
 )  # fmt: skip
 def _chain(
@@ -512,9 +516,9 @@ def _chain(
     embed_ptr, input_norm_ptr, hidden_norm_ptr, post_norm_ptr, final_norm_ptr,
     qkv_weight_ptr, o_weight_ptr, gate_up_weight_ptr, down_weight_ptr, head_weight_ptr, d2t_ptr,
     cos_ptr, sin_ptr, keys_ptr, values_ptr,
-    qkv_ptr, part_ptr, lse_ptr, stream_ptr, gated_ptr, rows_ptr, squares_ptr, weighted_ptr, tops_ptr,
-    part_ids_ptr, tokens_ptr, meet_ptr,
-    lead, num_rows, num_pages, first_key, first_step, last_step, num_steps, vocab, scale,
+    qkv_ptr, part_ptr, lse_ptr, stream_ptr, gated_ptr, rows_ptr, squares_ptr, weighted_ptr,
+    tops_ptr, part_ids_ptr, tokens_ptr, meet_ptr,
+    lead, num_ahead, num_rows, num_pages, first_key, first_step, last_step, num_steps, vocab, scale,
     input_eps, hidden_eps, post_eps, final_eps,
     H: tl.constexpr, INNER: tl.constexpr, NUM_KV: tl.constexpr, GROUP: tl.constexpr,
     GROUP_UP: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr,
@@ -542,6 +546,8 @@ def _chain(
         )  # fmt: skip
     if CHOOSES and FROM == 0:  # noqa: SIM102, decided when compiling
         if first_step == 0:
+            if AHEAD > 0:
+                _fetch(head_weight_ptr, tl.minimum(vocab * H, num_ahead), AHEAD)
             for one in range(tl.program_id(0), num_rows, tl.num_programs(0)):
                 for start in tl.static_range(0, H, 1024):
                     k = start + tl.arange(0, 1024)
@@ -583,6 +589,8 @@ def _chain(
                     part_ptr, lse_ptr, step - 1, num_rows, num_pages, first_key, scale,
                     NUM_KV, GROUP, GROUP_UP, D, PAGE, KEYS, PARTS,
                 )  # fmt: skip
+                if AHEAD > 0:  # of the head, while the layer leaves the memory idle
+                    _fetch(head_weight_ptr, tl.minimum(vocab * H, num_ahead), AHEAD)
                 if MEETS:
                     left = _meet(meet_ptr, lead, left, FLAG)
             if FROM <= 3 and TO >= 3:
@@ -782,11 +790,12 @@ def _launch(
     group, inner = heads.num_query // num_kv, layer.down_HI.shape[1]
     _check(layer, hidden_RH, at, keys, values)
     num_steps = number + 1 if num_draft is None else num_draft
-    fetch = hidden_RH.is_cuda if fetch is None else fetch
+    products = layer.qkv, layer.o_HC, layer.gate_up, layer.down_HI
+    if fetch is None:
+        fetch = hidden_RH.is_cuda and sum(w.nbytes for w in products) <= _FETCHED_BYTES
     num_programs = meeting.num_programs
     rows = max(16, triton.next_power_of_2(num_rows))
-    parts = min(_MAX_PARTS, max(1, num_programs // (num_rows * num_kv)))
-    parts = 1 << (parts.bit_length() - 1)
+    parts = _PARTS if rows == 16 else 1
     channels = (heads.num_query + 2 * num_kv) * head_dim
     is_wide = hidden_RH.dtype == torch.float32
     out_n = _tile(width, num_programs)
@@ -807,13 +816,18 @@ def _launch(
     tokens = empty(num_rows, 0 if num_draft is None else num_draft, dtype=torch.int64)
     ids = tokens if ids_R is None else ids_R.contiguous()
     d2t = layer.d2t_V
+    known = None
+    if text is not None:
+        known = text.tokens_RK.contiguous(), text.is_text_RK.contiguous().view(torch.uint8)
+    head_n = 64 if is_wide else 128
+    # The first tile of each program.
+    num_ahead = min(num_programs * head_n * width, _FETCHED_BYTES // hidden_RH.element_size())
 
     def launch(first_step: int, last_step: int, phases: tuple[int, int], meets: bool) -> None:
         _chain[(num_programs,)](
             ids, hidden_RH, hidden_RH.stride(0), at.first_R, at.pages_RP,
-            tokens if text is None else text.tokens_RK,
-            tokens if text is None else text.is_text_RK.view(torch.uint8),
-            0 if text is None else text.tokens_RK.stride(0),
+            tokens if known is None else known[0], tokens if known is None else known[1],
+            0 if known is None else known[0].stride(0),
             layer.embed_VtH, layer.input_norm.weight_K, layer.hidden_norm.weight_K,
             layer.post_norm.weight_K, layer.norm.weight_K,
             layer.qkv, layer.o_HC, layer.gate_up, layer.down_HI, layer.head_VH,
@@ -821,19 +835,19 @@ def _launch(
             layer.table.cos, layer.table.sin, keys, values,
             qkv, sums, lse, stream, gated, outputs, squares, weighted, tops, part_ids, tokens,
             meeting.counter,
-            _lead(num_programs), num_rows, num_pages, at.first_key, first_step, last_step,
-            num_steps, layer.head_VH.shape[0], layer.scale * _LOG2_E,
+            _lead(num_programs), num_ahead, num_rows, num_pages, at.first_key,
+            first_step, last_step, num_steps, layer.head_VH.shape[0], layer.scale * _LOG2_E,
             layer.input_norm.eps, layer.hidden_norm.eps, layer.post_norm.eps, layer.norm.eps,
             H=width, INNER=inner, NUM_KV=num_kv, GROUP=group,
             GROUP_UP=max(16, triton.next_power_of_2(group)), D=head_dim, PAGE=at.page_size,
             ROWS=rows, KEYS=_KEYS, PARTS=parts, SPLIT=_NUM_WARPS, BLOCK_K=min(_BLOCK_K, head_dim),
             HEADS_N=_tile(channels, num_programs), OUT_N=out_n,
-            GATE_N=_tile(inner, num_programs), HEAD_N=64 if is_wide else 128,
+            GATE_N=_tile(inner, num_programs), HEAD_N=head_n,
             HEAD_K=32 if is_wide else 64,
             STAGES=2 if is_wide else 3, HEAD_STAGES=2 if is_wide else 7,
             PROGRAMS_UP=triton.next_power_of_2(num_programs),
             TOPS=min(64, triton.next_power_of_2(num_programs)),
-            HAS_MAP=d2t is not None, HAS_TEXT=text is not None,
+            HAS_MAP=d2t is not None, HAS_TEXT=known is not None,
             CHOOSES=num_draft is not None, MEETS=meets, FROM=phases[0], TO=phases[1],
             AHEAD=_NUM_WARPS * 32 if fetch else 0, SPINS=_SPINS, FLAG=_FLAG,
             # A fused multiply-add would skip the rounding of RoPE's products.
