@@ -434,8 +434,8 @@ def _head(
     """The largest logit of each row, rounded as if it were written, and the lowest id that has it,
     among this program's tiles. All steps of all tiles are one loop, so that loads never pause.
 
-    Rows are multiplied by the norm's weight when they are made, and by their scale here at the end:
-    a multiplication within the loop would take longer than loading the head's weight.
+    Rows are multiplied by the norm's weight when they are made, and by their scale at a tile's end,
+    which halves the instructions of the loop.
     """
     dtype: tl.constexpr = rows_ptr.dtype.element_ty
     STEPS: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
@@ -677,7 +677,7 @@ def _lead(num_programs: int) -> int:
 def _tile(num_outputs: int, num_programs: int) -> int:
     """Outputs of a tile: as few as let every program have at most one, in 8..32."""
     wanted = triton.cdiv(num_outputs, num_programs)
-    return min(32, max(8, triton.next_power_of_2(wanted)))
+    return min(32, max(8, int(triton.next_power_of_2(wanted))))
 
 
 def why_not(layer: DrafterLayer, page_size: int) -> str | None:
@@ -700,7 +700,7 @@ class Result:
     squares_RP: Tensor
     """[R, P] float32, partial sums of the squares of the last outputs."""
     tokens_RK: Tensor
-    """[R, K] int64 of a chain."""
+    """[R, K] int64 of a chain; of a pass, nothing."""
 
 
 def takes(layer: DrafterLayer, hidden_RH: Tensor, at: DecodePass) -> bool:
@@ -813,7 +813,7 @@ def _launch(
     squares = empty(num_rows, triton.cdiv(width, out_n), dtype=torch.float32)
     tops = empty(num_rows, num_programs, dtype=torch.float32)
     part_ids = empty(num_rows, num_programs, dtype=torch.int32)
-    tokens = empty(num_rows, 0 if num_draft is None else num_draft, dtype=torch.int64)
+    tokens = empty(num_rows, 1 if num_draft is None else num_draft, dtype=torch.int64)
     ids = tokens if ids_R is None else ids_R.contiguous()
     d2t = layer.d2t_V
     known = None
