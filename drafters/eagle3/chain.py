@@ -7,6 +7,7 @@ Shapes: R requests, H hidden, K draft tokens, Vd draft vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ from drafters.eagle3.fused import FusedEagle3
 from drafters.protocol import ChoosesMostLikely
 from specops.attention import DecodePass
 from specops.drafter_chain import ChainText, DrafterLayer
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from specops.drafter_chain_triton import Meeting
@@ -38,6 +41,8 @@ class Chain:
             from specops import drafter_chain_triton
 
             self.meeting = drafter_chain_triton.make_meeting(keys.device)
+        else:
+            log.warning("drafter.eagle3.one_launch has no effect: it needs a GPU")
 
     def layer(self) -> DrafterLayer:
         """The weights as they lie now."""

@@ -113,7 +113,7 @@ def test_what_it_cannot_do_is_done_as_without_it():
 
 
 @pytest.mark.parametrize("one_launch", [False, True])
-def test_the_setting_decides(one_launch):
+def test_the_setting_decides(one_launch, caplog):
     module, embed = make_drafter(head_dim=32)
     assert DrafterSettings().eagle3.one_launch is False
     config = dict(module.config.to_json())
@@ -134,6 +134,8 @@ def test_the_setting_decides(one_launch):
     assert drafter.fuse(64, use_kernels=True) is None
 
     assert (drafter.chain is not None) is one_launch
+    assert not caplog.records
     assert drafter.fuse(64) is None  # no kernels on a CPU
+    assert ("one_launch has no effect: it needs a GPU" in caplog.text) is one_launch
     if one_launch:
         assert not drafter.chain.takes(make_rows(2, 48)[1], make_pass(2))
