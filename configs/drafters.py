@@ -23,15 +23,6 @@ class BesideSettings(Section):
     layer_ids: tuple[int, ...] | None = None
 
 
-class Eagle3Settings(Section):
-    """EAGLE-3."""
-
-    one_launch: bool = False
-    """On a GPU, up to 32 requests: a pass is one launch, and so is a whole draft whose tokens are
-    the most likely ones, in place of 12 to 16 launches a pass. For targets so small that launches
-    take longer than reading the drafter's weights."""
-
-
 class SuffixSettings(Section):
     """Suffix drafter: an index over the request and recent traffic, without training."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from configs.burst import BurstSettings
-from configs.drafters import BesideSettings, Eagle3Settings, SuffixSettings
+from configs.drafters import BesideSettings, SuffixSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -121,7 +121,6 @@ class DrafterSettings(Section):
     """Hugging Face id, folder or GGUF file of a causal LM with the target's tokenizer: what the new
     weights of ``draft_model`` are. ``None``: the target's first layers."""
     draft_model: DraftModelSettings = DraftModelSettings()
-    eagle3: Eagle3Settings = Eagle3Settings()
     init: Literal["auto", "random", "target"] = "auto"
     """What new weights are: ``random``, or the ``target``'s last decoder layer for the drafter's
     own, with the last tapped layer passed through (targets with Llama's layers), or for ``mtp`` the

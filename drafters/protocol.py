@@ -229,15 +229,6 @@ class ChoosesTogether(Protocol):
         """Target ids [R, K] int64 of K positions, from contiguous logits [K, R, Vd]."""
 
 
-@runtime_checkable
-class ChoosesMostLikely(Protocol):
-    """A ``choose`` of ``NeuralDrafter.propose`` that takes the most likely token wherever none is
-    known before, so that a drafter may choose by itself, without logits."""
-
-    def known(self) -> tuple[Tensor, Tensor] | None:
-        """Tokens [R, K] int64 that are known before, and [R, K] bool which are; ``None``: none."""
-
-
 def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:
     """Target ids [R, K] int64 of a draft whose positions do not depend on each other's tokens.
 

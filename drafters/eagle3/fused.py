@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from drafters.eagle3.model import Eagle3
 from drafters.fused_layers import bias_in, norm_of, why_not_fused
 from specops.cpu_operations import can_pack, packed
-from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, has_kernels, pick_operations
-from specops.drafter_chain import DrafterLayer
+from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
 from specops.rope import Heads, rope_table
 
 Attend = Callable[[Tensor], Tensor]
@@ -112,26 +111,10 @@ class FusedEagle3:
     def _pack(self) -> dict[str, Tensor]:
         return {name: packed(self._weight(name)) for name in _PRODUCTS}
 
-    @property
-    def has_kernels(self) -> bool:
-        """Whether its operations are kernels."""
-        return has_kernels(self._operations)
-
     def follow(self) -> None:
         """The module's weights were overwritten: make the packed copies again."""
         if self._packed is not None:
             self._packed = self._pack()
-
-    def layer(self) -> DrafterLayer:
-        """The weights as they lie now, for passes in one launch."""
-        m = self.module
-        norms = m.input_layernorm, m.hidden_norm, m.post_attention_layernorm, m.norm
-        first, hidden, post, final = map(norm_of, norms)
-        return DrafterLayer(
-            self.embed.weight.detach(), first, hidden, self._weight("qkv_proj"), self.heads,
-            self.table, self._weight("o_proj"), post, self._weight("gate_up_proj"),
-            self._weight("down_proj"), final, self._weight("lm_head"), m.d2t,
-        )  # fmt: skip
 
     def _weight(self, name: str) -> Tensor:
         weight: Tensor = getattr(self.module, name).weight

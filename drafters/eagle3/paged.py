@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from drafters.eagle3.chain import Chain
 from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.fused_layers import Fusable
@@ -52,16 +51,13 @@ class PagedEagle3(Fusable[FusedPass]):
     traits = TRAITS
     first_row = 1
 
-    def __init__(
-        self, module: Any, embed: torch.nn.Module, num_slots: int, *, one_launch: bool = False
-    ) -> None:
+    def __init__(self, module: Any, embed: torch.nn.Module, num_slots: int) -> None:
         """
         Args:
             module: an ``Eagle3``, or another module of its shape; weights in serving dtype and
                 device; edited in place by swaps.
             embed: the target's token embedding module (with its own scaling, if it has one).
             num_slots: slots of the target's KV pool; the drafter's pool uses the same numbers.
-            one_launch: draft with ``drafters.eagle3.chain`` where that is possible, once fused.
         """
         c = module.config
         weight = module.norm.weight
@@ -75,9 +71,6 @@ class PagedEagle3(Fusable[FusedPass]):
         self.values = torch.zeros_like(self.keys)
         self.scale = c.head_dim**-0.5
         self._heads_per_key = c.num_heads // c.num_kv_heads
-        self._one_launch = one_launch
-        self.chain: Chain | None = None
-        """Drafts in one launch, if asked for."""
         d2t = module.d2t
         self.vocab = None if d2t is None else vocab_map(d2t, c.target_vocab_size)
 
@@ -85,10 +78,7 @@ class PagedEagle3(Fusable[FusedPass]):
         return supports(self.module, self.embed)
 
     def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
-        asked = options.pop("one_launch", self._one_launch)
-        fused = FusedEagle3(self.module, self.embed, num_positions, **options)
-        self.chain = Chain(fused, self.keys, self.values) if asked else None
-        return fused
+        return FusedEagle3(self.module, self.embed, num_positions, **options)
 
     def propose(
         self,
@@ -98,8 +88,6 @@ class PagedEagle3(Fusable[FusedPass]):
         choose: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
         """See ``NeuralDrafter.propose``."""
-        if self.chain is not None and self.chain.takes(outputs_RH, at):
-            return self.chain.propose(outputs_RH, at, num_draft, choose)
         tokens = [choose(self._logits(outputs_RH, None), 0)]
         if num_draft == 1:
             return tokens[0][:, None]
@@ -172,8 +160,7 @@ def build(context: DrafterContext) -> PagedEagle3:
     config = Eagle3Config.from_json(weights.config)
     check_shape(context, config.hidden_size, config.target_vocab_size)
     module = for_serving(lambda: Eagle3(config), context)
-    one_launch = context.settings.eagle3.one_launch
-    drafter = PagedEagle3(module, context.embed, context.num_slots, one_launch=one_launch)
+    drafter = PagedEagle3(module, context.embed, context.num_slots)
     drafter.version = weights.version
     return drafter
 

@@ -60,8 +60,7 @@ class AfterText:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether`` and
-    ``ChoosesMostLikely``."""
+    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether``."""
 
     d2t_D: Tensor | None
     """[D] int64, target id minus draft id, of a reduced vocabulary."""
@@ -70,9 +69,6 @@ class Best:
     def __call__(self, logits: Tensor, number: int) -> Tensor:
         best = best_ids(logits, self.d2t_D)
         return best if self.after is None else self.after.taken(number, best)
-
-    def known(self) -> tuple[Tensor, Tensor] | None:
-        return None if self.after is None else (self.after.tokens_RK, self.after.is_text_RK)
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()

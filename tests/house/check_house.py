@@ -85,9 +85,6 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
         "measures the kernels of one drafter"
     ),
-    "benchmarks/ops/eagle_pass.py: spells the drafter kind 'eagle3'": (
-        "measures the kernels of one drafter"
-    ),
     "benchmarks/peers/__main__.py: spells the drafter kind 'dflash'": (
         "transformers' own, which is measured as a peer"
     ),

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
-from specops import drafter_chain_triton
 from specops.allocation import CutValues, HeadWeights
 from specops.allocation_triton import confidence, cut_drafts, pack_rows
 from specops.attention import DecodePass, Places
@@ -26,7 +25,6 @@ from specops.capture_pack import new_ring
 from specops.capture_pack_triton import pack_kept_rows
 from specops.draft_sampling import DraftLaw
 from specops.draft_sampling_triton import sample_draft
-from specops.drafter_chain import ChainText, DrafterLayer
 from specops.lane_penalties import LaneRequests, new_tables
 from specops.lane_penalties_triton import adjust_rows, count_tokens
 from specops.lanes import Column, Field, Input, LaneState
@@ -119,7 +117,6 @@ def one_round(size: int, num_draft: int) -> None:
         decode = DecodePass(pages, first, PAGE, first_key=first_key)
         attend_pages(q, pool, pool, decode, 1.0, num_parts=2)
     places_of(decode, num_draft + 1)
-    chain_of_drafts(decode, num_draft, pool)
     drafted_rows(decode, places_of(decode, num_draft + 1, by_step=True), pool)
     ring = new_ring(2048, 2, DIM, "cpu", is_fp8=False, pinned=False)
     rows = q.bfloat16()
@@ -164,32 +161,6 @@ def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:
         heads = Heads(HEADS, HEADS)
         q = rope_and_write(qkv, heads, angles, positions, slots, pool, pool)
         attend_pages(q, pool, pool, replace(decode, first_R=first), 1.0, num_parts=2)
-
-
-def chain_of_drafts(decode: DecodePass, num_draft: int, pool: torch.Tensor) -> None:
-    """A draft in one launch, with and without known tokens, and one in a launch for each pass."""
-    hidden = torch.zeros((len(decode.first_R), DIM))
-    if len(hidden) > drafter_chain_triton.MAX_ROWS:
-        return
-    norm = Norm(torch.ones(DIM), 1e-6)
-    square, wide = torch.zeros((DIM, HEADS * DIM)), torch.zeros((VOCAB, DIM))
-    layer = DrafterLayer(
-        wide, norm, norm, torch.zeros((3 * HEADS * DIM, 2 * DIM)), Heads(HEADS, HEADS),
-        RopeTable(*torch.zeros((2, 8 * PAGE, DIM // 2))), square, norm,
-        wide[: 4 * DIM], square, norm, wide,
-    )  # fmt: skip
-    layer = replace(layer, down_HI=torch.zeros((DIM, 2 * DIM)))
-    meeting = drafter_chain_triton.make_meeting(torch.device("cpu"))
-    tokens = torch.zeros((len(hidden), num_draft + 1), dtype=torch.int64)
-    for text in (None, ChainText(tokens, tokens != 0)):
-        drafter_chain_triton.draft(
-            layer, hidden, decode, num_draft + 1, pool, pool, meeting, text
-        )  # fmt: skip
-    for number in range(1, num_draft + 1):
-        ids = tokens[:, 0].contiguous()
-        drafter_chain_triton.run_pass(
-            layer, ids, hidden, decode, pool, pool, meeting, number=number
-        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -54,8 +54,6 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # draft rows of one step
         "_norm_pair": 1,
         "_rope_and_write": 1,
-        # up to 16 requests: passes, chains, and chains with known tokens
-        "_chain": 3,
         "_number_rows": 1,
         "_pack_rows": 1,
     }
