@@ -98,7 +98,7 @@ class SimulatedEngine:
 
     def _step(self, batch: list[Sequence]) -> None:
         firsts = self._ring.number([1] * len(batch))
-        step = NotedStep("none", 0, 0, 1.0, len(batch), 0.0064)
+        step = NotedStep("none", 0, 0, 1.0, len(batch), 0.0064).kept()
         for first, sequence in zip(firsts, batch, strict=True):
             anchor = len(sequence.tokens) - 1
             sequence.rounds.add_plain(step, anchor, 7)

@@ -9,7 +9,8 @@ with the same probability, at several loads, and writes traces. On them:
 - every policy of the catalog is judged as ``policies evaluate`` does;
 - ``ltd`` is fitted, from full information and by PPO, on three quarters of the steps, and judged on
   the rest against the best fixed K of each load on those three quarters;
-- ``plan`` is timed alone, with 256 requests, in time of the thread;
+- ``plan`` is timed alone, with 256 requests, in time of the thread; ``--only-plan`` times that of
+  the default policy, and keeps all other figures;
 - so is what the device does to cut drafts (``benchmarks.harness.allocate_times``), on the device
   that ``--device`` names; ``--only-allocate`` measures nothing else, and keeps all other figures.
 
@@ -33,7 +34,12 @@ import numpy as np
 import torch
 import typer
 
-from benchmarks.harness.allocate_times import allocate_times
+from benchmarks.harness.allocate_times import (
+    Times,
+    allocate_times,
+    confidence_times,
+    packing_times,
+)
 from benchmarks.harness.arms import LEARNED
 from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.loops import Feed
@@ -48,6 +54,7 @@ from policies.acceptance import AcceptanceModel
 from policies.catalog import CATALOG, build_policy
 from policies.cli import table
 from policies.evaluation import Evaluation, Judged, evaluate
+from policies.groups import group_of
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.picture import picture
 from policies.replayed_log import ReplayedLog
@@ -55,6 +62,7 @@ from policies.run_log import log_of_run, read_steps
 from serving.build import load_target
 from serving.requests import Request, SamplingParams
 from serving.service import Service
+from specops import allocation
 from trainer.ltd import (
     FullInformation,
     Ppo,
@@ -68,10 +76,14 @@ SOURCE = "python -m benchmarks.policies"
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "docs", "c")
 TEMPERATURE, MAX_TOKENS, PROMPTS = 0.7, 64, 40
 MAX_DRAFT = 8
-PLAN_STEPS, PLAN_BATCH = 4000, 256
+PLAN_STEPS, PLAN_BATCH, PLAN_TURNS = 4000, 256, 5
+DEFAULT = "goodput"
 AS_BEFORE, CAPPED, MATCHED = "alike", "a fifth near their ends", "with matches"
+GROUPED = "with matches, of eight groups"
 """What the requests of a plan are like; most steps are as the one before them."""
 SHORT_SHARE = 0.2
+GROUPS = np.array([group_of(tenant, t) for tenant in (0, 1, 2, 3) for t in (0.0, 0.7)])
+"""Of requests of four tenants, greedy and sampled."""
 INDEXES = [kind for kind in DRAFTERS if kind_of(kind).traits.needs_match][:1]
 KNOWN_ROUNDS = 1000
 """Rounds after which predicted survival is judged,"""
@@ -133,7 +145,8 @@ def plan_times(
     own = settings.model_copy(
         update={"kind": kind, "ltd": settings.ltd.model_copy(update={"weights": weights})}
     )
-    drafters = [LEARNED, *(INDEXES if case == MATCHED else ())]
+    has_index = case in (MATCHED, GROUPED)
+    drafters = [LEARNED, *(INDEXES if has_index else ())]
     policy = build_policy(own, {one: kind_of(one).traits for one in drafters}, 0, 8)
     plans, learns = [], []
     rng = np.random.default_rng(0)
@@ -141,23 +154,25 @@ def plan_times(
     found_kinds = rng.choice([0, 0, 0, 0, 1, 3, 5, 7, 12], (64, PLAN_BATCH)).tolist()
     matches = [bytes(row) for row in found_kinds]
     accepted = np.minimum(rng.geometric(0.4, (64, PLAN_BATCH)) - 1, 8).tolist()
+    groups = _groups(rng) if case == GROUPED else [None] * 64
     for step in range(PLAN_STEPS):
         decision = policy.rest()
         found = None
         if decision is None:
-            looks = case == MATCHED and policy.wants_matches()
+            looks = has_index and policy.wants_matches()
             found = matches[step % 64] if looks else None
             kinds = tuple(drafters) if looks else (LEARNED,)
-            obs = StepObs(step, PLAN_BATCH, caps[step % 64], found, kinds, 8, 0)
+            obs = StepObs(
+                step, PLAN_BATCH, caps[step % 64], found, kinds, 8, 0, groups=groups[step % 64]
+            )
             started = time.thread_time()
             decision = policy.plan(obs)
             plans.append(time.thread_time() - started)
         k = decision.draft_k
         lens = [min(k, cap) for cap in caps[step % 64]]
         kept = [min(pair) for pair in zip(accepted[step % 64], lens, strict=True)]
-        outcome = Outcome(
-            decision, PLAN_BATCH, RowOutcomes(lens, kept, found), 0.01 + 0.0005 * k, 0.0, False, 0
-        )
+        rows = RowOutcomes(lens, kept, found, groups=groups[step % 64])
+        outcome = Outcome(decision, PLAN_BATCH, rows, 0.01 + 0.0005 * k, 0.0, False, 0)
         started = time.thread_time()
         policy.observe(outcome)
         learns.append(time.thread_time() - started)
@@ -176,6 +191,19 @@ def _caps(rng: np.random.Generator, case: str) -> list[bytes]:
         short = rng.random(caps.shape) < SHORT_SHARE
         caps = np.where(short, rng.integers(0, 9, caps.shape), caps)
     return [bytes(row) for row in caps.tolist()]
+
+
+def _groups(rng: np.random.Generator) -> list[bytes | None]:
+    """[64] steps, after which they come again: in each, 16 requests make room for others, and the
+    share of greedy ones comes and goes."""
+    now = rng.choice(GROUPS, PLAN_BATCH)
+    steps: list[bytes | None] = []
+    for step in range(64):
+        is_greedy = 0.5 + 0.4 * np.sin(step / 32 * np.pi)
+        odds = np.where(np.arange(len(GROUPS)) % 2 == 0, is_greedy, 1 - is_greedy) / 4
+        now[rng.integers(0, PLAN_BATCH, 16)] = rng.choice(GROUPS, 16, p=odds)
+        steps.append(bytes(now.tolist()))
+    return steps
 
 
 def calibration_error(log: ReplayedLog) -> float:
@@ -252,7 +280,7 @@ def plan_rows(plans: dict[str, Any]) -> Iterator[Row]:
         yield at_most(f"{kind}, 256 requests", "plan, us, p99", times["plan_p99_us"], 50)
 
 
-def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
+def allocate_rows(times: Times, device: str) -> Iterator[Row]:
     """What cutting takes. The goal is for GPUs: a CPU's step takes a hundred times as long."""
     for score, us in times.items():
         yield at_most(
@@ -263,21 +291,62 @@ def allocate_rows(times: dict[str, float], device: str) -> Iterator[Row]:
         )
 
 
-def publish_allocate(device: str, folder: Path) -> dict[str, float]:
-    """Measure the cut alone, and write its figures and rows beside the others."""
+def beside_rows(kind: str, times: Times, device: str) -> Iterator[Row]:
+    """What else a round that is cut takes, for which there is no goal."""
+    for size, us in times.items():
+        yield at_most(f"{kind}, {size}, {device}", "us, median", us, None)
+
+
+def publish_allocate(device: str, folder: Path) -> Times:
+    """Measure cuts and what belongs to them, on a GPU also by the definitions in torch, and write
+    figures and rows beside the others."""
     times = allocate_times(device)
-    write_result(folder / f"allocate_{device}.json", {"device": device, "microseconds": times})
+    beside = {
+        "confidence of a pass": confidence_times(device),
+        "packed rows": packing_times(device),
+    }
+    found: dict[str, Any] = {"device": device, "microseconds": times, "beside": beside}
+    if device == "cuda":
+        found["definition"] = {
+            "microseconds": allocate_times(device, allocation),
+            "beside": {
+                "confidence of a pass": confidence_times(device, allocation),
+                "packed rows": packing_times(device, allocation),
+            },
+        }
+    write_result(folder / f"allocate_{device}.json", found)
     source = f"{SOURCE} --only-allocate --device {device}"
-    write_rows_of("policies", allocate_rows(times, device), source, folder)
-    for score, us in times.items():
-        say(f"allocate by {score}: {us:.1f} us on {device}")
+    rows = list(allocate_rows(times, device))
+    for kind, ones in beside.items():
+        rows += beside_rows(kind, ones, device)
+    write_rows_of("policies", rows, source, folder)
+    for row in rows:
+        say(f"{row.row}: {row.value} us")
     return times
+
+
+def publish_plans(folder: Path) -> None:
+    """Time plans of the default policy in several turns, and write the medians and their rows."""
+    turns: dict[str, list[dict[str, float]]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        for _ in range(PLAN_TURNS):
+            for case in (AS_BEFORE, CAPPED, MATCHED, GROUPED):
+                times = plan_times(DEFAULT, PolicySettings(), b"", Path(name), case)
+                turns.setdefault(f"{DEFAULT}, {case}", []).append(times)
+    found = {
+        case: {what: float(np.median([one[what] for one in own])) for what in own[0]}
+        for case, own in turns.items()
+    }
+    write_result(folder / "plans.json", {"plan": found, "turns": turns})
+    write_rows_of("policies", plan_rows(found), f"{SOURCE} --only-plan", folder)
+    for case, times in found.items():
+        say(f"{case}: plan {times['plan_p50_us']:.1f} us, p99 {times['plan_p99_us']:.1f}")
 
 
 def regret_row(where: str, one: Judged) -> Row:
     """Only the default is held to a goal."""
     speed = 1 - one.regret_fixed
-    goal = 0.98 if one.name == "goodput" else None
+    goal = 0.98 if one.name == DEFAULT else None
     return at_least(
         f"{where}: {one.name}, replayed", "speed over the best fixed K of each load", speed, goal
     )
@@ -290,12 +359,18 @@ def main(
     only_allocate: Annotated[
         bool, typer.Option("--only-allocate", help="time cutting, and nothing else")
     ] = False,
+    only_plan: Annotated[
+        bool, typer.Option("--only-plan", help="time plans of the default, and nothing else")
+    ] = False,
     out: Out = RESULTS / "policies.json",
 ) -> None:
     """Make traces, judge every policy on them, and time what deciding takes."""
     torch.set_num_threads(1)
-    publish_allocate(device, out.parent)
-    if only_allocate:
+    if not only_plan:
+        publish_allocate(device, out.parent)
+    if not only_allocate:
+        publish_plans(out.parent)
+    if only_allocate or only_plan:
         return
     loads = batches or [1, 4, 8]
     with tempfile.TemporaryDirectory() as name:
@@ -314,11 +389,8 @@ def main(
         for line in table(found):
             print(line)
         network = networks["full information"]
-        plans = {kind: plan_times(kind, PolicySettings(), network, folder) for kind in CATALOG}
-        plans |= {
-            f"goodput, {case}": plan_times("goodput", PolicySettings(), network, folder, case)
-            for case in (CAPPED, MATCHED)
-        }
+        others = (kind for kind in CATALOG if kind != DEFAULT)
+        plans = {kind: plan_times(kind, PolicySettings(), network, folder) for kind in others}
         service.engine.stop()
     results = {
         "batches": loads,

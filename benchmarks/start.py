@@ -96,10 +96,21 @@ def main(
 
 
 def _rows(row: str, summary: dict[str, Any], goals: tuple[float, float]) -> list[Row]:
-    return [
+    times = [
         at_most(f"{row}, {which} start", "seconds to ready", summary[which]["ready_s"], goal)
         for which, goal in zip(("first", "second"), goals, strict=True)
     ]
+    cores = [
+        Row(
+            f"{row}, {which} start",
+            "processor seconds until ready",
+            found["processor_s"],
+            None,
+            None,
+        )
+        for which, found in summary.items()
+    ]
+    return [*times, *cores]
 
 
 def set_up(home: Path, configs: list[str], chosen: list[str]) -> float:

@@ -112,7 +112,7 @@ def _beside(settings: DrafterSettings) -> tuple[str, ...]:
     kinds = tuple(one.kind for one in settings.beside)
     for kind in kinds:
         known("drafter.beside", kind, CATALOG)
-        if not kind_of(kind).traits.is_neural:
+        if not kind_of(kind).traits.on_device:
             raise SettingsError(
                 f"drafter.beside names {kind!r}, which is not neural; name it in "
                 f"drafter.on_request, or leave it out"
@@ -129,7 +129,7 @@ def mixes(settings: DrafterSettings, *, on_gpu: bool) -> dict[str, tuple[str, ..
     """
     neural = (settings.kind, *_beside(settings))
     found = [neural] if settings.mixed and len(neural) > 1 else []
-    has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.is_neural
+    has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.on_device
     if settings.suffix.mixed and has_both:
         picks_itself = placed(_BESIDE, settings, on_gpu=on_gpu).traits.picks_itself
         found.append((*(neural[:1] if picks_itself else neural), _BESIDE))

@@ -33,7 +33,7 @@ from specops.device import trained_gate
 from specops.rope import Heads, rope_table
 from targets.layers import Layer, columns_of
 
-TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
 
 
 @dataclass(frozen=True, slots=True)

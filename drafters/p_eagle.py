@@ -40,7 +40,7 @@ from targets.layers import Layer
 from targets.target import KvPool
 
 TRAITS = Traits(
-    is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
+    on_device=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
 )  # fmt: skip
 
 LayerAttend = Callable[[int, Tensor, Tensor, Tensor], Tensor]

@@ -30,8 +30,9 @@ from specops.matches import TextDrafts
 class Traits:
     """Properties of a drafter. Other code checks these instead of its name."""
 
-    is_neural: bool
-    """Computes on the device, within a round's program. Otherwise it proposes on the host."""
+    on_device: bool
+    """Drafts on the device, within a round's program: a neural drafter or a text drafter. Otherwise
+    it proposes on the host."""
     learns: bool
     """Has weights that a trainer updates: they are published, swapped, watched and rolled back."""
     needs_match: bool
@@ -137,9 +138,6 @@ class TextDrafter(Drafter, Protocol):
         Returns:
             Number of the namespace, which rounds find in ``Field.SPACE``.
         """
-
-    def is_sure(self, drafts: TextDrafts) -> Tensor:
-        """[R] bool: where it should draft in place of a neural drafter, by committed tokens."""
 
     def finish(self, text_N: Tensor | None, namespace: str) -> None:
         """A request has ended; called once for each that has begun.

@@ -35,16 +35,16 @@ def block(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_block(readme: str, written: str) -> str:
-    """The README with its block replaced.
+def with_block(readme: str, written: str, begin: str = BEGIN, end: str = END) -> str:
+    """The README, or another page, with a block replaced.
 
     Raises:
-        ValueError: it does not hold ``BEGIN`` and, behind it, ``END``.
+        ValueError: it does not hold ``begin`` and, behind it, ``end``.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, ended, after = rest.partition(END)
+    before, found, rest = readme.partition(begin)
+    _, ended, after = rest.partition(end)
     if not (found and ended):
-        raise ValueError(f"the README must hold {BEGIN!r} and then {END!r}")
+        raise ValueError(f"the page must hold {begin!r} and then {end!r}")
     return f"{before}{written}{after}"
 
 

@@ -1,10 +1,10 @@
 """The arm to play, with the price of changing arms.
 
 A neural drafter is fast as long as it drafts in every step; coming back to it costs a catch-up. So
-one way to decode is the *base*, plain decoding or a neural drafter, chosen by its speed over the
-usual mix of matches, and other arms interrupt it where they gain more in this step than returning
-to the base will cost. Comparing arms step by step instead loses the catch-ups: an index that is a
-little better at every other step makes the whole slower than the drafter alone.
+one way to decode is the *base*, plain decoding or a drafter on the device, chosen by its speed over
+the usual mix of matches, and other arms interrupt it where they gain more in this step than
+returning to the base will cost. Comparing arms step by step instead loses the catch-ups: an index
+that is a little better at every other step makes the whole slower than the drafter alone.
 
 Arms of one step are compared by tokens minus seconds times the speed reached so far, so that the
 quotient of all tokens and all seconds grows (Dinkelbach 1967), not the mean of quotients of steps.
@@ -20,7 +20,7 @@ from typing import NamedTuple
 from policies.forecast import PLAIN_ARM, Arm, Forecast, Outline
 
 _HYSTERESIS = 1.01
-"""Predicted speed relative to the base that another neural drafter needs to replace it."""
+"""Predicted speed relative to the base that another drafter on the device needs to replace it."""
 _RIVAL = 1.03
 """Speed of plain decoding with an index relative to the base that it needs to replace it."""
 _STAY_STEPS = 64.0
@@ -51,7 +51,7 @@ class Footing(NamedTuple):
     worth: dict[str, list[float]]
     """[K + 1] by drafter that may propose: in a step of its arms. Infinite at 0, which no drafter
     has."""
-    neural: Set[str]
+    on_device: Set[str]
     """Drafters among these that must catch up."""
 
 
@@ -122,7 +122,7 @@ class Chooser:
         """
         Args:
             margin: predicted speed relative to plain decoding that drafting needs.
-            rows: by neural drafter and mix, the drafters whose rows its steps compute.
+            rows: by drafter on the device and mix, the drafters whose rows its steps compute.
             needing: drafters and mixes that are of use only where a request has a match: they
                 interrupt, and are never the base.
         """
@@ -134,8 +134,8 @@ class Chooser:
         """Speed of each base with its interruptions and what finding them takes, relative to the
         base alone, when it was the base last."""
         self._broken = dict.fromkeys(rows, 0.0)
-        """Share of the steps of each neural drafter and mix that come right after an interruption
-        where it is the base; what is not the base any more is slowly forgotten."""
+        """Share of the steps of each drafter on the device and mix that come right after an
+        interruption where it is the base; what is not the base any more is slowly forgotten."""
 
     def footing(
         self,
@@ -152,8 +152,8 @@ class Chooser:
 
         Args:
             fresh: the drafter or mix of the last step.
-            catch_up_s: seconds to come back to each neural drafter that may propose, with the rows
-                that it lacks now.
+            catch_up_s: seconds to come back to each drafter on the device that may propose, with
+                the rows that it lacks now.
             overhead_s: seconds of planning in each step of a base that drafts, and in no other.
             spread: standard deviation of the logarithm of an arm's speed relative to plain
                 decoding; asked where drafting may have to end.
@@ -183,14 +183,14 @@ class Chooser:
             footing: of the outline that the forecast was made from.
             looked: matches of this step are known.
         """
-        base = footing.base
-        best, arm = seen.batch - footing.plain_worth, PLAIN_ARM
+        base, alone, speed, plain, charges_s, plain_worth, worth, _ = footing
+        best, arm = seen.batch - plain_worth, PLAIN_ARM
         values = {"none": [best]}
         for drafter, tokens in seen.tokens.items():
-            by_k = values[drafter] = list(map(sub, tokens, footing.worth[drafter]))
+            by_k = values[drafter] = list(map(sub, tokens, worth[drafter]))
             if (here := max(by_k)) > best:
                 best, arm = here, (drafter, by_k.index(here))
-        if arm == PLAIN_ARM and footing.alone < footing.plain:
+        if arm is PLAIN_ARM and alone < plain:
             # In doubt a base goes on drafting: a step without it would tell nothing.
             most = max(values[base])
             arm = base, values[base].index(most)
@@ -198,13 +198,12 @@ class Chooser:
         elif base == "none" and not looked:
             # All steps look alike: what is not worth being the base is not worth it in any step.
             below = math.nextafter(values["none"][0], -math.inf)
-            for other in values.keys() & footing.neural:
+            for other in values.keys() & footing.on_device:
                 values[other] = [min(value, below) for value in values[other]]
             arm = best_of(values) or PLAIN_ARM
-        charges_s = footing.charges_s
         if len(values) < len(charges_s):  # of those that can propose in this step
             charges_s = {drafter: charges_s[drafter] for drafter in values}
-        return Choice(arm, base, footing.speed, values, charges_s, seen.plain_s, footing.alone)
+        return Choice(arm, base, speed, values, charges_s, seen.plain_s, alone)
 
     def take(self, choice: Choice, seen: Forecast, fresh: str, look_s: float = 0.0) -> None:
         """Go on from a choice: its base is kept, and whether it interrupts that is noted.
@@ -326,9 +325,9 @@ class Chooser:
     ) -> dict[str, float]:
         """Seconds of switching that each drafter's arm causes.
 
-        A neural drafter that is not the base must catch up now. The base's own catch-up is charged
-        once for each interruption: to leaving the base where it mostly goes on, because coming back
-        is then certain, and to coming back where it seldom does.
+        A drafter on the device that is not the base must catch up now. The base's own catch-up is
+        charged once for each interruption: to leaving the base where it mostly goes on, because
+        coming back is then certain, and to coming back where it seldom does.
         """
         charges = dict.fromkeys(("none", *seen.seconds), 0.0)
         own_s, broken = return_s.get(base, 0.0), self._broken.get(base, 0.0)

@@ -159,18 +159,17 @@ class Forecaster:
             outline: of it, or of one with the same batch, with these drafters among others, and
                 with nothing learned since.
         """
-        max_k, batch, num_kinds = outline.max_k, obs.batch, self._acceptance.num_buckets
+        batch, max_k, plain_s, seconds, usual, _ = outline
         caps, has_match = obs.caps, False
         is_whole = caps.count(max_k) == batch
         if obs.matches is None:
             kinds, rows = None, self._usual_rows(batch)
         else:
             kinds = kinds_of(obs.matches)
-            rows = by_kind(kinds, num_kinds)
-            has_match = rows[0] < batch
+            rows = by_kind(kinds, self._acceptance.num_buckets)
+            has_match = rows.item(0) < batch
         by_cap = None if is_whole else self._by_cap(caps, kinds, max_k)
         drafters = obs.drafters if has_match else self._needing_none(obs.drafters)
-        seconds = outline.seconds
         if len(drafters) < len(seconds):
             seconds = {drafter: seconds[drafter] for drafter in drafters}
         if by_cap is not None:
@@ -178,8 +177,8 @@ class Forecaster:
         elif kinds is not None:
             tokens = self._summed(rows, drafters, outline, is_capped=False)
         else:
-            tokens = {drafter: outline.usual_tokens[drafter] for drafter in drafters}
-        return Forecast(batch, is_whole, max_k, outline.plain_s, seconds, tokens, rows)
+            tokens = {drafter: usual[drafter] for drafter in drafters}
+        return Forecast(batch, is_whole, max_k, plain_s, seconds, tokens, rows)
 
     def prepare(self, drafters: Iterable[str], batch: int) -> None:
         """Compute what the next outline will most likely ask for, while the device works.

@@ -50,6 +50,7 @@ _SETTLE_S = 0.2
 """Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
 to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
+_PLAIN_REST = replace(_PLAIN, reason="rest")
 
 
 class GoodputPolicy:
@@ -85,7 +86,7 @@ class GoodputPolicy:
         self._acceptance = GroupedAcceptance(half_life_rounds, drafters, context.max_draft)
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
-        self._switches = SwitchCosts(kinds.neural)
+        self._switches = SwitchCosts(kinds.on_device)
         self._forecaster = Forecaster(
             self._acceptance, self._times, kinds.needing, context.max_draft, kinds.matching
         )
@@ -146,8 +147,8 @@ class GoodputPolicy:
             return decision
         if self._kinds.matching and self._rest.wants_look():
             return None
-        # Without a neural drafter, a plan without a look finds nothing.
-        may_plan = bool(self._kinds.neural) and self._rest.may_plan
+        # Without a drafter on the device, a plan without a look finds nothing.
+        may_plan = bool(self._kinds.on_device) and self._rest.may_plan
         if self._rest.left or (self._rest.is_resting and not may_plan):
             return self._resting()
         return None
@@ -155,6 +156,8 @@ class GoodputPolicy:
     def _resting(self, arm: Arm | None = None, propensity: float = 1.0) -> Decision:
         """Go on as planned, or with the arm of a glance."""
         drafter, k = self._rest.take(arm)
+        if not k and propensity == 1.0:
+            return self._steps.note(_PLAIN_REST)
         return self._steps.note(Decision(drafter, k, propensity, False, "rest", "goodput"))
 
     def _unless_untried(self, obs: StepObs, arm: Arm, num_since: int) -> Decision:
@@ -175,26 +178,32 @@ class GoodputPolicy:
         step; ``None``: it must be planned."""
         batch = self._acceptance.batch
         plain_s = self._times.plain_s(batch)
-        (drafter, k), changes = stretch.arm, self._times.num_changes
-        if self._steps.drafter != drafter:
-            return None
-        if drafter in self._picker.mixes:  # who drafts for which request is planned
+        drafter, k = stretch.arm
+        if not self._needs_no_plan(stretch):
             return None
         on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
-        if self._kinds.matching and self._rest.pays and not on_trial:
-            return None
-        if not self._explorer.goes_on_unplanned(changes):
-            return None
         self._explorer.take(stretch)
         seconds = self._times.arm_times(drafter, batch)[k - 1] if k else plain_s
         note = Predicted(self._steps.tokens, seconds, False, {}, on_trial)
         decision = Decision(drafter, k, 1.0, True, "probe", "goodput", note=note)
         return self._steps.note(decision)
 
+    def _needs_no_plan(self, stretch: Stretch) -> bool:
+        """Whether a stretch goes on without a plan."""
+        drafter, _ = stretch.arm
+        if self._steps.drafter != drafter:
+            return False
+        if drafter in self._picker.mixes:  # who drafts for which request is planned
+            return False
+        on_trial = self._explorer.is_on_trial(drafter, self._chooser.base)
+        if self._kinds.matching and self._rest.pays and not on_trial:
+            return False
+        return self._explorer.goes_on_unplanned(self._times.num_changes)
+
     def wants_matches(self) -> bool:
         """Where looking pays, and now and then to know whether it would."""
         self._settle()
-        return bool(self._kinds.matching) and (not self._kinds.neural or self._rest.wants_look())
+        return bool(self._kinds.matching) and (not self._kinds.on_device or self._rest.wants_look())
 
     def match_values(self, drafter: str) -> list[float] | None:
         """Expected tokens of its longest draft, by kind of match."""
@@ -223,14 +232,15 @@ class GoodputPolicy:
         self._settle()
         self._times.follow(outcome.context, outcome.batch)
         self._steps.clock_s += outcome.step_s
-        if (batch := self._rest.learn_looks()) is not None:
-            tokens, seconds = self._forecaster.needing_match(batch)
-            self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
-        self._rest.index_alone.appraise()
+        if self._kinds.matching:
+            if (batch := self._rest.learn_looks()) is not None:
+                tokens, seconds = self._forecaster.needing_match(batch)
+                self._rest.index_alone.learn(tokens, seconds / self._times.plain_s(batch))
+            self._rest.index_alone.appraise()
         self._lessons.learn(outcome)
         self._acceptance.follow(outcome.rows.groups)
-        if self._like.is_far_from(self._steps.like):  # a plan that is still followed is for others
-            self._rest.left = 0
+        if self._rest.left and self._like.is_far_from(self._steps.like):
+            self._rest.left = 0  # the plan that is still followed is for others
         if outcome.decision.policy:
             self.prepare(outcome.batch)
         else:  # no plan was wanted, and the next step is likely to want none
@@ -238,7 +248,11 @@ class GoodputPolicy:
 
     @property
     def _like(self) -> Like:
-        return Like(self._acceptance.mix, self._times.context)
+        """What the requests of the last step are like: the same record while nothing changes."""
+        known, mix, context = self._steps.now, self._acceptance.mix, self._times.context
+        if known.mix is not mix or known.context != context:
+            known = self._steps.now = Like(mix, context)
+        return known
 
     def prepare(self, batch: int) -> None:
         """Compute what the next plan will weigh, while the device works.
@@ -251,7 +265,10 @@ class GoodputPolicy:
             batch: requests of the last step.
         """
         self._basis = self._ahead = None
-        if not self._kinds.neural or not self._rest.is_over:
+        if not self._kinds.on_device or not self._rest.is_over:
+            return
+        stretch = self._explorer.under_way
+        if stretch is not None and self._needs_no_plan(stretch):
             return
         self._lessons.learn_gathered()
         looks = bool(self._kinds.matching) and self._rest.wants_look()
@@ -276,7 +293,7 @@ class GoodputPolicy:
         self._rest.reset()
         self._basis = self._ahead = None
         self._explorer.under_way = None
-        if drafter in self._kinds.neural:
+        if drafter in self._kinds.on_device:
             self._steps.untried[drafter] = self._steps.clock_s
 
     def figures(self) -> dict[str, Any]:
@@ -300,30 +317,28 @@ class GoodputPolicy:
         max_k = obs.longest(self._forecaster.max_draft)
         if max_k == 0 or not obs.drafters or not self._times.is_known:
             return _PLAIN
-        basis, ahead, self._steps.obs[obs.matches is not None] = self._basis, self._ahead, obs
-        self._steps.like = self._like
+        steps, looked = self._steps, obs.matches is not None
+        basis, ahead, steps.obs[looked] = self._basis, self._ahead, obs
+        steps.like = like = self._like
         self._basis = self._ahead = None
         fresh = self._fresh(obs)
-        if basis is None or not basis.is_for(obs, max_k, fresh, self._steps.like):
+        if basis is None or not basis.is_for(obs, max_k, fresh, like):
             may_match = obs.matches is None or any(obs.matches)
             basis, ahead = self._based(obs, max_k, may_match=may_match), None
         if ahead is None or obs.matches != basis.obs.matches or obs.caps != basis.obs.caps:
             ahead = self._weigh(obs, basis)
-        seen, choice = ahead.seen, ahead.choice
-        self._steps.made = Made(ahead, self._steps.drafter, obs.matches is not None)
-        self._steps.best = ahead.draft
-        (drafter, k), propensity, reason = self._decided(ahead, looked=obs.matches is not None)
-        tokens, seconds = seen.arm((drafter, k))
-        catches_up = self._lessons.catches_up(drafter, fresh)
+        steps.made, steps.best = Made(ahead, steps.drafter, looked), ahead.draft
+        arm, propensity, reason = self._decided(ahead, looked=looked)
+        (drafter, k), (tokens, seconds) = arm, ahead.seen.arm(arm)
+        catches_up = drafter != fresh and self._lessons.catches_up(drafter, fresh)
         if catches_up:
             seconds += basis.catch_up_s[drafter]
-        self._steps.tokens, explore = tokens / obs.batch, reason == "probe"
-        on_trial = explore and self._explorer.is_on_trial(drafter, choice.base)
+        steps.tokens, explore = tokens / obs.batch, reason == "probe"
+        on_trial = explore and self._explorer.is_on_trial(drafter, ahead.choice.base)
         picks = self._picker.pick(obs, drafter, k) if drafter in self._picker.mixes else None
-        return Decision(
-            drafter, k, propensity, explore, reason, "goodput", picks=picks,
-            note=Predicted(self._steps.tokens, seconds, catches_up, obs.pending_rows, on_trial),
-        )  # fmt: skip
+        note = Predicted(steps.tokens, seconds, catches_up, obs.pending_rows, on_trial)
+        # By position: names take a third as long again.
+        return Decision(drafter, k, propensity, explore, reason, "goodput", None, picks, note)
 
     def _based(self, obs: StepObs, max_k: int, *, may_match: bool = True) -> Basis:
         """Compute what arms take and which one is the base, for a batch of this size."""
@@ -335,7 +350,7 @@ class GoodputPolicy:
                 kind, obs.pending_rows.get(kind, 0), obs.batch, outline.plain_s
             )
             for kind in obs.drafters
-            if kind in self._kinds.neural
+            if kind in self._kinds.on_device
         }
         return_s = {
             kind: self._switches.seconds(kind, 0, obs.batch, outline.plain_s) for kind in catch_up_s

@@ -105,20 +105,23 @@ class GroupedAcceptance(AcceptanceModel):
             tables = self._tables[drafter] = _Tables(common, shifts.number, hazards, {}, {})
         found = tables.by_mix.get(mix)
         if found is None:
-            found = np.zeros(common.shape)
-            for group, share in mix.shares:
-                found += share * self._of_group(tables, shifts, group)
-            tables.by_mix[mix] = found
+            self._add_groups(tables, shifts, [group for group, _ in mix.shares])
+            by_group = np.array([tables.by_group[group] for group, _ in mix.shares])
+            shares = np.array([share for _, share in mix.shares])
+            found = tables.by_mix[mix] = (shares[:, None, None] * by_group).sum(axis=0)
         return found
 
     @staticmethod
-    def _of_group(tables: _Tables, shifts: Shifts, group: int) -> Floats:
-        found = tables.by_group.get(group)
-        if found is None:
-            found = np.ones(tables.common.shape)
-            np.cumprod(shifted(tables.hazards, shifts.of(group)), axis=1, out=found[:, 1:])
-            found = tables.by_group[group] = found.cumsum(axis=1)
-        return found
+    def _add_groups(tables: _Tables, shifts: Shifts, groups: list[int]) -> None:
+        """Compute the expected tokens of the groups that are not known yet, all at once: a batch of
+        256 has as many as eight."""
+        new = [group for group in groups if group not in tables.by_group]
+        if not new:
+            return
+        moves = np.array([shifts.of(group) for group in new])[:, None, None]
+        terms = np.ones((len(new), *tables.common.shape))
+        np.cumprod(shifted(tables.hazards, moves), axis=2, out=terms[..., 1:])
+        tables.by_group.update(zip(new, terms.cumsum(axis=2), strict=True))
 
     def on_swap(self, drafter: str, version: int, calibration: Mapping[str, Any]) -> None:
         """Other weights draft from now on; their common acceptance is for ``VersionMemory``."""

@@ -24,11 +24,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from policies.calibration import Calibration
 from policies.log_odds import log_odds, shifted
 from policies.round_counts import Beyond, Excess, Ints, Rounds
 from policies.versions import remember
@@ -167,7 +169,8 @@ class Shifts:
 
     def of(self, group: int) -> float:
         """Shift of a group, in log-odds."""
-        return sum(self._state[key].mean for key in _keys(group) if key in self._state)
+        state = self._state
+        return sum([state[key].mean for key in _keys(group) if key in state])
 
     def weigh(self, rounds: Rounds, hazards: Floats) -> Weighed:
         """Compare rounds with what the shifts say of them.
@@ -286,18 +289,15 @@ class Shifts:
 
 def published_shifts(calibration: Mapping[str, Any]) -> dict[int, tuple[float, float]]:
     """Shift of each class against all, and its weight, by the first position of what was published
-    as ``acceptance`` and ``acceptance_by_temperature``; nothing of what is no probability."""
-    by_class = calibration.get("acceptance_by_temperature")
-    whole = _first(calibration.get("acceptance"))
-    if not isinstance(by_class, Mapping) or whole is None:
+    as ``acceptance`` and ``acceptance_by_temperature``; nothing of what is malformed."""
+    read = Calibration.of(calibration)
+    if not read.acceptance:
         return {}
-    found = {}
-    for name, value in by_class.items():
-        own = _first(value)
-        if own is None or name not in _CLASS_NAMES:
-            continue
-        weight = _TEMPER * _PUBLISHED_ROUNDS * own * (1 - own)
-        found[_CLASS_NAMES.index(name)] = (log_odds(own) - log_odds(whole), weight)
+    found, whole = {}, log_odds(read.acceptance[0])
+    for name, of_class in read.by_temperature.items():
+        if of_class and name in _CLASS_NAMES:
+            weight = _TEMPER * _PUBLISHED_ROUNDS * of_class[0] * (1 - of_class[0])
+            found[_CLASS_NAMES.index(name)] = (log_odds(of_class[0]) - whole, weight)
     return found
 
 
@@ -305,14 +305,7 @@ _CLASS_NAMES = tuple(str(number) for number in range(NUM_CLASSES))
 """As JSON has them."""
 
 
-def _first(value: object) -> float | None:
-    if not isinstance(value, list | tuple) or not value:
-        return None
-    first = value[0]
-    is_number = isinstance(first, int | float) and not isinstance(first, bool)
-    return float(first) if is_number and 0 <= first <= 1 else None
-
-
+@cache
 def _keys(group: int) -> tuple[tuple[str, int], ...]:
     tenant, number = divmod(group, NUM_CLASSES)
     return ("class", number), ("tenant", tenant)

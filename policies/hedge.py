@@ -1,10 +1,10 @@
 """A hedge over the drafters that a server holds: exponential weights, and a K of its own for each.
 
-Every neural drafter is an expert. Experts take turns in stretches of steps, because one that was
-idle must catch up first; which one is next is drawn by the weights. At every step each expert is
-charged the loss that is expected of it, by its own acceptance and times, and the one that drafted
-what it lost beyond, divided by the probability of its stretch: a doubly robust estimate of all
-losses (Dudik, Langford and Li 2011), where one of the drafter heard alone would scatter so much
+Every drafter on the device is an expert. Experts take turns in stretches of steps, because one that
+was idle must catch up first; which one is next is drawn by the weights. At every step each expert
+is charged the loss that is expected of it, by its own acceptance and times, and the one that
+drafted what it lost beyond, divided by the probability of its stretch: a doubly robust estimate of
+all losses (Dudik, Langford and Li 2011), where one of the drafter heard alone would scatter so much
 that only a very slow rate could follow it. Losses are of tokens per time of a plain step, relative
 to the best expert's; times are smoothed, so a late step is no loss of its drafter. A fixed share
 (Herbster and Warmuth 1998) keeps every expert within reach.
@@ -33,10 +33,11 @@ from typing import Any, NamedTuple, Self
 
 from configs.policies import HedgeSettings
 from configs.schema import PolicySettings
+from policies.calibration import Calibration
 from policies.interface import CostSample, Decision, Outcome, Pick, PolicyContext, StepObs
 from policies.lengths import spread
 from policies.live_costs import LiveCosts
-from policies.versions import probabilities, remember
+from policies.versions import remember
 
 _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
 """Rounds that every position starts with, and those of them that kept it."""
@@ -132,13 +133,13 @@ class HedgePolicy:
     def __init__(self, context: PolicyContext, own: HedgeSettings, random_share: float) -> None:
         self._own, self._random_share = own, random_share
         self._max_draft = context.max_draft
-        neural = [kind for kind, traits in context.drafters.items() if traits.is_neural]
+        on_device = [kind for kind, traits in context.drafters.items() if traits.on_device]
         self._experts = {
             kind: _Expert(
                 LiveCosts(context.drafters, kind, context.max_draft),
                 _Life.of((), context.max_draft),
             )
-            for kind in neural or context.drafters
+            for kind in on_device or context.drafters
         }
         everyone = set(self._experts)
         self._mix = next((name for name, of in context.mixes.items() if set(of) == everyone), None)
@@ -162,7 +163,7 @@ class HedgePolicy:
         return None
 
     def wants_matches(self) -> bool:
-        """Neural drafters need none."""
+        """Drafters on the device need none."""
         return False
 
     # ---- deciding ------------------------------------------------------------------------------
@@ -290,8 +291,7 @@ class HedgePolicy:
         expert.version = version
         known = expert.former.get(version)
         if known is None:
-            published = calibration.get("acceptance")
-            known = _Life.of(probabilities(published), self._max_draft)
+            known = _Life.of(Calibration.of(calibration).acceptance, self._max_draft)
             weights = [math.exp(one.life.log_weight) for one in self._experts.values()]
             known.log_weight = math.log(sum(weights) / len(weights))
         expert.life = known

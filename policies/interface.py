@@ -42,9 +42,9 @@ class DrafterTraits(Protocol):
     """What a policy asks about a drafter instead of its name."""
 
     @property
-    def is_neural(self) -> bool:
-        """It computes on the device, and may have to catch up on rows committed without it;
-        otherwise it proposes on the host and is always up to date."""
+    def on_device(self) -> bool:
+        """It drafts on the device, within the round, and may have to catch up on rows committed
+        without it; otherwise it proposes on the host and is always up to date."""
         ...
 
     @property

@@ -40,8 +40,8 @@ def drafter_for(wanted: str, context: PolicyContext) -> str:
     computes on the device, or else the first."""
     if wanted in context.drafters:
         return wanted
-    neural = (kind for kind, traits in context.drafters.items() if traits.is_neural)
-    return next(neural, next(iter(context.drafters)))
+    on_device = (kind for kind, traits in context.drafters.items() if traits.on_device)
+    return next(on_device, next(iter(context.drafters)))
 
 
 class LengthPolicy(ABC):

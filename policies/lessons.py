@@ -6,6 +6,7 @@ than deciding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -25,6 +26,11 @@ _TIMED_STEPS = 8
 """One in so many steps of a rest updates the step times: that takes longer than deciding."""
 _LEAST_SHARE = 0.2
 """Least share of a step's time that is left to it when the hidden time of its look is taken off."""
+
+
+_MOST_PRESUMED = 2.0
+"""Plain steps that a step of a trial is presumed to take at most where its time says nothing: if
+the prediction is far too high, nothing but trials can correct it."""
 
 
 class Predicted(NamedTuple):
@@ -75,6 +81,8 @@ class Lessons:
         """That of the last step observed."""
         self._resting: list[Outcome] = []
         """Steps of a rest that were not taken in yet."""
+        self._tried: dict[str, Counted] = {}
+        """Rounds of a trial, by drafter, learned when it is over or the next step is planned."""
         self._arm, self._num_alike = PLAIN_ARM, FRESH_STEPS
         """Arm of the last step, and steps in a row before it that had the same one; as many as
         needed for those that are not fresh by nature."""
@@ -91,7 +99,7 @@ class Lessons:
         self._acceptance.tick(outcome.batch)
         self._switches.stepped()
         plain_s = self._times.plain_s(outcome.batch)
-        if not outcome.has_prefill:
+        if not (outcome.has_prefill and self._kinds.matching):
             self._rest.note_cost(outcome.plan_s, plain_s)
         self._ledger.pay_off(outcome.step_s / plain_s)
         if outcome.decision.drafter in self._kinds.needing and not outcome.has_prefill:
@@ -103,20 +111,28 @@ class Lessons:
         self._count_alike(outcome)
         is_alike = outcome.decision.drafter == self.drafter and not outcome.num_caught_up
         if not _was_planned(outcome.decision) and is_alike:
+            self._learn_rows()
             self._gather(outcome)
             return
-        self.learn_gathered()
         note = outcome.decision.note
         predicted = note if isinstance(note, Predicted) else None
+        if predicted is None or not predicted.on_trial or not self._tried:
+            self.learn_gathered()
         if outcome.decision.draft_k:
-            self._observe_rows(outcome)
+            self._count_rows(outcome)
+            if predicted is None or not predicted.on_trial:
+                self._learn_rows()
         if not outcome.has_prefill and outcome.step_s > outcome.plan_s:
             self._observe_time(outcome, predicted.pending_rows if predicted else {})
             self._earn(outcome.step_s, outcome.batch, is_drafted=outcome.decision.draft_k > 0)
             if predicted and outcome.decision.explore:
-                self._charge(outcome, predicted, plain_s)
+                self._charge(outcome, predicted, plain_s, outcome.step_s)
             elif outcome.decision.draft_k:
                 self._ledger.earned_s += outcome.rows.tokens_each * plain_s - outcome.step_s
+        elif predicted and predicted.on_trial:
+            # Where requests begin and end, many steps say nothing of their time: on a busy server
+            # nearly all. They are not free for that.
+            self._charge(outcome, predicted, plain_s, self._presumed_s(predicted, plain_s))
         self.drafter = outcome.decision.drafter
 
     def _goes_on(self, outcome: Outcome) -> bool:
@@ -129,25 +145,25 @@ class Lessons:
             and decision.drafter not in self._kinds.needing
             and outcome.rows.matches is None
             and not outcome.num_caught_up
-            and outcome.batch == self._acceptance.batch
             and not self._rest.owes_a_plan
         )
 
     def _learn_rest(self) -> None:
-        """Take in the steps that ``_goes_on`` told of, all of them of one arm and batch."""
+        """Take in the steps that ``_goes_on`` told of, all of them of one arm."""
         if not (resting := self._resting):
             return
         self._resting = []
-        batch, num_steps = self._acceptance.batch, len(resting)
-        self._acceptance.tick(batch, num_steps)
+        num_steps = len(resting)
         self._switches.stepped(num_steps)
-        plain_s = self._times.plain_s(batch)
+        # Requests come and go, and hardly change what a step takes.
+        plain_s = self._times.plain_s(sum([one.batch for one in resting]) // num_steps)
         self._ledger.pay_off(sum([one.step_s for one in resting]) / plain_s)
         self._num_alike += num_steps
         for outcome in resting:
+            self._acceptance.tick(outcome.batch)
             is_timed = not outcome.has_prefill and outcome.step_s > outcome.plan_s
             if is_timed and self._kinds.matching:
-                self._compare_look(outcome, plain_s)
+                self._compare_look(outcome, self._times.plain_s(outcome.batch))
             self._gather(outcome)
 
     def _count_alike(self, outcome: Outcome) -> None:
@@ -157,7 +173,7 @@ class Lessons:
         if self._arm == before:
             self._num_alike += 1
             return
-        is_own = self._arm[0] == before[0] in self._kinds.neural
+        is_own = self._arm[0] == before[0] in self._kinds.on_device
         self._num_alike = 0 if is_own and outcome.rows.matches is None else FRESH_STEPS
 
     def _compare_look(self, outcome: Outcome, plain_s: float) -> None:
@@ -173,16 +189,22 @@ class Lessons:
         looked = outcome.rows.matches is not None
         self._rest.look_time.note(as_plain_s, plain_s, looked=looked, always=self._rest.pays)
 
-    def _charge(self, outcome: Outcome, predicted: Predicted, plain_s: float) -> None:
-        """Charge a step of a stretch what it took."""
+    def _charge(
+        self, outcome: Outcome, predicted: Predicted, plain_s: float, step_s: float
+    ) -> None:
+        """Charge a step of a stretch what it took.
+
+        Args:
+            step_s: its seconds, or those that were predicted where it says nothing of them.
+        """
         drafter = outcome.decision.drafter
-        if drafter in self._kinds.neural:
+        if drafter in self._kinds.on_device:
             k, batch = outcome.decision.draft_k, outcome.batch
-            took, is_late = self._times.in_plain_steps(drafter, k, batch, outcome.step_s)
+            took, is_late = self._times.in_plain_steps(drafter, k, batch, step_s)
             worth = outcome.rows.tokens_each / self._chooser.plain_lead
             self._explorer.note_gain(
                 drafter,
-                worth - outcome.step_s / plain_s,
+                worth - step_s / plain_s,
                 plain_s,
                 on_trial=predicted.on_trial,
                 catches_up=predicted.catches_up,
@@ -191,12 +213,18 @@ class Lessons:
             )
         if not predicted.on_trial:
             self._explorer.settle(
-                outcome.step_s,
+                step_s,
                 predicted.seconds,
                 plain_s,
                 catches_up=predicted.catches_up,
                 is_own=drafter == self._chooser.base != "none",
             )
+
+    @staticmethod
+    def _presumed_s(predicted: Predicted, plain_s: float) -> float:
+        """Seconds of a step of a trial whose time says nothing."""
+        most_s = math.inf if predicted.catches_up else _MOST_PRESUMED * plain_s
+        return min(predicted.seconds, most_s)
 
     def _gather(self, outcome: Outcome) -> None:
         """Learn from a step of a rest: its time now and then, the rest at the next plan."""
@@ -206,18 +234,21 @@ class Lessons:
             self._observe_time(outcome, {})
 
     def learn_gathered(self) -> None:
-        """Learn from the steps of a rest that was not learned from yet."""
+        """Learn from the steps of a rest or a trial that were not learned from yet."""
         self._learn_rest()
+        self._learn_rows()
         if not self._rest.gathered.num_steps:
             return
         gathered, self._rest.gathered = self._rest.gathered, Gathered()
         if gathered.counted.rounds:
             self._acceptance.learn(gathered.drafter, gathered.counted, self._acceptance.batch)
-        if gathered.seconds:
-            is_drafted = gathered.drafter != "none"
-            self._earn(gathered.seconds, self._acceptance.batch, is_drafted=is_drafted)
-        if gathered.seconds and gathered.drafter != "none":
-            plain_s = self._times.plain_s(self._acceptance.batch)
+        plain_s, is_drafted = (
+            self._times.plain_s(self._acceptance.batch),
+            gathered.drafter != "none",
+        )
+        if seconds := gathered.seconds + gathered.num_untimed * plain_s:
+            self._earn(seconds, self._acceptance.batch, is_drafted=is_drafted)
+        if gathered.seconds and is_drafted:
             self._ledger.earned_s += gathered.tokens_each * plain_s - gathered.seconds
 
     def _earn(self, seconds: float, batch: int, *, is_drafted: bool) -> None:
@@ -225,17 +256,20 @@ class Lessons:
 
     def catches_up(self, drafter: str, before: str) -> bool:
         """Whether a drafter must catch up after a step by another one."""
-        return drafter in self._kinds.neural and not self._chooser.goes_on(drafter, before)
+        return drafter in self._kinds.on_device and not self._chooser.goes_on(drafter, before)
 
-    def _observe_rows(self, outcome: Outcome) -> None:
+    def _count_rows(self, outcome: Outcome) -> None:
         found = {outcome.decision.drafter: outcome.rows}
         # The length of a match decides who drafts, and a drafter that needs one is known by it.
         found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
         for drafter, rows in found.items():
-            counted = Counted()
-            counted.add(rows)
+            self._tried.setdefault(drafter, Counted()).add(rows)
+
+    def _learn_rows(self) -> None:
+        tried, self._tried = self._tried, {}
+        for drafter, counted in tried.items():
             if counted.rounds:
-                self._acceptance.learn(drafter, counted, outcome.batch)
+                self._acceptance.learn(drafter, counted, self._acceptance.batch)
 
     def _observe_time(self, outcome: Outcome, pending_rows: Mapping[str, int]) -> None:
         (drafter, k), batch = (outcome.decision.drafter, outcome.decision.draft_k), outcome.batch
@@ -261,6 +295,6 @@ class Lessons:
             self._switches.observe_fresh(drafter, step_s - usual_s, plain_s)
             if self._switches.fresh(drafter):
                 return
-        if k and drafter not in self._kinds.neural:
+        if k and drafter not in self._kinds.on_device:
             k = max(outcome.rows.num_verified, default=k)
         self._times.observe(drafter, k, batch, step_s)

@@ -47,15 +47,9 @@ class LookTime:
         """Steps left of a stretch without looks."""
         self._num_looked, self._wanted = 0, _FIRST_LOOKED
         """Steps with looks since the last one, and those before the next one."""
-
-    @property
-    def hidden(self) -> float:
+        self.hidden = 0.0
         """Time by which a look lengthens a step beyond planning, in plain steps, as far as that is
         clear."""
-        if self._mean <= 0:
-            return 0.0
-        squares = self._mean**2 * self._weight / self._variance
-        return self._mean * max(1 - _PROOF / squares, 0.0) if squares else 0.0
 
     @property
     def is_blind(self) -> bool:
@@ -123,3 +117,11 @@ class LookTime:
             gain = min(max(share, 0.02), 0.5)
             self._variance += gain * (surprise**2 * weight - self._variance)
         self._mean += share * surprise
+        self.hidden = self._clear()
+
+    def _clear(self) -> float:
+        """The mean, as far as it is clear."""
+        if self._mean <= 0:
+            return 0.0
+        squares = self._mean**2 * self._weight / self._variance
+        return self._mean * max(1 - _PROOF / squares, 0.0) if squares else 0.0

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 from typing import Any, Self
 
 from configs.schema import PolicySettings
+from policies.calibration import Calibration
 from policies.features import Features
 from policies.interface import Decision, Outcome, PolicyContext, StepObs
 from policies.lengths import LengthPolicy, spread
 from policies.network import FILE, MAX_BYTES, Network
 from policies.published import Published
-from policies.versions import probabilities
 from policies.weight_file import weights_of
 
 CALIBRATION_KEY = "ltd"
@@ -104,7 +104,7 @@ class LtdPolicy(LengthPolicy):
     def forget(self, calibration: dict[str, Any]) -> None:
         """Start the features from what was published with the version, and take the network that
         comes with it, if any."""
-        self._features.forget(probabilities(calibration.get("acceptance")))
+        self._features.forget(Calibration.of(calibration).acceptance)
         self._published.on_swap(calibration)
 
     def state(self) -> dict[str, Any]:

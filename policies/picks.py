@@ -47,7 +47,7 @@ class MixTraits:
 
     prior_acceptance: tuple[float, ...]
     prior_draft_cost: float
-    is_neural: bool = True
+    on_device: bool = True
     needs_match: bool = False
     picks_itself: bool = False
 
@@ -64,12 +64,12 @@ def with_mixes(
     drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, DrafterTraits]:
     """Traits by kind of all drafters and mixes. A mix takes the time of all its members, and keeps
-    as much as the best of the neural ones until it is measured."""
+    as much as the best of those on the device until it is measured."""
     found = dict(drafters)
     for name, members in mixes.items():
         traits = [drafters[kind] for kind in members]
-        neural = (one for one in traits if one.is_neural)
-        best = max(neural, key=lambda one: max(one.prior_acceptance))
+        on_device = (one for one in traits if one.on_device)
+        best = max(on_device, key=lambda one: max(one.prior_acceptance))
         found[name] = MixTraits(best.prior_acceptance, sum(one.prior_draft_cost for one in traits))
     return found
 
@@ -86,7 +86,7 @@ def needing_match(
 class Kinds(NamedTuple):
     """Drafters and mixes by what they need."""
 
-    neural: frozenset[str]
+    on_device: frozenset[str]
     """Drafters that must catch up on rows committed without them, and all mixes."""
     needing: frozenset[str]
     """Those that are of use only where a request has a match."""
@@ -104,20 +104,20 @@ class Kinds(NamedTuple):
         cls, drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
     ) -> Self:
         """Those of a server."""
-        neural = frozenset({kind for kind, one in drafters.items() if one.is_neural} | {*mixes})
+        on_device = frozenset({kind for kind, one in drafters.items() if one.on_device} | {*mixes})
         needing = needing_match(drafters, mixes)
         matching = tuple(kind for kind, one in drafters.items() if one.needs_match)
         mixed = needing & mixes.keys()
-        return cls(neural, needing, matching, neural - needing, mixed, mixes)
+        return cls(on_device, needing, matching, on_device - needing, mixed, mixes)
 
 
 def rows_of(
     drafters: Mapping[str, DrafterTraits], mixes: Mapping[str, tuple[str, ...]]
 ) -> dict[str, frozenset[str]]:
-    """Neural drafters whose rows a step by each neural drafter or mix computes."""
-    neural = {kind for kind, traits in drafters.items() if traits.is_neural}
-    kinds = {kind: frozenset({kind}) for kind in neural}
-    return kinds | {mix: frozenset(neural & {*members}) for mix, members in mixes.items()}
+    """Drafters on the device whose rows a step by each such drafter or mix computes."""
+    on_device = {kind for kind, traits in drafters.items() if traits.on_device}
+    kinds = {kind: frozenset({kind}) for kind in on_device}
+    return kinds | {mix: frozenset(on_device & {*members}) for mix, members in mixes.items()}
 
 
 class Picker:

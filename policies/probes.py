@@ -24,13 +24,14 @@ from policies.forecast import PLAIN_ARM, Arm, Forecast
 from policies.ledger import Ledger, Purpose
 
 _LEAST_STRETCH, _USUAL_STRETCH, _MOST_STRETCH = 2, 6, 32
-"""Steps of a stretch of plain decoding or of an idle neural drafter; for others one is enough. It
-is longer where the arm loses less than the switch costs: arms that are nearly as good as the best
-are the hardest to tell from it, and cost the least. It is shorter where a step loses much."""
+"""Steps of a stretch of plain decoding or of an idle drafter on the device; for others one is
+enough. It is longer where the arm loses less than the switch costs: arms that are nearly as good as
+the best are the hardest to tell from it, and cost the least. It is shorter where a step loses much.
+"""
 _TRIAL_STEPS = 8
-"""Least steps of a neural drafter where plain decoding is the base: the first one says nothing of
-the others' time, and step times that are far off take four surprises in a row to be given up. A
-stretch that loses too much is ended."""
+"""Least steps of a drafter on the device where plain decoding is the base: the first one says
+nothing of the others' time, and step times that are far off take four surprises in a row to be
+given up. A stretch that loses too much is ended."""
 _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
 _OWED_STEPS = 4.0
@@ -46,6 +47,11 @@ _DOUBT_STEPS = 8
 _MOST_HASTE = 8.0
 _MOST_EXCESS = 25.0
 """Largest charge of a step beyond its prediction, relative to it; more is a machine's hiccup."""
+
+
+_OTHER = 2.0
+"""Weight of a drafter that is not in use."""
+_LENGTH, _ARM = Purpose.LENGTH, Purpose.ARM  # a member of an enum is found slowly in its class
 
 
 class Stretch(NamedTuple):
@@ -74,15 +80,15 @@ Priced = tuple[Option, float]
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
-    def __init__(self, explore: float, seed: int, neural: Set[str], ledger: Ledger) -> None:
+    def __init__(self, explore: float, seed: int, on_device: Set[str], ledger: Ledger) -> None:
         """
         Args:
             explore: share of steps that explore once figures are known.
-            neural: kinds of the drafters that must catch up.
+            on_device: kinds of the drafters that must catch up.
             ledger: pays.
         """
         self._explore = explore
-        self._neural = neural
+        self._on_device = on_device
         self._ledger = ledger
         self._rng = random.Random(seed)
         self.under_way: Stretch | None = None
@@ -223,15 +229,14 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None, 1.0
         self._num_draws += 1
-        of_length = Purpose.LENGTH
-        own_s, other_s = self._ledger.balance(of_length), self._ledger.balance(Purpose.ARM)
+        own_s, other_s = self._ledger.balance(_LENGTH), self._ledger.balance(_ARM)
         affordable: list[Priced] = []
         total = weighted_steps = wanted_s = 0.0
         for priced in options:
             (_, weight, num_steps, purpose), loss_s = priced
             if loss_s > wanted_s:
                 wanted_s = loss_s
-            if loss_s <= (own_s if purpose is of_length else other_s):
+            if loss_s <= (own_s if purpose is _LENGTH else other_s):
                 affordable.append(priced)
                 total += weight
                 weighted_steps += weight * num_steps
@@ -256,8 +261,7 @@ class Explorer:
         if not self._explore or not self._ledger.is_open:
             return None
         self._ledger.forgive(Purpose.ARM)
-        of_arm = Option(arm, 1.0, 1, Purpose.ARM)
-        one, loss_s = self._priced(of_arm, choice, choice.loss_s(arm))
+        one, loss_s = self._priced(arm, 1.0, _ARM, choice, choice.loss_s(arm))
         return self._begin(one, loss_s, choice, 1.0)
 
     def draws_match(self, loss_s: float, num_since: int) -> tuple[bool, float]:
@@ -295,37 +299,45 @@ class Explorer:
             num_steps: of a stretch of the base at another K.
             begin_s: seconds that it takes to begin and to end.
         """
-        (drafter, k), base, values, speed = choice.arm, choice.base, choice.values, choice.speed
-        most, found, neural = values[drafter][k], [], self._neural
+        (drafter, k), base, speed, values, _, _, _ = choice
+        most, on_device = values[drafter][k], self._on_device
+        found: list[Priced] = []
         for kind in sorted(values):
             by_k = values[kind]
-            if kind == drafter == base and k:
-                ones = _lengths(kind, k, seen.max_k, num_steps)
+            if kind == "none":
+                if k:
+                    loss_s = (most - by_k[0]) / speed
+                    found.append(self._priced(PLAIN_ARM, self._haste, _ARM, choice, loss_s))
+            elif kind == drafter == base:
                 step_s = num_steps / speed
-                found += [(one, (most - by_k[at]) * step_s + begin_s) for one, at in ones]
-                continue
-            if kind == drafter:
-                ones = _lengths(kind, k, seen.max_k, 1) if k else ()
-                priced = [(one, (most - by_k[at]) / speed) for one, at in ones]
-            elif kind == "none":
-                one = Option(PLAIN_ARM, self._haste, 1, Purpose.ARM)
-                priced = [(one, (most - by_k[0]) / speed)]
+                for one, at in _lengths(kind, k, seen.max_k, num_steps):
+                    found.append((one, (most - by_k[at]) * step_s + begin_s))
+            elif kind == drafter:
+                for one, at in _lengths(kind, k, seen.max_k, 1):
+                    loss_s = (most - by_k[at]) / speed
+                    if kind in on_device:
+                        found.append(self._priced(one.arm, one.weight, _LENGTH, choice, loss_s))
+                    else:
+                        found.append((one, loss_s))
             else:
                 best = max(by_k)
-                priced = [(_other(kind, by_k.index(best)), (most - best) / speed)]
-            if kind == "none" or (kind != base and kind in neural):
-                priced = [self._priced(one, choice, loss_s) for one, loss_s in priced]
-            found += priced
+                at, loss_s = by_k.index(best), (most - best) / speed
+                if kind != base and kind in on_device:
+                    found.append(self._priced((kind, at), _OTHER, _ARM, choice, loss_s))
+                else:
+                    found.append((_other(kind, at), loss_s))
         return found
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
         """Whether a step of a stretch of this drafter is charged by what it loses."""
-        return base == "none" and drafter in self._neural
+        return base == "none" and drafter in self._on_device
 
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
 
-    def _priced(self, one: Option, choice: Choice, first_s: float) -> Priced:
+    def _priced(
+        self, arm: Arm, weight: float, purpose: Purpose, choice: Choice, first_s: float
+    ) -> Priced:
         """A stretch of plain decoding or of a drafter that is not the base, with its steps and what
         it is predicted to lose: it switches once.
 
@@ -335,14 +347,14 @@ class Explorer:
         Args:
             first_s: what its first step loses.
         """
-        arm, weight, _, purpose = one
-        on_trial = self._is_on_trial(arm, choice)
+        on_trial = choice.base == "none" and arm[0] in self._on_device
         switch_s = choice.charges_s[arm[0]]
         step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
-        least = _TRIAL_STEPS if on_trial else _LEAST_STRETCH
-        longest = max(least, round(_MUCH_STEPS * choice.plain_s / step_s))
-        usual = max(_USUAL_STRETCH, least)
-        num_steps = min(max(usual, round(switch_s / step_s)), longest, _MOST_STRETCH)
+        least, num_steps = (_TRIAL_STEPS,) * 2 if on_trial else (_LEAST_STRETCH, _USUAL_STRETCH)
+        if (other := round(switch_s / step_s)) > num_steps:
+            num_steps = min(other, _MOST_STRETCH)
+        if (other := round(_MUCH_STEPS * choice.plain_s / step_s)) < num_steps:
+            num_steps = max(other, least)
         loss_s = first_s * num_steps - switch_s * (num_steps - 1)
         if on_trial:
             loss_s = min(loss_s, choice.plain_s)
@@ -354,12 +366,11 @@ def _lengths(drafter: str, k: int, most_k: int, num_steps: int) -> tuple[tuple[O
     """Other K of the drafter in use that are worth a try, as options and as numbers."""
     weights = {most_k: 1.0, min(k + 2, most_k): 1.0}
     weights |= {min(k + 1, most_k): 2.0, max(k - 1, 1): 2.0}
-    own = Purpose.LENGTH
     others = sorted(weights.keys() - {k})
-    return tuple((Option((drafter, one), weights[one], num_steps, own), one) for one in others)
+    return tuple((Option((drafter, one), weights[one], num_steps, _LENGTH), one) for one in others)
 
 
 @cache
 def _other(drafter: str, k: int) -> Option:
     """A step of a drafter that is not in use."""
-    return Option((drafter, k), 2.0, 1, Purpose.ARM)
+    return Option((drafter, k), _OTHER, 1, _ARM)

@@ -74,7 +74,7 @@ class RaggedPolicy:
 
     def __init__(self, inner: GoodputPolicy, context: PolicyContext, own: RaggedSettings) -> None:
         self.inner = inner
-        self._neural = {kind for kind, traits in context.drafters.items() if traits.is_neural}
+        self._on_device = {kind for kind, traits in context.drafters.items() if traits.on_device}
         self._max_draft, self._extra = context.max_draft, own.extra
         self._rng = random.Random(context.seed + 2)
         self._ways: dict[int, tuple[_Way, _Way]] = {}
@@ -122,7 +122,7 @@ class RaggedPolicy:
     def _drawn(self, inner: Decision, most: int) -> Decision:
         """A decision of ``goodput``, as it is or with longer drafts under its budget."""
         k = min(inner.draft_k + self._extra, most)
-        can_be = inner.drafter in self._neural and not inner.explore
+        can_be = inner.drafter in self._on_device and not inner.explore
         if not can_be or k <= inner.draft_k or self._batch < 2:
             return replace(inner, policy=self.kind, note=_Drawn(inner))
         share = self._ragged_share()

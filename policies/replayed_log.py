@@ -48,7 +48,7 @@ _LEAST_HASTE, _MOST_HASTE = 0.25, 4.0
 class _Traits:
     """What a log knows of its drafter."""
 
-    is_neural: bool = True
+    on_device: bool = True
     needs_match: bool = False
     picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)

@@ -80,9 +80,13 @@ class _Costs:
         """Of one that was planned for,"""
         self.glance = Typical(_REST_GAIN)
         """and of one that was not."""
+        self._looks: tuple[float, float, float] | None = None
+        """What ``looks`` was asked last, and what it said; ``None`` once it says something else.
+        Whether looks pay is asked several times in each step."""
 
     def add(self, share: float, *, looked: bool | None, by_glance: bool) -> Typical:
         """Take in a plan or a look; returns what is known of its like."""
+        self._looks = None
         if not looked:
             own = self.plan
         else:
@@ -93,10 +97,23 @@ class _Costs:
 
     @property
     def of_plan(self) -> float:
-        """Of a plan beside that of its look. Without a neural drafter every plan has one."""
+        """Of a plan beside that of its look. Without a drafter on the device every plan has one."""
         if self.plan.num or not self.glance.num:
             return self.plan.mean
         return max(self.planned.mean - self.glance.mean, 0.0)
+
+    def looks(self, hidden: float) -> tuple[float, float]:
+        """Of a look, and of one that shares its plan with the steps that this holds for.
+
+        Args:
+            hidden: what each takes beyond planning.
+        """
+        if self._looks is None or self._looks[0] != hidden:
+            cost, planned = self.look.mean + hidden, self.of_plan
+            alone = self.glance.mean + hidden if self.glance.num else max(cost - planned, 0.0)
+            shared = min(cost, alone + planned / max(_num_steps(planned), 1))
+            self._looks = hidden, cost, shared
+        return self._looks[1:]
 
 
 @dataclass(slots=True)
@@ -171,15 +188,8 @@ class Rest:
         return self._finds[is_plain].mean >= self._look_cost(is_plain=is_plain)
 
     def _look_cost(self, *, is_plain: bool) -> float:
-        cost = self.look_share
-        if not is_plain and self._is_mixed:
-            return cost
-        planned = self._costs.of_plan
-        if self._costs.glance.num:
-            alone = self._costs.glance.mean + self.look_time.hidden
-        else:
-            alone = max(cost - planned, 0.0)
-        return min(cost, alone + planned / max(self._num_steps(planned), 1))
+        cost, shared = self._costs.looks(self.look_time.hidden)
+        return cost if self._is_mixed and not is_plain else shared
 
     @property
     def num_since(self) -> int:
@@ -189,7 +199,7 @@ class Rest:
     @property
     def look_share(self) -> float:
         """Time that a plan with a look takes, as a share of a plain step."""
-        return self._costs.look.mean + self.look_time.hidden
+        return self._costs.looks(self.look_time.hidden)[0]
 
     @property
     def plain_lead(self) -> float:
@@ -207,7 +217,7 @@ class Rest:
     @property
     def overhead(self) -> float:
         """Time that plans take in each step while drafting pays, as a share of a plain step."""
-        return self._costs.plan.mean / self._num_steps(self._costs.plan.mean)
+        return self._costs.plan.mean / _num_steps(self._costs.plan.mean)
 
     @property
     def owes_a_plan(self) -> bool:
@@ -236,17 +246,14 @@ class Rest:
         least = math.ceil(self._look_cost(is_plain=False) / _REST_SHARE)
         return self.num_unlooked >= min(max(least, _LEAST_UNLOOKED), _MOST_UNLOOKED)
 
-    def _num_steps(self, cost: float) -> int:
-        """Steps that a plan holds for."""
-        return min(max(math.ceil(cost / _REST_SHARE), 1), _MOST_REST)
-
     def plan_begins(self, *, looked: bool, is_paid: bool = False) -> None:
         """A plan is asked for.
 
         Args:
             is_paid: drafts that saved more time than a plan takes have led to it.
         """
-        self._plan = _Plan(looked, is_paid)
+        plan = self._plan
+        plan.looked, plan.is_paid, plan.by_glance = looked, is_paid, False
         self.num_unlooked += not looked
         self._stepped(looked=looked)
 
@@ -346,7 +353,7 @@ class Rest:
         self._steps.is_interrupted, self._steps.was_better = is_interrupted, is_interrupted
         self.arm = arm
         planned = self._costs.plan.mean if self._costs.plan.num else self._costs.planned.mean
-        num_steps = self._num_steps(planned) if planned else 0
+        num_steps = _num_steps(planned) if planned else 0
         is_silent = self.is_plain and not looked and not (glance is not None and self.pays)
         self._steps.silent_plans = self._steps.silent_plans + 1 if is_silent else 0
         is_known = self._steps.silent_plans > _MANY_SILENT
@@ -431,6 +438,11 @@ class Rest:
         self._ledger.clear(Purpose.PLAN, Purpose.LOOK)
 
 
+def _num_steps(cost: float) -> int:
+    """Steps that a plan of this cost holds for."""
+    return min(max(math.ceil(cost / _REST_SHARE), 1), _MOST_REST)
+
+
 class Gathered:
     """Outcomes of a rest, learned at the next plan."""
 
@@ -442,10 +454,14 @@ class Gathered:
         """Of steps whose time says something,"""
         self.tokens_each = 0.0
         """and the sum of tokens of a request in each of these."""
+        self.num_untimed = 0
+        """Plain steps whose time says nothing."""
 
     def add(self, outcome: Outcome) -> None:
         self.num_steps += 1
-        if not outcome.has_prefill:
+        if outcome.has_prefill:
+            self.num_untimed += not outcome.decision.draft_k
+        else:
             self.seconds += outcome.step_s
             if outcome.decision.draft_k:
                 self.tokens_each += outcome.rows.tokens_each

@@ -5,6 +5,11 @@ a late step takes beyond is not discarded: it is averaged apart, over all steps,
 time of every arm, because a host is late as often beside a draft as without one. A drafter's own
 average replaces the common one as far as its steps prove that it differs. Typical time plus late
 time is the mean time, heavy tails included, without the variance of a mean.
+
+Where rounds overlap, a step that the host reads late is followed by one that seems short by as
+much, so what such a step lacks is taken back from the lateness before it. Otherwise a drafter that
+is tried for a few steps now and then would seem faster than it is: its late steps would count for
+all drafters, and its short ones for itself.
 """
 
 from __future__ import annotations
@@ -45,6 +50,8 @@ class Scatter:
         self._num_observed = 0
         self._late = Average(_LATE_GAIN)
         self._own_late = {kind: Average(_OWN_LATE_GAIN) for kind in ("none", *drafters)}
+        self._owed_s = 0.0
+        """What the last step took beyond what counted."""
 
     def observe(self, kind: str, step_s: float, typical_s: float) -> None:
         """Take in a step.
@@ -53,13 +60,15 @@ class Scatter:
             kind: its drafter, or ``none``.
         """
         self._num_observed += 1
-        counted = min(step_s / typical_s, math.exp(CLIP * self.noise))
+        back_s = min(self._owed_s, max(typical_s - step_s, 0.0))
+        counted = min((step_s + back_s) / typical_s, math.exp(CLIP * self.noise))
         self._ratio.add(counted)
         self._own_ratio[kind].add(counted)
         # The mean size of a normal deviate is 0.8 standard deviations.
         size = min(abs(math.log(step_s / typical_s)), 3 * self.noise) / 0.8
         self.noise = max(_NOISE_LEAST, self.noise + _NOISE_GAIN * (size - self.noise))
         late_s = step_s - counted * typical_s
+        self._owed_s = max(late_s, 0.0)
         self._late.add(late_s)
         self._own_late[kind].add(late_s)
 

@@ -1,4 +1,4 @@
-"""What it costs to come back to a neural drafter after steps without it.
+"""What it costs to come back to a drafter on the device after steps without it.
 
 It must first compute the rows that were committed meanwhile, and on a GPU the host cannot launch
 the round before it has read the last one. Neither is part of an ordinary step, so the first step
@@ -49,7 +49,7 @@ counts the more the clearer it is (James-Stein)."""
 
 
 class SwitchCosts:
-    """Seconds that the first step of a neural drafter takes beyond its others."""
+    """Seconds that the first step of a drafter on the device takes beyond its others."""
 
     def __init__(self, drafters: Iterable[str]) -> None:
         self._shares = dict.fromkeys(drafters, _START)

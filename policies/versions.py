@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from policies.acceptance import AcceptanceModel, Floats
+from policies.calibration import Calibration
 from policies.interface import DrafterTraits
 from policies.log_odds import log_odds
 from policies.regimes import Evidence
@@ -62,16 +63,15 @@ class VersionMemory:
         """Remember the version that leaves, and start the one that comes from what is known of it.
 
         Args:
-            calibration: see ``DraftPolicy.on_swap``; figures that are no probabilities are ignored.
+            calibration: see ``DraftPolicy.on_swap``; figures that are malformed are ignored.
         """
-        leaving = self._leaves(drafter)
-        published = probabilities(calibration.get("acceptance"))
-        self._current[drafter] = (version, published)
+        leaving, read = self._leaves(drafter), Calibration.of(calibration)
+        self._current[drafter] = (version, read.acceptance)
         own = self._known[drafter].get(version)
         if own is not None:
             evidence = own.evidence.limited(_KNOWN_WEIGHT)
         else:
-            evidence = self._first_evidence(drafter, leaving, published, calibration)
+            evidence = self._first_evidence(drafter, leaving, read)
         self._model.replace(drafter, evidence)
 
     def on_change(self, mix: str) -> None:
@@ -89,17 +89,11 @@ class VersionMemory:
             remember(known, version, leaving)
         return leaving
 
-    def _first_evidence(
-        self,
-        drafter: str,
-        leaving: _Known,
-        published: list[float],
-        calibration: Mapping[str, Any],
-    ) -> Evidence:
-        parent = self._known[drafter].get(calibration.get("parent", -1))
-        of_parent = probabilities(calibration.get("parent_acceptance"))
-        if published and parent is not None and of_parent:
-            evidence = _moved(parent, of_parent, published)
+    def _first_evidence(self, drafter: str, leaving: _Known, read: Calibration) -> Evidence:
+        known, published = self._known[drafter], read.acceptance
+        parent = None if read.parent is None else known.get(read.parent)
+        if published and parent is not None and read.parent_acceptance:
+            evidence = _moved(parent, read.parent_acceptance, published)
         elif published and leaving.published:
             evidence = _moved(leaving, leaving.published, published)
         elif published and self._has_pool(drafter):
@@ -146,11 +140,3 @@ def remember(known: dict[int, T], version: int, value: T) -> None:
     known[version] = value
     while len(known) > _KEPT_VERSIONS:
         del known[next(iter(known))]
-
-
-def probabilities(value: Any) -> list[float]:
-    """Published figures, or nothing if they are not a list of probabilities."""
-    if not isinstance(value, list | tuple):
-        return []
-    is_valid = all(isinstance(c, int | float) and 0 <= c <= 1 for c in value)
-    return [float(c) for c in value] if is_valid else []

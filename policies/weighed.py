@@ -55,7 +55,7 @@ class Basis(NamedTuple):
     """The drafter of the decision before."""
     outline: Outline
     catch_up_s: dict[str, float]
-    """Seconds to come back to each neural drafter that may propose."""
+    """Seconds to come back to each drafter on the device that may propose."""
     footing: Footing
     like: Like
 
@@ -66,7 +66,7 @@ class Basis(NamedTuple):
             obs.batch == own.batch
             and max_k == self.max_k
             and fresh == self.fresh
-            and not like.is_far_from(self.like)
+            and (like is self.like or not like.is_far_from(self.like))
             and obs.drafters == own.drafters
             and obs.pending_rows == own.pending_rows
         )
@@ -116,7 +116,9 @@ class Steps:
         self.clock_s = 0.0
         """Time of all steps."""
         self.like = NOBODY
-        """The requests of the last plan."""
+        """The requests of the last plan,"""
+        self.now = NOBODY
+        """and those of the last step."""
         self.made: Made | None = None
         """The last plan, until ``_settle``,"""
         self.look: Weighed | None = None

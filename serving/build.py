@@ -285,7 +285,7 @@ def _make_drafters(
         if form is kind_of(kind).on_device:
             texts.append(made)
         else:
-            (neural if form.traits.is_neural else hosts).append(made)
+            (neural if form.traits.on_device else hosts).append(made)
     return hosts, texts, neural
 
 

@@ -204,6 +204,8 @@ class EngineFigures:
     """Target passes that emitted tokens, counted once for each request in them."""
     refusals: dict[str, int] = field(default_factory=dict)
     """``rejected`` versions by reason, see ``serving.swap.flat_weights.RefusedError``."""
+    ignored_calibrations: int = 0
+    """Versions whose calibration was malformed, see ``policies.calibration``."""
     target_version: int = 0
     """How often the target's weights were replaced."""
     target_updates: dict[str, int] = field(default_factory=dict)

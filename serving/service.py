@@ -132,6 +132,9 @@ class Service:
             self.engine.figures(),
             swaps=_sums(one.counts() for one in self.swappers.values()),
             refusals=_sums(one.refusals() for one in self.swappers.values()),
+            ignored_calibrations=sum(
+                one.num_ignored_calibrations for one in self.swappers.values()
+            ),
             swap_seconds=sum((one.swap_seconds for one in self.swappers.values()), 0.0),
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import benchmarks.border
-from benchmarks.border import contention, events, speed, starts, survival
+from benchmarks.border import contention, events, sorts, speed, starts, survival
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 
 app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
@@ -96,6 +96,18 @@ def measure_starts(
     found = starts.measure_turns(clients, step_ms, seconds, turns, set_ or ())
     figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
     _finish("starts", figures, list(starts.rows_of(found, clients, step_ms)), publish)
+
+
+@app.command("sorts")
+def measure_sorts(
+    config: Annotated[list[str] | None, typer.Option(help="settings files or names")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="settings of the server")] = None,
+    name: Annotated[str, typer.Option(help="of the target, for the rows")] = "bundled target",
+    publish: Publish = False,
+) -> None:
+    """Measure how long the first request of each sort waits on a new server."""
+    figures = sorts.measure(config or ["demo"], set_ or ())
+    _finish("sorts", figures, sorts.rows_of(figures, name), publish)
 
 
 @app.command("contention")

@@ -60,14 +60,22 @@ class BenchServer:
 
 
 @contextmanager
-def bench_server(folder: Path, settings: Sequence[str]) -> Iterator[BenchServer]:
+def bench_server(
+    folder: Path, settings: Sequence[str], *, configs: Sequence[str] = ()
+) -> Iterator[BenchServer]:
     """A server that is ready; stopped at the end.
+
+    Args:
+        configs: settings files or names, before the settings.
 
     Raises:
         ChildDiedError: it ended while starting; the text quotes its log.
     """
     wanted = DemoSettings(
-        configs=(), run_dir=folder / "run", overrides=tuple(settings), start_s=START_S
+        configs=tuple(map(Path, configs)),
+        run_dir=folder / "run",
+        overrides=tuple(settings),
+        start_s=START_S,
     )
     child = begin_server(wanted)
     try:

@@ -13,10 +13,12 @@ and the policy deciding among drafters of which no token is kept.
 ``host_us`` is the median of ``time.thread_time`` over the steps, so other work on the machine
 counts only by the caches it spoils. The parts are medians of ``time.perf_counter`` over other
 steps, since reading thread time takes a microsecond. They are exclusive: what one part calls of
-another counts there. ``kept_objects`` are those that each request keeps of a step and the garbage
-collector will visit again and again.
+another counts there. ``kept_objects`` are those that each request keeps of a step and that the
+garbage collector still visits once it has seen them.
 
-Writes ``benchmarks/results/host.json`` after every row.
+Writes ``benchmarks/results/host.json`` after every row, and with ``--publish`` rows of ``host``:
+what plain decoding and the policy take, with and without capture. On the host of a card
+they say what that host takes; the card has nothing to do with it.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from benchmarks.harness.arms import LOOKUP, OFF
 from benchmarks.harness.engines import Built, build, settings_for
 from benchmarks.harness.loops import clear
 from benchmarks.harness.random_targets import publish_drafters, random_target
-from benchmarks.harness.results import RESULTS, Out, known, write_each
+from benchmarks.harness.results import RESULTS, Out, Row, at_most, known, write_each, write_rows
 from policies.fixed import FixedPolicy
 from serving.engine.cuda_graphs import Landing
 from serving.engine.graph_recorder import Program
@@ -60,6 +62,11 @@ _NUM_WORDS = 40
 """Tokens that text is made of: few enough that a lookup mostly finds a match."""
 ARMS = {"plain": (OFF, 0.0), "lookup": ((LOOKUP, _MAX_DRAFT), 0.5), "goodput": (None, 0.0)}
 """(Drafter, K), or ``None`` for the settings' own policy, and the share of drafts that are kept."""
+MOST_MS = {32: 0.35, 64: 0.6, 128: 1.0}
+"""Wanted at most, by requests."""
+MOST_OBJECTS = 0.1
+"""Wanted at most, objects that a request keeps of a step. What is kept of a round are numbers; an
+object for each round would be 1."""
 _DEVICE = "device"
 """The part of a step that is not the host's."""
 PARTS = {
@@ -94,6 +101,8 @@ class StandIn:
         self._rounds, self._prefill = programs.rounds, programs.prefill
         self._lanes, self._acceptance = programs.lanes, acceptance
         self._device_s, self._done_s = device_s, 0.0
+        self._landings_s: dict[int, float] = {}
+        """When what was launched is done, by the identity of its landing."""
         self._numbers = np.random.default_rng(0)
 
     def round_program(self, key: Any) -> Program:
@@ -108,10 +117,21 @@ class StandIn:
         """In place of a program whose outcome the host does not read."""
         return self._take_time
 
-    def wait(self, _landing: Landing) -> bool:
+    def launching(self, launch: Callable[..., Any]) -> Callable[..., Any]:
+        """``launch`` of rounds or prompts, noting when the device is done with what it launched."""
+
+        def noted(*args: Any, **kwargs: Any) -> Any:
+            launched = launch(*args, **kwargs)
+            self._landings_s[id(launched.landed)] = self._done_s
+            return launched
+
+        return noted
+
+    def wait(self, landing: Landing) -> bool:
         """In place of ``Landing.wait``."""
-        had_to = time.perf_counter() < self._done_s
-        while time.perf_counter() < self._done_s:
+        done_s = self._landings_s[id(landing)]
+        had_to = time.perf_counter() < done_s
+        while time.perf_counter() < done_s:
             pass
         return had_to
 
@@ -219,6 +239,8 @@ def metered(
     changes: dict[tuple[Any, str], Any] = {
         (programs.rounds, "_program"): counted(stand_in.round_program),
         (programs.prefill, "_program"): counted(stand_in.prompt_program),
+        (programs.rounds, "launch"): stand_in.launching(programs.rounds.launch),
+        (programs.prefill, "launch"): stand_in.launching(programs.prefill.launch),
         # As a method, it is given the landing.
         (Landing, "wait"): meter.wrap(_DEVICE, stand_in.wait),
     }
@@ -228,7 +250,8 @@ def metered(
         for path in paths:
             *owners, name = path.split(".")
             owner = attrgetter(".".join(owners))(engine) if owners else engine
-            changes[owner, name] = meter.wrap(part, getattr(owner, name))
+            work = changes.get((owner, name), getattr(owner, name))
+            changes[owner, name] = meter.wrap(part, work)
     return patched(changes)
 
 
@@ -292,7 +315,7 @@ def measure(
         "mean_us": statistics.mean(totals),
         "parts_us": {part: round(statistics.median(us), 1) for part, us in parts.items()},
         "tokens_per_step": figures["tokens"] / all_steps / case.batch,
-        "collections_per_1000_steps": 1000 * figures["collections"] / all_steps,
+        "collections_per_1000_steps": 1000 * (figures["collections"] - turns) / all_steps,
         "kept_objects": figures["objects"] / all_steps / case.batch,
     }
 
@@ -304,15 +327,35 @@ def _step(engine: Engine, meter: Meter) -> dict[str, float]:
 
 
 def _counts(engine: Engine) -> Counter[str]:
-    """Tokens so far, collections so far, and objects that the collector visits."""
+    """Tokens so far, collections so far, and objects that the collector visits, after one more
+    collection."""
     collections = sum(one["collections"] for one in gc.get_stats())
+    gc.collect()
     tokens = engine.figures().generation_tokens
     return Counter(tokens=tokens, collections=collections, objects=len(gc.get_objects()))
 
 
+def rows_of(figures: Mapping[str, Any]) -> Iterator[Row]:
+    """The claims of a case: those of lookups are about an index on the host."""
+    if figures["arm"] == "lookup":
+        return
+    arm = {"plain": "plain decoding", "goodput": "policy with drafters of no use"}[figures["arm"]]
+    kept = ", hidden rows kept" if figures["captures"] else ""
+    batch = figures["batch"]
+    case = f"{batch} requests, {arm}, temperature {figures['temperature']:g}{kept}"
+    measure = "host's part of a step, ms, thread time, median"
+    yield at_most(case, measure, figures["host_us"] / 1e3, MOST_MS.get(batch))
+    kept_objects = round(figures["kept_objects"], 3)
+    yield at_most(case, "objects kept of a step by each request", kept_objects, MOST_OBJECTS)
+
+
 @contextmanager
-def host_engine(max_batch: int) -> Iterator[Built]:
-    """An engine with all drafters and a full index; rounds overlap as on a GPU."""
+def host_engine(max_batch: int, others: Sequence[str] = ()) -> Iterator[Built]:
+    """An engine with all drafters and a full index; rounds overlap as on a GPU.
+
+    Args:
+        others: ``key=value`` settings beside its own.
+    """
     device = torch.device("cpu")
     chosen = (
         f"engine.max_batch={max_batch}",
@@ -322,6 +365,7 @@ def host_engine(max_batch: int) -> Iterator[Built]:
         f"drafter.suffix.recent_tokens={_RECENT_TOKENS}",
         "policy.kind=goodput",
         "capture.enabled=true",
+        *others,
     )
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = AutoTokenizer.from_pretrained(_TOKENIZER)
@@ -365,6 +409,7 @@ def main(
     num_steps: Annotated[int, typer.Option(help="steps of a turn, for totals and for parts")] = 40,
     turns: int = 2,
     device_ms: Annotated[float, typer.Option(help="milliseconds of a program")] = 1.0,
+    publish: Annotated[bool, typer.Option("--publish", help="write rows, too")] = False,
 ) -> None:
     """Measure all cases."""
     torch.set_num_threads(1)
@@ -373,8 +418,17 @@ def main(
     heats = [float(heat) for heat in temperatures.split(",")]
     cases = itertools.product(chosen, sizes, heats, (True, False))
     with torch.inference_mode(), host_engine(max(sizes)) as built:
-        rows = (measure(built, Case(*case), num_steps, turns, device_ms / 1e3) for case in cases)
-        write_each(out, rows)
+        found: list[dict[str, Any]] = []
+
+        def measured() -> Iterator[dict[str, Any]]:
+            for case in cases:
+                found.append(measure(built, Case(*case), num_steps, turns, device_ms / 1e3))
+                yield found[-1]
+
+        write_each(out, measured())
+    if publish:
+        rows = [row for figures in found for row in rows_of(figures)]
+        write_rows("host", rows, "python -m benchmarks.engine.host")
 
 
 if __name__ == "__main__":

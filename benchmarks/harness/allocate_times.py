@@ -1,8 +1,11 @@
-"""What the device's cut takes: scores and lengths of a batch of drafts, by ``specops.allocation``.
+"""What cuts on the device take: scores and lengths of a batch of drafts, noted for traces
+(``specops.device.cut_drafts``), the figures of each position before it (``confidence``), and the
+rows of a verification with a budget behind it (``pack_rows``).
 
 On a GPU the operators are timed as they run in service, captured in a graph, between two CUDA
-events, with other data in the cache; on a CPU by wall time, one call after another. The three
-figures of each position come from the drafter's pass and are not among it.
+events, with other data in the cache, and so are their definitions in torch; on a CPU by wall time,
+one call after another. Figures come from every pass of the drafter in a round that is cut; their
+time is none of the cut's.
 """
 
 from __future__ import annotations
@@ -10,51 +13,78 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from benchmarks.ops.timing import graphed_ms
 from policies.confidence_head import HIDDEN, NAMES
-from specops.allocation import HeadWeights, allocate, confidence, entropy_scores, head_scores
+from specops import allocation, device
+from specops.allocation import NUM_FIGURES, CutValues, HeadWeights, Score
 
-BATCH, DRAFT_K, VOCAB = 256, 8, 1024
+BATCH, DRAFT_K = 256, 8
+CUMULATIVE: tuple[Score, ...] = ("head",)
+PASSES = {"cuda": ((256, 32_000), (32, 32_000), (8, 151_936)), "cpu": ((8, 4_096),)}
+"""Rows and vocabulary of passes whose figures are timed."""
 CALLS = 200
 
+Times = dict[str, float]
+"""Microseconds; the median of many calls."""
 
-def allocate_times(device: str) -> dict[str, float]:
-    """Microseconds of one step's cut by each score: the median of many calls.
+
+def allocate_times(place: str, by: Any = device) -> Times:
+    """One step's cut by each score, of ``BATCH`` requests with ``DRAFT_K`` draft tokens.
 
     Args:
-        device: ``cpu`` or ``cuda``.
+        place: ``cpu`` or ``cuda``.
+        by: what has ``cut_drafts``: ``specops.device`` or the definition.
     """
     numbers = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(BATCH * DRAFT_K, VOCAB, generator=numbers)
-    figures = confidence(logits).view(BATCH, DRAFT_K, -1).to(device)
-    offered = torch.randint(0, DRAFT_K + 1, (BATCH,), generator=numbers).to(device)
-    threshold = torch.tensor(0.3, device=device)
-    budget = torch.tensor(BATCH * DRAFT_K / 2, device=device)
-    warmth, gamma = torch.full((BATCH,), 0.7, device=device), torch.tensor(0.2, device=device)
-    head = _head(numbers, device)
-    scores: dict[str, tuple[Callable[[], Tensor], bool]] = {
-        "top": (lambda: figures[..., 0], False),
-        "entropy": (lambda: entropy_scores(figures, gamma), False),
-        "head": (lambda: head_scores(figures, warmth, head), True),
+    logits = 3 * torch.randn(BATCH * DRAFT_K, 1024, generator=numbers)
+    figures = allocation.confidence(logits).view(BATCH, DRAFT_K, NUM_FIGURES).to(place)
+    offered = torch.randint(0, DRAFT_K + 1, (BATCH,), generator=numbers).to(place)
+    # As in service, where they are fields of a matrix, and the table has room for longer drafts.
+    values = CutValues(*torch.tensor([0.3, BATCH * DRAFT_K / 2, 0.2], device=place).unbind())
+    warmth = torch.full((BATCH,), 0.7, device=place)
+    noted = torch.zeros(BATCH, 1 + NUM_FIGURES * 2 * DRAFT_K, device=place)
+    head = _head(numbers, place)
+    cut = partial(by.cut_drafts, figures, offered, warmth, values, head, noted)
+    return {
+        score: _us(place, partial(cut, score=score, cumulative=score in CUMULATIVE))
+        for score in get_args(Score)
     }
+
+
+def confidence_times(place: str, by: Any = device) -> Times:
+    """The figures of one pass, by "rows x vocabulary"; logits are bfloat16."""
     found = {}
-    for name, (score, cumulative) in scores.items():
-
-        def cut(score: Callable[[], Tensor] = score, cumulative: bool = cumulative) -> Tensor:
-            return allocate(score(), offered, threshold, budget, cumulative=cumulative)
-
-        found[name] = 1000 * graphed_ms(cut) if device == "cuda" else _wall_us(cut)
+    for num_rows, vocab in PASSES[place]:
+        logits = torch.randn(num_rows, vocab, device=place).bfloat16()
+        found[f"{num_rows} x {vocab:,}"] = _us(place, partial(by.confidence, logits))
     return found
 
 
-def _head(numbers: torch.Generator, device: str) -> HeadWeights:
+def packing_times(place: str, by: Any = device) -> Times:
+    """Rows of a verification of ``BATCH`` requests with room for half of their draft tokens."""
+    lens = torch.arange(BATCH, device=place) % (DRAFT_K // 2 + 1)
+    work = partial(by.pack_rows, lens, DRAFT_K, BATCH * DRAFT_K // 2)
+    return {f"{BATCH} requests": _us(place, work)}
+
+
+def _us(place: str, work: Callable[[], object]) -> float:
+    return 1000 * graphed_ms(work) if place == "cuda" else _wall_us(work)
+
+
+def _head(numbers: torch.Generator, place: str) -> HeadWeights:
     num = len(NAMES)
     shapes = ((num,), (num,), (HIDDEN, num), (HIDDEN,), (HIDDEN,), ())
-    return HeadWeights(*(torch.randn(shape, generator=numbers).to(device) for shape in shapes))
+    return HeadWeights(*(_drawn(numbers, shape).to(place) for shape in shapes))
+
+
+def _drawn(numbers: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=numbers)
 
 
 def _wall_us(work: Callable[[], object]) -> float:

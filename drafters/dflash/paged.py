@@ -35,7 +35,7 @@ from specops.device import decode_attention, places_of, prepare_pass
 from targets.target import KvPool
 
 TRAITS = Traits(
-    is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
+    on_device=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.05
 )  # fmt: skip
 Passes = list[DecodePass | PagedPass]
 """What each layer's attention sees."""

@@ -28,7 +28,7 @@ from targets.causal import make_causal
 from targets.target import Target
 
 TRAITS = Traits(
-    is_neural=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.25
+    on_device=True, learns=True, needs_match=False, draws=True, prior_draft_cost=0.25
 )  # fmt: skip
 
 

@@ -20,7 +20,7 @@ from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
 
-TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
 
 
 class FusedPass(Protocol):

@@ -7,7 +7,7 @@ tensor is read, and pickle files are refused.
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -109,7 +109,7 @@ class Checkpoint:
         Raises:
             FormatError: names ``name``.
         """
-        if type(value) not in (int, float) or not 0 < value < math.inf:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise self.error(f"{name} of {CONFIG} must be a positive number, got {value!r}")
         return float(value)
 
@@ -312,7 +312,7 @@ def refuse_windows(checkpoint: Checkpoint) -> None:
         raise checkpoint.error(f"layer_types is {kinds!r}, which is not computed here")
 
 
-_FACTOR = "partial_rotary_factor"
+_FACTOR, _THETA = "partial_rotary_factor", "rope_theta"
 
 
 def rotated(checkpoint: Checkpoint, head_dim: int) -> int:
@@ -349,20 +349,28 @@ def refuse_partial_rotation(checkpoint: Checkpoint, head_dim: int) -> None:
 
 
 def rope_theta_of(checkpoint: Checkpoint) -> float:
-    """Base of the rotary embedding that a config describes.
+    """Base of the rotary embedding that a config describes, under its newer name, in
+    ``rope_parameters``, or an older one; 10,000 where it says nothing, as transformers has it.
 
     Raises:
-        FormatError: its positions are scaled.
+        FormatError: it is no positive number, or is given twice and differs; positions are scaled,
+            or differ between layers. It names the key.
     """
-    given: Any = 10000.0
-    for name in ("rope_scaling", "rope_parameters"):
+    found = [checkpoint.config.get(_THETA)]
+    for name in ("rope_parameters", "rope_scaling"):
         rope = checkpoint.table(name)
         kind = rope.get("rope_type", rope.get("type", "default"))
         if kind not in (None, "default"):
-            raise checkpoint.error(f"rotary positions are scaled by the rule {kind!r}")
-        given = rope.get("rope_theta") or given
-    own = checkpoint.config.get("rope_theta")
-    return checkpoint.checked_real("rope_theta", given if own is None else own)
+            raise checkpoint.error(f"rotary positions are scaled by the rule {kind!r} of {name}")
+        if layers := sorted(key for key, value in rope.items() if isinstance(value, dict)):
+            raise checkpoint.error(
+                f"{name} has one rotary embedding for {layers[0]}, which is not computed here"
+            )
+        found.append(rope.get(_THETA))
+    thetas = [checkpoint.checked_real(_THETA, theta) for theta in found if theta is not None]
+    if any(other != thetas[0] for other in thetas):
+        raise checkpoint.error(f"{_THETA} of {CONFIG} is " + " and ".join(map(str, thetas)))
+    return thetas[0] if thetas else 10000.0
 
 
 def joined_rows(checkpoint: Checkpoint, names: list[str]) -> Tensor:

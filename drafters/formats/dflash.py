@@ -24,6 +24,7 @@ from drafters.formats.checkpoint import (
     dtype_name,
     refuse_others,
     refuse_partial_rotation,
+    rope_theta_of,
 )
 from drafters.formats.published import EMBEDDING, Imported, TargetTable
 
@@ -140,7 +141,7 @@ def _shape(checkpoint: Checkpoint, inner: Checkpoint, target: TargetTable) -> di
         "block_size": block_size,
         "mask_token_id": _mask_token(inner, vocab),
         "rms_norm_eps": checkpoint.real("rms_norm_eps"),
-        "rope_theta": _rope_theta(checkpoint),
+        "rope_theta": rope_theta_of(checkpoint),
     }
 
 
@@ -158,17 +159,6 @@ def _layers(checkpoint: Checkpoint, name: str, most: int) -> tuple[int, ...]:
     if not is_list or any(type(k) is not int or not 0 <= k <= most for k in found):
         raise checkpoint.error(f"{name} is {found!r}, not a list of 0..{most}")
     return tuple(found)
-
-
-def _rope_theta(checkpoint: Checkpoint) -> float:
-    """Base of the rotary embedding, under its newer or its older name."""
-    rope = checkpoint.table("rope_parameters")
-    scaling = checkpoint.table("rope_scaling") or rope
-    if scaling.get("rope_type", scaling.get("type")) not in (None, "default"):
-        raise checkpoint.error(f"rope_scaling is {scaling}, which is not computed here")
-    nested = rope.get("rope_theta")
-    given = checkpoint.setting("rope_theta") if nested is None else nested
-    return checkpoint.checked_real("rope_theta", given)
 
 
 def _masks(

@@ -27,10 +27,6 @@ from specops.device import text_drafts
 from specops.lanes import Field, OpenedRound
 from specops.matches import BLOCK, END, Bounds, RingText, TextDrafts
 
-_SURE_OWN, _SURE_FINISHED = 4, 8
-"""Shortest matches, in the request's own text and in finished ones, that are continued in place of
-what a neural drafter would draft. Where another drafter is better has not been measured."""
-
 
 class _Placed(NamedTuple):
     """A finished text in the ring."""
@@ -137,11 +133,6 @@ class DeviceIndex:
         """See ``TextDrafter.finish``."""
         if self._finished is not None:
             self._finished.finish(text_N, namespace)
-
-    def is_sure(self, drafts: TextDrafts) -> Tensor:
-        """See ``TextDrafter.is_sure``."""
-        matched_R = drafts.matched_R
-        return (matched_R >= _SURE_OWN) | (matched_R <= -_SURE_FINISHED)
 
     def propose(self, texts_LN: Tensor, opened: OpenedRound, num_draft: int) -> TextDrafts:
         """See ``TextDrafter.propose``."""

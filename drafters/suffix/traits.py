@@ -8,7 +8,7 @@ from drafters.protocol import Traits
 from drafters.suffix.kinds import NAMES, PRIOR_ACCEPTANCE
 
 TRAITS = Traits(
-    is_neural=False,
+    on_device=False,
     learns=False,
     needs_match=True,
     draws=False,
@@ -22,7 +22,7 @@ REQUEST_TRAITS = replace(TRAITS, shares_text=False)
 
 DEVICE_TRAITS = replace(
     TRAITS,
-    is_neural=True,
+    on_device=True,
     needs_match=False,
     picks_itself=True,
     prior_acceptance=(0.4,),

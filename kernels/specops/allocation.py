@@ -1,5 +1,6 @@
 """Draft lengths that each request is cut to on the device, from what its drafter's distributions
-say, and the packed rows of a verification that is cut so.
+say, and the packed rows of a verification that is cut so. The torch definition;
+``allocation_triton`` computes each of these in one launch.
 
 Fixed shapes, no synchronisation: lengths are values, and every launch depends on R, K and the
 budget's capacity alone.
@@ -53,6 +54,7 @@ Shapes: R requests, K draft tokens, Q = K + 1, D draft vocabulary, T packed rows
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -65,7 +67,10 @@ over the second, of the drafter's distribution at temperature 1, before a token 
 TOP, ENTROPY, MARGIN = range(NUM_FIGURES)
 NUM_HEAD_INPUTS = 5
 """Of ``head_scores``."""
-_LEAST_TOP = 1e-6
+LEAST_TOP = 1e-6
+"""Lower probabilities of a position's likeliest token count as this in a head's inputs."""
+Score = Literal["top", "entropy", "margin", "head"]
+"""What a position's confidence is; see ``policies.allocation.Score``."""
 
 
 def confidence(logits_RD: Tensor) -> Tensor:
@@ -119,7 +124,7 @@ def head_inputs(figures_RKF: Tensor, temperature_R: Tensor) -> Tensor:
     place_RK = place.expand_as(top)
     warmth_RK = temperature_R.float()[:, None].expand_as(top)
     return torch.stack(
-        (top.clamp(min=_LEAST_TOP).log(), entropy, margin, place_RK, warmth_RK), dim=-1
+        (top.clamp(min=LEAST_TOP).log(), entropy, margin, place_RK, warmth_RK), dim=-1
     )
 
 
@@ -156,8 +161,9 @@ def allocate(
     """
     num_requests, num_draft = scores_RK.shape
     sound_RK = scores_RK.nan_to_num(0.0).clamp(0, 1)
-    # A parallel product may round upwards from one position to the next.
-    survival_RK = sound_RK.cumprod(dim=1).cummin(dim=1).values
+    # In float64, so that products of any order round to the same number; all the same, a parallel
+    # one may round upwards from one position to the next.
+    survival_RK = sound_RK.double().cumprod(dim=1).to(sound_RK.dtype).cummin(dim=1).values
     judged_RK = survival_RK if cumulative else sound_RK
     wanted_R = count_leading(judged_RK >= threshold, offered_R)
     place_K = torch.arange(num_draft, device=scores_RK.device)
@@ -168,6 +174,55 @@ def allocate(
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     rank_RK = rank.view(num_draft, num_requests).T
     return count_leading(is_open_RK & (rank_RK < budget), wanted_R)
+
+
+@dataclass(frozen=True, slots=True)
+class CutValues:
+    """Values of one step's cut; each [] float32."""
+
+    threshold: Tensor
+    budget: Tensor
+    gamma: Tensor
+    """Of the score ``entropy``."""
+
+
+def cut_drafts(
+    figures_RKF: Tensor,
+    offered_R: Tensor,
+    temperature_R: Tensor,
+    values: CutValues,
+    head: HeadWeights,
+    noted_RC: Tensor | None = None,
+    *,
+    score: Score,
+    cumulative: bool,
+) -> Tensor:
+    """The length that each draft is cut to by a score of its figures; see ``allocate``.
+
+    Args:
+        figures_RKF: [R, K, 3] float32, of ``confidence``.
+        offered_R: [R] int64 in 0..K, lengths before the cut.
+        temperature_R: [R] float32, of the requests; read for the score ``head``.
+        head: read for the score ``head``.
+        noted_RC: [R, C] float32, of which the first 1 + 3 K columns receive what the cut was
+            decided by: ``offered_R``, and the figures by position. ``None``: nothing is noted.
+
+    Returns:
+        [R] int64 in 0..offered.
+    """
+    if noted_RC is not None:
+        noted_RC[:, 0] = offered_R
+        noted_RC[:, 1 : 1 + NUM_FIGURES * figures_RKF.shape[1]] = figures_RKF.flatten(1)
+    match score:
+        case "top":
+            scores_RK = figures_RKF[..., TOP]
+        case "entropy":
+            scores_RK = entropy_scores(figures_RKF, values.gamma)
+        case "margin":
+            scores_RK = figures_RKF[..., MARGIN]
+        case "head":
+            scores_RK = head_scores(figures_RKF, temperature_R, head)
+    return allocate(scores_RK, offered_R, values.threshold, values.budget, cumulative=cumulative)
 
 
 @dataclass(frozen=True, slots=True)

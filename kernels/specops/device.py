@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from specops import (
+    allocation,
     attention,
     capture_pack,
     draft_sampling,
@@ -17,12 +18,14 @@ from specops import (
     lanes_host,
     listed,
     matches,
+    text_first,
 )
 from specops import best_ids as best_definition
 from specops import chain_attention as chains_definition
 from specops import distill as distill_definition
 from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
+from specops.allocation import CutValues, HeadWeights, PackedRows, Score
 from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
 from specops.chain_attention import Anchors
@@ -37,10 +40,11 @@ from specops.distill import (
 )
 from specops.draft_sampling import Drafted, DraftLaw, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
-from specops.lanes import ClosedRound, LaneState, OpenedRound
+from specops.lanes import ClosedRound, Field, LaneState, OpenedRound
 from specops.matches import Bounds, RingText, TextDrafts
 from specops.rng import Numbering
 from specops.sampling import SamplingRows
+from specops.text_first import Begun
 from specops.verify_logits import LogitVerdict, Rule
 
 
@@ -192,6 +196,47 @@ def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, is_target: bool = F
     return best_definition.best_ids(logits, d2t_D, is_target=is_target)
 
 
+def confidence(logits_RD: Tensor) -> Tensor:
+    """See ``specops.allocation.confidence``."""
+    if logits_RD.is_cuda:
+        from specops import allocation_triton
+
+        return allocation_triton.confidence(logits_RD)
+    return allocation.confidence(logits_RD)
+
+
+def cut_drafts(
+    figures_RKF: Tensor,
+    offered_R: Tensor,
+    temperature_R: Tensor,
+    values: CutValues,
+    head: HeadWeights,
+    noted_RC: Tensor | None = None,
+    *,
+    score: Score,
+    cumulative: bool,
+) -> Tensor:
+    """See ``specops.allocation.cut_drafts``."""
+    cut = allocation.cut_drafts
+    if figures_RKF.is_cuda:
+        from specops import allocation_triton
+
+        cut = allocation_triton.cut_drafts
+    return cut(
+        figures_RKF, offered_R, temperature_R, values, head, noted_RC,
+        score=score, cumulative=cumulative,
+    )  # fmt: skip
+
+
+def pack_rows(lens_R: Tensor, num_draft: int, capacity: int) -> PackedRows:
+    """See ``specops.allocation.pack_rows``."""
+    if lens_R.is_cuda:
+        from specops import allocation_triton
+
+        return allocation_triton.pack_rows(lens_R, num_draft, capacity)
+    return allocation.pack_rows(lens_R, num_draft, capacity)
+
+
 def open_round(
     state: LaneState,
     inputs_RI: Tensor,
@@ -244,6 +289,36 @@ def text_drafts(
 
         find = matches_triton.text_drafts
     return find(texts_LN, lanes_R, lengths_R, spaces_R, ring, num_draft, bounds)
+
+
+def begin_drafts(
+    counts: Tensor, found: TextDrafts, opened: OpenedRound, num_draft: int, num_passes: int
+) -> Begun:
+    """See ``specops.text_first.begin_drafts``."""
+    begin = text_first.begin_drafts
+    if counts.is_cuda:
+        from specops import text_first_triton
+
+        begin = text_first_triton.begin_drafts
+    return begin(
+        counts, found.matched_R, found.counts_R, opened.floats_3R[0], opened.lanes_R,
+        opened.ints_FR[Field.LENGTH], opened.lens_R, num_draft, num_passes,
+    )  # fmt: skip
+
+
+def note_kept(
+    counts: Tensor, found: TextDrafts, opened: OpenedRound, begun: Begun, closed: ClosedRound
+) -> None:
+    """See ``specops.text_first.note_kept``."""
+    note = text_first.note_kept
+    if counts.is_cuda:
+        from specops import text_first_triton
+
+        note = text_first_triton.note_kept
+    note(
+        counts, found.matched_R, found.counts_R, opened.floats_3R[0], begun.text_R, begun.lens_R,
+        found.tokens_RK, closed.emitted_RQ, closed.count_R,
+    )  # fmt: skip
 
 
 def pack_kept_rows(

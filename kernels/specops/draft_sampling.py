@@ -88,6 +88,10 @@ class DraftLaw:
     """``None``: the draft vocabulary is the target's."""
     laws: RowLaws | None = None
     """[R, K] laws left by ``sample_draft``, if kept; the definition does not use them."""
+    certain_RK: Tensor | None = None
+    """[R, K] bool, contiguous: positions whose draft token is certain, such as tokens copied from a
+    text. There q is one-hot at the draft token, which need not be in the draft vocabulary, and
+    nothing else in this record counts: the logits may hold anything. ``None``: no position."""
 
 
 def drafts_argmax(sampling: SamplingRows, greedy_R: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ vocabulary-sized tensor and without synchronising with the host.
 A row whose largest logit is NaN or infinite has no distribution. If it is the target's, its token
 is ``UNSOUND``; if it is the drafter's, the draft ends before it. Either way a chain is judged as if
 it had ended before the first such row: its length may depend on the tokens drafted before that, so
-the rules stay exact. Rows after the last token that is kept are never looked at.
+the rules stay exact. Rows after the last token that is kept are never looked at. Where the draft
+token is certain (``DraftLaw.certain_RK``), the drafter's row is not looked at either.
 
 Shapes: R requests, K draft tokens, V target vocabulary, D draft vocabulary.
 """
@@ -97,16 +98,19 @@ def verify_logits(
     place = torch.arange(num_draft + 1, device=draft_RK.device)
     judged_RK = is_sound_RK1[:, :num_draft]
     if drafted is not None:
-        judged_RK = judged_RK & are_sound(drafted.logits_RKD)
+        judged_RK = judged_RK & _have_laws(drafted)
     judged_R = count_leading(judged_RK, lens_R)
     p = distribution(_finite(logits_RK1V, is_sound_RK1).double(), sampling)
     by_match = (rules_R == Rule.MATCH) | (sampling.temperature_R == 0)
     all_match = bool(by_match.all())
     q = None
-    if drafted is not None and not (all_match and _are_certain(drafted)):
+    if drafted is not None and not _are_one_hot(drafted, by_match):
         q_logits = _finite(drafted.logits_RKD, judged_RK).double()
         own_q = draft_distribution(q_logits, drafted.sampling, drafted.greedy_R)
         q = target_distribution(own_q, drafted.vocab, logits_RK1V.shape[-1])
+        if drafted.certain_RK is not None:
+            q.masked_fill_(drafted.certain_RK[..., None], 0.0)
+            q.scatter_add_(-1, draft_RK[..., None], drafted.certain_RK[..., None].to(q.dtype))
     own = torch.where(is_sound_RK1, _own_tokens(p, sampling, rules_R, numbering), UNSOUND)
     if not num_draft and all_match and not with_logprobs:  # plain decoding: nothing to compare
         none_R0 = own.new_zeros((len(own), 0), dtype=torch.float32)
@@ -122,7 +126,7 @@ def verify_logits(
     if q is not None:
         overlap = torch.minimum(p[:, :num_draft], q).sum(-1)
     else:
-        overlap = draft_p if drafted is None else _of_best(p[:, :num_draft], drafted)
+        overlap = draft_p if drafted is None else _of_best(p[:, :num_draft], drafted, draft_RK)
     draft_logp = torch.where(is_sound_RK1[:, :num_draft], draft_p.log(), float("-inf"))
     logprob = entropy = None
     if with_logprobs:
@@ -144,16 +148,27 @@ def verify_logits(
     )
 
 
-def _are_certain(drafted: DraftLaw) -> bool:
-    """Every draft is its drafter's argmax: q is one-hot, and need not be written out."""
-    return bool(drafts_argmax(drafted.sampling, drafted.greedy_R).all())
+def _have_laws(drafted: DraftLaw) -> Tensor:
+    """[R, K] bool: the position has a q."""
+    is_sound_RK = are_sound(drafted.logits_RKD)
+    return is_sound_RK if drafted.certain_RK is None else is_sound_RK | drafted.certain_RK
 
 
-def _of_best(p_RKV: Tensor, drafted: DraftLaw) -> Tensor:
-    """[R, K] p of the drafter's argmax: the overlap with a one-hot q."""
+def _are_one_hot(drafted: DraftLaw, by_match_R: Tensor) -> bool:
+    """Every q is one-hot and need not be written out: the draft token is certain, or the drafter's
+    argmax, which the MATCH rule compares with the target's own token."""
+    is_best_R1 = (by_match_R & drafts_argmax(drafted.sampling, drafted.greedy_R))[:, None]
+    is_known = is_best_R1 if drafted.certain_RK is None else is_best_R1 | drafted.certain_RK
+    return bool(is_known.all())
+
+
+def _of_best(p_RKV: Tensor, drafted: DraftLaw, draft_RK: Tensor) -> Tensor:
+    """[R, K] p of the certain token or of the drafter's argmax: the overlap with a one-hot q."""
     best_RK = drafted.logits_RKD.argmax(dim=-1)
     if drafted.vocab is not None:
         best_RK = drafted.vocab.to_target(best_RK)
+    if drafted.certain_RK is not None:
+        best_RK = torch.where(drafted.certain_RK, draft_RK, best_RK)
     return p_RKV.gather(-1, best_RK[..., None])[..., 0]
 
 
@@ -232,6 +247,10 @@ def check_shapes(
     if drafted.vocab is None and shape[2] != vocab_size:
         raise ValueError(
             f"a draft vocabulary of {shape[2]} needs a map to the target's of {vocab_size}"
+        )
+    if drafted.certain_RK is not None and drafted.certain_RK.shape != shape[:2]:
+        raise ValueError(
+            f"certain must be [{num_requests}, {num_draft}], got {tuple(drafted.certain_RK.shape)}"
         )
 
 

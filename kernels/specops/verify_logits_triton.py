@@ -9,6 +9,9 @@ The rows' laws are computed first (``laws_triton``), then
 * ``_stop``: where the chain stops, and the sums of the residual there, part by part;
 * ``_emit``: the next token, and the log probabilities of the emitted tokens.
 
+A certain draft token of a dense draft (``DraftLaw.certain_RK``) is judged as one of a delta draft,
+and the kernels do not read its row of the drafter's logits.
+
 The logits are read once, those of the K draft rows a second time for dense drafts, and one row of
 each request once more. The host reads nothing back.
 
@@ -42,7 +45,9 @@ from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
 from specops.verify_logits import LogitVerdict, check_shapes
 
-_PER_REQUEST = (*PER_REQUEST, "q_temperature_ptr", "q_greedy_ptr", "accepted_ptr", "next_ptr")
+_PER_REQUEST = (
+    *PER_REQUEST, "q_temperature_ptr", "q_greedy_ptr", "accepted_ptr", "next_ptr", "certain_ptr",
+)  # fmt: skip
 
 
 def _places(num_draft: int) -> int:
@@ -63,8 +68,9 @@ def _log_weight(x, ids, top, cut, mass, last, rate):
 def _judge(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    t2d_ptr, logp_ptr, keep_ptr, pi_ptr, judged_ptr, K,
+    certain_ptr, t2d_ptr, logp_ptr, keep_ptr, pi_ptr, judged_ptr, K,
     K_UP: tl.constexpr, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+    HAS_CERTAIN: tl.constexpr,
 ):  # fmt: skip
     """One request: log p of each draft token, how many of them are judged, the acceptance of each
     by the standard rule, and pi."""
@@ -92,13 +98,16 @@ def _judge(
             own = tl.load(t2d_ptr + token, mask=is_drafted, other=0).to(tl.int64)
         q_rate, _ = rate_of(q_temperature_ptr, q_greedy_ptr, request, Q_GREEDY)
         row = request * K + place
+        is_drawn = is_drafted
+        if HAS_CERTAIN:  # log q of the others is 0
+            is_drawn = is_drafted & (tl.load(certain_ptr + row, mask=is_drafted, other=0) == 0)
         at = q_ptr + request * q_request_stride + place * q_row_stride + own
-        is_known = is_drafted & (own >= 0)
+        is_known = is_drawn & (own >= 0)
         x = tl.load(at, mask=is_known, other=0.0).to(tl.float32)
-        top = tl.load(q_law_ptr + row * 3, mask=is_drafted, other=0.0)
+        top = tl.load(q_law_ptr + row * 3, mask=is_drawn, other=0.0)
         has_law = has_law & is_sound(top)
         top, x = tl.where(is_sound(top), top, 0.0), tl.where(is_sound(top), x, 0.0)
-        mass = tl.load(q_law_ptr + row * 3 + 2, mask=is_drafted, other=1.0)
+        mass = tl.load(q_law_ptr + row * 3 + 2, mask=is_drawn, other=1.0)
         # The token was sampled, so it survived truncation.
         logq = (x.to(tl.float64) - top.to(tl.float64)) * q_rate.to(tl.float64)
         ratio = logp - logq + tl.log(mass.to(tl.float64))
@@ -121,14 +130,18 @@ def _judge(
 def _overlap(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    d2t_ptr, pi_ptr, overlap_ptr, draft_size, K, num_parts,
-    PART: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+    certain_ptr, d2t_ptr, pi_ptr, overlap_ptr, draft_size, K, num_parts,
+    PART: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, HAS_CERTAIN: tl.constexpr,
 ):  # fmt: skip
-    """One part of one drafted row: sums of min(p, q) and of min(pi p, q)."""
+    """One part of one drafted row: sums of min(p, q) and of min(pi p, q); nothing if the draft
+    token is certain."""
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, place = row // K, row % K
     if place >= tl.load(lens_ptr + request):
         return
+    if HAS_CERTAIN:  # noqa: SIM102  (known when compiled; what is inside is not)
+        if tl.load(certain_ptr + row) != 0:
+            return
     own = part * PART + tl.arange(0, PART)
     is_own = own < draft_size
     q_at = q_ptr + request * q_request_stride + place * q_row_stride + own
@@ -159,7 +172,8 @@ def _overlap(
 def _left_over(
     request, stop, x, ids, token, num_drafted, pi, temperature_ptr, law_ptr, last_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    t2d_ptr, vocab, K, DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+    certain_ptr, t2d_ptr, vocab, K, DENSE: tl.constexpr, HAS_MAP: tl.constexpr,
+    Q_GREEDY: tl.constexpr, HAS_CERTAIN: tl.constexpr,
 ):  # fmt: skip
     """p and max(pi p - q, 0) for one part of the row where a chain stopped."""
     row = request * (K + 1) + stop
@@ -177,15 +191,23 @@ def _left_over(
                 own = tl.load(t2d_ptr + ids, mask=is_known, other=-1)
                 is_known = own >= 0
             q_row = request * K + stop
+            if HAS_CERTAIN:
+                is_certain = tl.load(certain_ptr + q_row) != 0
+                is_known = is_known & (is_certain == 0)
             at = q_ptr + request * q_request_stride + stop * q_row_stride + own
             q_x = tl.load(at, mask=is_known, other=float("-inf")).to(tl.float32)
             q_rate, _ = rate_of(q_temperature_ptr, q_greedy_ptr, request, Q_GREEDY)
+            q_top = tl.load(q_law_ptr + q_row * 3)
+            if HAS_CERTAIN:
+                q_top = tl.where(is_certain, 0.0, q_top)  # infinite, as q_x is, in unsound rows
             q = weight(
-                q_x, own, tl.load(q_law_ptr + q_row * 3), tl.load(q_law_ptr + q_row * 3 + 1),
-                tl.load(q_last_ptr + q_row), q_rate,
+                q_x, own, q_top, tl.load(q_law_ptr + q_row * 3 + 1), tl.load(q_last_ptr + q_row),
+                q_rate,
             ) / tl.load(q_law_ptr + q_row * 3 + 2)  # fmt: skip
             q = tl.where(is_known, q, 0.0)
             rest = tl.maximum(pi.to(tl.float32) * p - q, 0.0)
+            if HAS_CERTAIN:
+                rest = tl.where(is_certain, tl.where(ids == token, 0.0, p), rest)
         else:
             rest = tl.where(ids == token, 0.0, p)
     return p, rest
@@ -195,11 +217,11 @@ def _left_over(
 def _stop(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
+    certain_ptr, t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
     logp_ptr, keep_ptr, pi_ptr, overlap_part_ptr, accepted_ptr, stop_pi_ptr, overlap_ptr,
     rest_ptr, vocab, K, num_parts, num_draft_parts,
     PART: tl.constexpr, K_UP: tl.constexpr, DRAFT_PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
-    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr,
+    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, HAS_CERTAIN: tl.constexpr,
 ):  # fmt: skip
     """One part of one request's vocabulary: where the chain stops, the same in all parts, and the
     sums of p and of the residual there."""
@@ -212,15 +234,19 @@ def _stop(
     index = request * K + place
     logp = tl.load(logp_ptr + index, mask=is_drafted, other=0.0)
     overlap = tl.exp(logp)
-    common = overlap
     if DENSE:
         piece = tl.arange(0, DRAFT_PARTS_UP)
         slot = index[:, None] * num_draft_parts + piece[None, :]
         is_piece = is_drafted[:, None] & (piece < num_draft_parts)[None, :]
+        if HAS_CERTAIN:
+            is_certain = tl.load(certain_ptr + index, mask=is_drafted, other=1) != 0
+            is_piece = is_piece & (is_certain == 0)[:, None]
         pieces = tl.load(overlap_part_ptr + slot * 2, mask=is_piece, other=0.0)
         overlap = tl.sum(pieces, axis=1)
         pieces = tl.load(overlap_part_ptr + slot * 2 + 1, mask=is_piece, other=0.0)
         common = tl.sum(pieces, axis=1)
+        if HAS_CERTAIN:
+            overlap = tl.where(is_certain, tl.exp(logp), overlap)
     number = uniform(
         tl.load(keys_ptr + request), tl.load(nonces_ptr + request),
         tl.load(positions_ptr + request) + place, STREAM,
@@ -238,9 +264,10 @@ def _stop(
         # Mass of max(pi p - q, 0) after 1 .. lens - 1 tokens, shifted by one: index i stands for
         # i + 1 tokens, whose mass comes from row i + 1.
         pi = tl.load(pi_ptr + request * (K + 1) + place, mask=place <= num_drafted, other=1.0)
-        mass = pi * (1.0 - common.to(tl.float64))
+        mass = pi * (1.0 - overlap.to(tl.float64))
         if DENSE:
-            mass = tl.maximum(pi - common.to(tl.float64), 0.0)
+            drawn = tl.maximum(pi - common.to(tl.float64), 0.0)
+            mass = tl.where(is_certain, mass, drawn) if HAS_CERTAIN else drawn
         mass = tl.where(is_drafted, mass, 0.0)
         is_next = place[None, :] == place[:, None] + 1
         mass = tl.sum(tl.where(is_next, mass[None, :], 0.0), axis=1)
@@ -268,7 +295,7 @@ def _stop(
     p, rest = _left_over(
         request, stop, x, ids, token, num_drafted, pi, temperature_ptr, law_ptr, last_ptr,
         q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr,
-        q_last_ptr, t2d_ptr, vocab, K, DENSE, HAS_MAP, Q_GREEDY,
+        q_last_ptr, certain_ptr, t2d_ptr, vocab, K, DENSE, HAS_MAP, Q_GREEDY, HAS_CERTAIN,
     )  # fmt: skip
     slot = request * num_parts + part
     tl.store(rest_ptr + slot * 2, tl.sum(p, axis=0))
@@ -279,11 +306,12 @@ def _stop(
 def _emit(
     logits_ptr, request_stride, row_stride, temperature_ptr, law_ptr, last_ptr, draft_ptr, lens_ptr,
     q_ptr, q_request_stride, q_row_stride, q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr,
-    t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
+    certain_ptr, t2d_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr, own_ptr,
     accepted_ptr, stop_pi_ptr, rest_ptr, stats_ptr, next_ptr, logprob_ptr, entropy_ptr,
     vocab, K, num_parts,
     PART: tl.constexpr, K_UP: tl.constexpr, PARTS_UP: tl.constexpr, STREAM: tl.constexpr,
-    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, PLAIN: tl.constexpr,
+    DENSE: tl.constexpr, HAS_MAP: tl.constexpr, Q_GREEDY: tl.constexpr, HAS_CERTAIN: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """One request: its next token, and the log probabilities of the emitted tokens."""
     request = tl.program_id(0).to(tl.int64)
@@ -314,8 +342,8 @@ def _emit(
         p, rest = _left_over(
             request, stop, x, ids, token, num_drafted, tl.load(stop_pi_ptr + request),
             temperature_ptr, law_ptr, last_ptr, q_ptr, q_request_stride, q_row_stride,
-            q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr, t2d_ptr, vocab, K,
-            DENSE, HAS_MAP, Q_GREEDY,
+            q_temperature_ptr, q_greedy_ptr, q_law_ptr, q_last_ptr, certain_ptr, t2d_ptr, vocab, K,
+            DENSE, HAS_MAP, Q_GREEDY, HAS_CERTAIN,
         )  # fmt: skip
         weights = tl.where(is_left, rest, p).to(tl.float64)
         inside = first_beyond(weights, portion * tl.sum(weights, axis=0), PART)
@@ -348,8 +376,8 @@ def verify_logits(
     tiles: Tiles = TILES,
 ) -> LogitVerdict:
     """See ``specops.verify_logits.verify_logits``, which has the same arguments and result. Can be
-    captured in a CUDA graph, which fixes K, ``sampling.truncates`` and whether drafts are dense;
-    all other parameters are read at each replay.
+    captured in a CUDA graph, which fixes K, ``sampling.truncates``, whether drafts are dense and
+    whether some may be certain; all other parameters are read at each replay.
 
     Args:
         draft_RK, lens_R, rules_R: contiguous.
@@ -361,7 +389,7 @@ def verify_logits(
     check_shapes(logits_RK1V, draft_RK, lens_R, rules_R, drafted)
     check_packed(sampling, numbering, draft=draft_RK, lens=lens_R, rules=rules_R)
     if drafted is not None:
-        check_packed(drafted.sampling, None, greedy=drafted.greedy_R)
+        check_packed(drafted.sampling, None, greedy=drafted.greedy_R, certain=drafted.certain_RK)
     return _launch(
         logits_RK1V, sampling, draft_RK, lens_R, rules_R, numbering, drafted, with_logprobs, tiles
     )[0]
@@ -376,7 +404,8 @@ class _Steps:
     pi_RK1: Tensor
     """[R, K + 1] float64, pi of block verification."""
     common_RKP2: Tensor | None
-    """[R, K, P, 2] sums of min(p, q) and min(pi p, q); ``None`` for delta drafts."""
+    """[R, K, P, 2] sums of min(p, q) and min(pi p, q), not written where the draft token is
+    certain; ``None`` for delta drafts."""
     rest_RP2: Tensor
     """[R, P, 2] sums of p and of the residual where the chain stopped."""
 
@@ -422,6 +451,7 @@ def _launch(
         "DENSE": is_dense,
         "HAS_MAP": d2t is not None,
         "Q_GREEDY": q[4] is not None,
+        "HAS_CERTAIN": q[7] is not None,
     }
     k_up = _places(num_draft)
     draft_parts = triton.cdiv(draft_size, tiles.part)
@@ -436,7 +466,7 @@ def _launch(
     )  # fmt: skip
     drafts = (draft_RK, judged)
     if is_dense:
-        of_rows = {name: kinds[name] for name in ("HAS_MAP", "Q_GREEDY")}
+        of_rows = {name: kinds[name] for name in ("HAS_MAP", "Q_GREEDY", "HAS_CERTAIN")}
         _overlap[(num_requests * num_draft, draft_parts)](
             *target, judged, *q, d2t, pi, overlap_parts, draft_size, num_draft, draft_parts,
             **of_rows, PART=tiles.part, num_warps=2 * tiles.part_warps,
@@ -460,9 +490,10 @@ def _launch(
 def _draft_arguments(
     drafted: DraftLaw | None, lens_R: Tensor, tiles: Tiles
 ) -> tuple[tuple[object, ...], Tensor | None, Tensor | None, int]:
-    """Kernel arguments: logits, strides, temperature, greedy flags and laws of q; both maps; D."""
+    """Kernel arguments: logits, strides, temperature, greedy flags and laws of q, and where it is
+    certain; both maps; D."""
     if drafted is None:
-        return (None, 0, 0, None, None, None, None), None, None, 1
+        return (None, 0, 0, None, None, None, None, None), None, None, 1
     logits = drafted.logits_RKD
     laws: RowLaws | None = drafted.laws
     if laws is None:
@@ -472,7 +503,7 @@ def _draft_arguments(
         ).laws  # fmt: skip
     q = (
         logits, logits.stride(0), logits.stride(1), drafted.sampling.temperature_R,
-        drafted.greedy_R, laws.tops_cuts_masses, laws.lasts,
+        drafted.greedy_R, laws.tops_cuts_masses, laws.lasts, drafted.certain_RK,
     )  # fmt: skip
     vocab = drafted.vocab
     maps = (None, None) if vocab is None else (vocab.d2t_D, vocab.t2d_V)

@@ -56,6 +56,12 @@ class HttpServer(uvicorn.Server):
         left_s = LAST_WORDS_S if self._wire.is_gone else self._wire.close_s
         if left_s is None:
             return False
+        if self._wire.close_s is None:  # a process that is killed cannot say so itself
+            log.critical(
+                "the engine's process is gone, or has ended its connection to this one: requests "
+                "end with an error, and this HTTP process ends. If the log says nothing else, the "
+                "engine's process was killed, e.g. by the system, out of memory: start it again"
+            )
         self.config.timeout_graceful_shutdown = math.ceil(left_s)
         return True
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from serving.history import History
+from serving.http.loading import LOADING
 from serving.requests import EngineFigures, OnOutput, Output, Request
 from serving.served_model import ServedModel
 from serving.service import Service
@@ -19,17 +20,26 @@ class Desk:
     """Everything that HTTP may ask of a service, in one place for both kinds of border. Called from
     any thread."""
 
-    def __init__(self, service: Service, history: History | None = None) -> None:
+    def __init__(
+        self, service: Service, history: History | None = None, *, is_open: bool = True
+    ) -> None:
         """
         Args:
             history: samples for the dashboard; ``None``: there are none.
+            is_open: no client is told any more that the model is being loaded. Until ``open`` this
+                is a complaint.
         """
         self._service = service
         self._history = History() if history is None else history
+        self._is_open = is_open
 
     @property
     def model(self) -> ServedModel:
         return self._service.model
+
+    def open(self) -> None:
+        """The server may be called ready."""
+        self._is_open = True
 
     @property
     def can_swap(self) -> bool:
@@ -52,7 +62,7 @@ class Desk:
         return self._service.inbox.num_inflight()
 
     def complaint(self) -> str | None:
-        return self._service.complaint()
+        return self._service.complaint() if self._is_open else LOADING
 
     def figures(self) -> EngineFigures:
         return self._service.figures()

@@ -117,6 +117,8 @@ class HttpProcesses:
         """Not to be started before; monotonic clock."""
         self._num_deaths = 0
         """Deaths at once since the last process that was of use."""
+        self._own_deaths = [0] * spawner.count
+        """The same, of the processes of one row: one that is of use does not help another."""
         self._silence = _Silence(SILENT_S)
 
     @property
@@ -144,7 +146,7 @@ class HttpProcesses:
                         f"started; what they wrote to this log says why"
                     )
             elif running.line.is_ready:
-                self._note_ready(running)
+                self._note_ready(row, running)
         return None
 
     def close(self, left_s: float, is_forced: Callable[[], bool]) -> None:
@@ -171,13 +173,13 @@ class HttpProcesses:
     def _living(self) -> list[_Running]:
         return [one for one in self._running if one is not None]
 
-    def _note_ready(self, running: _Running) -> None:
+    def _note_ready(self, row: int, running: _Running) -> None:
         now_s = time.monotonic()
         if running.ready_s is None:
             running.ready_s = now_s
             log.info("HTTP process %d accepts connections", running.process.pid)
         elif now_s - running.ready_s > _LIVED_S:
-            self._num_deaths = 0
+            self._num_deaths = self._own_deaths[row] = 0
 
     def _start(self, row: int) -> _Running:
         spawned = self._spawner.spawn(row)
@@ -188,11 +190,15 @@ class HttpProcesses:
     def _bury(self, row: int, running: _Running) -> None:
         """Clear up after a process that died or does not answer, and plan for the next one."""
         lived_s = 0.0 if running.ready_s is None else time.monotonic() - running.ready_s
-        self._num_deaths = 0 if lived_s > _LIVED_S else self._num_deaths + 1
+        if lived_s > _LIVED_S:
+            self._num_deaths = self._own_deaths[row] = 0
+        else:
+            self._num_deaths += 1
+            self._own_deaths[row] += 1
         self._end(row, running)
         pause_s = 0.0
-        if self._num_deaths:
-            pause_s = min(_FIRST_PAUSE_S * 2 ** (self._num_deaths - 1), _LONGEST_PAUSE_S)
+        if deaths := self._own_deaths[row]:
+            pause_s = min(_FIRST_PAUSE_S * 2 ** (deaths - 1), _LONGEST_PAUSE_S)
         self._start_s[row] = time.monotonic() + pause_s
         problem = running.line.problem
         log.error(

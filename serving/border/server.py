@@ -90,7 +90,8 @@ def _serve_beside(
     history: History,
 ) -> int:
     drain = Drain(service.inbox, settings.server.drain_s, lambda: service.engine.has_failed)
-    desk = Desk(service, history)
+    # Processes accept connections before the last client is answered with 503.
+    desk = Desk(service, history, is_open=False)
     processes = HttpProcesses(spawner, desk, welcome_for(desk, settings, tokenizer))
     with _signals_to(drain), announced(listener, settings, service.model.model_name) as announce:
         left_s: float | None = None
@@ -98,6 +99,7 @@ def _serve_beside(
             with answering_503(listener):
                 left_s = _until(drain, processes, lambda: processes.is_ready)
             if left_s is None:
+                desk.open()
                 announce()
                 left_s = _until(drain, processes, lambda: False)
         finally:

@@ -26,25 +26,16 @@ from torch import Tensor
 from policies.allocation import Allocation, Cut
 from policies.confidence_head import HIDDEN, NAMES, Head
 from serving.engine.cuda_graphs import Graphs
-from specops.allocation import (
-    MARGIN,
-    NUM_FIGURES,
-    TOP,
-    HeadWeights,
-    PackedRows,
-    allocate,
-    entropy_scores,
-    head_scores,
-    pack_rows,
-)
+from specops.allocation import NUM_FIGURES, CutValues, HeadWeights, PackedRows
 from specops.attention import DecodePass
+from specops.device import cut_drafts, pack_rows
 from specops.lanes import OpenedRound
 from targets.target import KvPool, Target, TargetRows
 
 _QUARTERS = 4
 """Budgets that programs are captured for, as shares of all draft tokens of a batch."""
-_THRESHOLD, _BUDGET, _GAMMA = range(3)
-_NUM_VALUES = 3
+_THRESHOLD, _BUDGET, _GAMMA = range(len(CutValues.__slots__))
+_NUM_VALUES = len(CutValues.__slots__)
 
 
 class Cutting(NamedTuple):
@@ -178,28 +169,12 @@ class Allocator:
 
     def cut(self, opened: OpenedRound, figures_RK3: Tensor, cut: Cut) -> OpenedRound:
         """The round with its drafts cut; notes what that was decided by."""
-        size, num_draft = figures_RK3.shape[:2]
-        self._seen[:size, 0] = opened.lens_R.float()
-        self._seen[:size, 1 : 1 + NUM_FIGURES * num_draft] = figures_RK3.flatten(1)
-        lens_R = allocate(
-            self._scores(figures_RK3, opened.floats_3R[0], cut),
-            opened.lens_R,
-            self._values[_THRESHOLD],
-            self._values[_BUDGET],
-            cumulative=cut.cumulative,
-        )
+        lens_R = cut_drafts(
+            figures_RK3, opened.lens_R, opened.floats_3R[0], CutValues(*self._values.unbind()),
+            self._head, self._seen[: len(figures_RK3)],
+            score=cut.score, cumulative=cut.cumulative,
+        )  # fmt: skip
         return replace(opened, lens_R=lens_R)
-
-    def _scores(self, figures_RK3: Tensor, temperature_R: Tensor, cut: Cut) -> Tensor:
-        match cut.score:
-            case "top":
-                return figures_RK3[..., TOP]
-            case "entropy":
-                return entropy_scores(figures_RK3, self._values[_GAMMA])
-            case "margin":
-                return figures_RK3[..., MARGIN]
-            case "head":
-                return head_scores(figures_RK3, temperature_R, self._head)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from policies.interface import Decision, Pick
 from serving.engine.drafting import Drafting
 from serving.engine.proposed import Proposed, Verified
 from serving.engine.scheduler import Chunk
-from serving.engine.sequence import NotedStep, Sequence
+from serving.engine.sequence import KeptStep, NotedStep, Sequence
 from serving.requests import DrafterCounts, EngineFigures, TokenLogprob
 
 _STEP_NUMBERS = 1 << 30
@@ -121,7 +121,7 @@ class Counters:
         )
 
 
-def _noted_picks(drafting: NotedStep, step: Step, draft: Proposed | None) -> dict[Pick, NotedStep]:
+def _noted_picks(drafting: NotedStep, step: Step, draft: Proposed | None) -> dict[Pick, KeptStep]:
     """The step as rounds of each pick note it; empty if no mix drafted."""
     picks = () if draft is None or draft.picks is None else set(draft.picks)
     return {
@@ -130,7 +130,7 @@ def _noted_picks(drafting: NotedStep, step: Step, draft: Proposed | None) -> dic
             version=step.versions[pick.drafter],
             propensity=drafting.propensity * pick.propensity,
             reason=pick.reason,
-        )
+        ).kept()
         for pick in picks
     }
 
@@ -197,9 +197,10 @@ class Commits:
             decision.policy, self.counters.num_steps % _STEP_NUMBERS, decision.reason,
             step.is_timed, *_noted(decision),
         )  # fmt: skip
-        idle = NotedStep("none", step.versions["none"], *rest)
-        drafting = NotedStep(draft.drafter, step.version, *rest) if draft else idle
-        picked = _noted_picks(drafting, step, draft)
+        noted_idle = NotedStep("none", step.versions["none"], *rest)
+        noted_step = NotedStep(draft.drafter, step.version, *rest) if draft else noted_idle
+        idle, drafting = noted_idle.kept(), noted_step.kept()
+        picked = _noted_picks(noted_step, step, draft)
         for r, (sequence, following) in enumerate(zip(batch, verified.next_ids, strict=True)):
             if following is None or not sequence.request.capture:
                 continue

@@ -19,11 +19,12 @@ from functools import partial
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from serving.engine.cuda_graphs import Graphs, fitting
-from serving.engine.drafts import Drafts, drafted
+from serving.engine.drafts import AfterText, Drafts, drafted
 from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, upload
 from serving.engine.sequence import Sequence
@@ -132,6 +133,11 @@ class DrafterRows:
         """See ``Traits.draws``."""
         return self.drafter.traits.draws
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self._outputs_LH.device
+
     # ---- which rows it has ---------------------------------------------------------------------
 
     def begin(self, sequence: Sequence) -> None:
@@ -197,16 +203,19 @@ class DrafterRows:
         *,
         draws: bool,
         tells: bool = False,
+        after: AfterText | None = None,
     ) -> Drafts:
         """What the drafter proposes for the requests of a round.
 
         Args:
             inputs_RI: see ``Input``; a mix reads it.
-            draws, tells: see ``drafts.drafted``.
+            draws, tells, after: see ``drafts.drafted``.
         """
         ahead = self.pass_at(rows, opened.draft_at_R)
-        outputs = self.outputs_of(opened.lanes_R)
-        return drafted(self.drafter, outputs, ahead, opened, num_draft, draws=draws, tells=tells)
+        return drafted(
+            self.drafter, self.outputs_of(opened.lanes_R), ahead, opened, num_draft,
+            draws=draws, tells=tells, after=after,
+        )  # fmt: skip
 
     def observe_round(
         self, opened: OpenedRound, closed: ClosedRound, lanes_R: Tensor, features_TmH: Tensor
@@ -247,26 +256,40 @@ class DrafterRows:
         Returns:
             How many there were before the anchors'.
         """
-        blocks, num_missing = [], self.num_missing(batch)
-        for sequence in batch:
-            lane, start, end = sequence.lane, sequence.next_row[self.kind], len(sequence.tokens)
-            assert lane is not None, "a running request has a lane"
-            if start == end:
-                continue
-            for first, num_rows, ids in cut(sequence, start, end):
-                anchor = num_rows - 1 if first + num_rows == end else _NO_END
-                blocks.append([lane, first, anchor, *ids])
-            self.has_rows_to(sequence, end)
-        for at in range(0, len(blocks), self._most_blocks):
-            self._launch(blocks[at : at + self._most_blocks])
+        num_missing, rows = self.num_missing(batch), self._missing(batch)
+        for at in range(0, len(rows), self._most_blocks):
+            self._launch(rows[at : at + self._most_blocks])
         return num_missing
 
-    def _launch(self, blocks: list[list[int]]) -> None:
+    def _missing(self, batch: list[Sequence]) -> NDArray[np.int64]:
+        """[B, 3 + 16] blocks of all missing rows, which count as computed from here on."""
+        spans = []
+        for sequence in batch:
+            start, end = sequence.next_row[self.kind], len(sequence.tokens)
+            if start < end:
+                spans.append((sequence, start, end, -(-(end - start) // BLOCK)))
+        blocks = np.zeros((sum([num for *_, num in spans]), _IDS + BLOCK), dtype=np.int64)
+        blocks[:, _END] = _NO_END
+        at = 0
+        for sequence, start, end, num in spans:
+            assert sequence.lane is not None, "a running request has a lane"
+            own = blocks[at : at + num]
+            own[:, _LANE], own[:, _FIRST] = sequence.lane, np.arange(start, end, BLOCK)
+            own[-1, _END] = (end - start - 1) % BLOCK
+            ids = np.zeros(num * BLOCK, dtype=np.int64)
+            ids[: end - start] = sequence.tokens[start:end]
+            own[:, _IDS:] = ids.reshape(num, BLOCK)
+            self.has_rows_to(sequence, end)
+            at += num
+        return blocks
+
+    def _launch(self, blocks: NDArray[np.int64]) -> None:
         size = fitting(self._sizes, len(blocks))
-        filling = [self._lanes.padding, 1, _NO_END, *[0] * BLOCK]
-        rows = torch.tensor(blocks + [filling] * (size - len(blocks)))
+        rows = np.zeros((size, _IDS + BLOCK), dtype=np.int64)
+        rows[:, :_IDS] = self._lanes.padding, 1, _NO_END
+        rows[: len(blocks)] = blocks
         program = self._program(size)  # a new one has run on inputs of its own
-        upload(rows, self._inputs[:size])
+        upload(torch.from_numpy(rows), self._inputs[:size])
         program()
 
     def works(self) -> list[Program]:

@@ -21,11 +21,14 @@ from serving.engine.grouping import Grouping
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.proposed import Proposed
 from serving.engine.sequence import Sequence
+from serving.engine.text_mix import TextMix
 from serving.engine.text_rows import TextRows
 
 _KEPT = 1 - 1 / 32
 """See ``policies.interface.DraftRecord``."""
 _NO_RECORD = DraftRecord(0.0, 0.0, 0.0)
+
+Mix = MixedRows | TextMix
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +37,15 @@ class _Offer:
 
     kinds: tuple[str, ...]
     """Neural ones first."""
+    offered: tuple[str, ...]
+    """Those of them that a policy chooses among. A neural drafter that is mixed with text is not:
+    with text before its drafts it keeps at least as much, for a search of some microseconds."""
     hosts: tuple[HostDrafter, ...]
     with_match: tuple[HostDrafter, ...]
     """Those of ``hosts`` that need a match."""
     without_match: tuple[str, ...]
-    """Kinds that need none."""
-    on_device: dict[str, DrafterRows | TextRows | MixedRows]
+    """Those of ``offered`` that need none."""
+    on_device: dict[str, DrafterRows | TextRows | Mix]
     """With the mixes of those that may draft."""
     has_mixes: bool
 
@@ -79,7 +85,7 @@ class Drafting:
         neural: Several[DrafterRows],
         max_draft: int,
         on_request: Collection[str] = (),
-        mixes: Several[MixedRows] = (),
+        mixes: Several[Mix] = (),
         texts: Several[TextRows] = (),
     ) -> None:
         """
@@ -92,7 +98,7 @@ class Drafting:
         self.neural = {rows.kind: rows for rows in neural}
         self.texts = {rows.kind: rows for rows in texts}
         self.mixes = {rows.kind: rows for rows in mixes}
-        self.on_device: dict[str, DrafterRows | TextRows | MixedRows] = {
+        self.on_device: dict[str, DrafterRows | TextRows | Mix] = {
             **self.neural, **self.texts, **self.mixes
         }  # fmt: skip
         """What may draft within a round's program."""
@@ -174,13 +180,15 @@ class Drafting:
         }
         with_match = tuple(d for d in hosts if d.traits.needs_match)
         matching = {d.kind for d in with_match}
+        mixed = {rows.neural.kind for rows in on_device.values() if isinstance(rows, TextMix)}
         free = (
             *(kind for kind, rows in on_device.items() if matching.isdisjoint(rows.kinds)),
             *(d.kind for d in hosts if not d.traits.needs_match),
         )
         has_mixes = not self.mixes.keys().isdisjoint(on_device)
         names = (*on_device, *(d.kind for d in hosts))
-        return _Offer(names, hosts, with_match, free, on_device, has_mixes)
+        offered, free = (tuple(k for k in kinds if k not in mixed) for kinds in (names, free))
+        return _Offer(names, offered, hosts, with_match, free, on_device, has_mixes)
 
     def _reading(self, sequence: Sequence) -> list[TextRows]:
         """Text drafters that may take drafts from a request's text, now or later."""
@@ -298,7 +306,7 @@ class Drafting:
         """
         caps = self.caps(batch, most)
         offer = self._offer(choice)
-        kinds = offer.kinds if look else offer.without_match
+        kinds = offer.offered if look else offer.without_match
         if not kinds or not any(caps):
             return None
         matches = None

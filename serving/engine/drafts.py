@@ -5,17 +5,17 @@ Shapes: R requests, K draft tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
-from specops.allocation import confidence
 from specops.attention import DecodePass
-from specops.device import best_ids, sample_draft
+from specops.device import best_ids, confidence, sample_draft
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
-from specops.lanes import OpenedRound
+from specops.lanes import ClosedRound, OpenedRound
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +30,32 @@ class Drafts:
     lens_R: Tensor | None = None
     """[R] int64, number of draft tokens of each request, where a host drafter has provided some;
     ``None``: as many as the round allows."""
-    picked_R: Tensor | None = None
-    """[R] int64 number of the drafter whose draft is taken, where the device has picked."""
     figures_RK3: Tensor | None = None
     """Confidence in each position before its token was drawn, in rounds that are cut."""
+    when_closed: Callable[[ClosedRound, Tensor], None] | None = None
+    """Work of the round's program once it is known what was kept: takes also the outcome for the
+    host, [R, C], see ``Column``."""
+
+
+@dataclass(frozen=True, slots=True)
+class AfterText:
+    """Tokens that are drafted already, before and after those of a neural drafter."""
+
+    tokens_RK: Tensor
+    """[R, K] int64."""
+    is_text_RK: Tensor
+    """[R, K] bool: these are taken."""
+    num_passes: int
+    """In 1..K: the neural drafter drafts so many places. What it draws for those that are taken is
+    lost, and it goes on after the token that is."""
+
+    def taken(self, number: int, own_R: Tensor) -> Tensor:
+        """[R] the tokens at one place."""
+        return torch.where(self.is_text_RK[:, number], self.tokens_RK[:, number], own_R)
+
+    def whole(self, tokens_RP: Tensor) -> Tensor:
+        """[R, K] the drafts, from the tokens at the places that the neural drafter drafts."""
+        return torch.cat((tokens_RP, self.tokens_RK[:, self.num_passes :]), dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,12 +64,19 @@ class Best:
 
     d2t_D: Tensor | None
     """[D] int64, target id minus draft id, of a reduced vocabulary."""
+    after: AfterText | None = None
 
-    def __call__(self, logits: Tensor, _number: int) -> Tensor:
-        return best_ids(logits, self.d2t_D)
+    def __call__(self, logits: Tensor, number: int) -> Tensor:
+        best = best_ids(logits, self.d2t_D)
+        return best if self.after is None else self.after.taken(number, best)
 
     def together(self, logits_KRV: Tensor) -> Tensor:
-        return best_ids(logits_KRV, self.d2t_D).t().contiguous()
+        best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()
+        if self.after is None:
+            return best_RK
+        num_passes = len(logits_KRV)
+        is_text_RK, tokens_RK = self.after.is_text_RK, self.after.tokens_RK
+        return torch.where(is_text_RK[:, :num_passes], tokens_RK[:, :num_passes], best_RK)
 
 
 def given(opened: OpenedRound) -> Drafts:
@@ -65,6 +94,7 @@ def drafted(
     *,
     draws: bool,
     tells: bool = False,
+    after: AfterText | None = None,
 ) -> Drafts:
     """What a neural drafter proposes.
 
@@ -73,8 +103,10 @@ def drafted(
         ahead: a pass over its rows, from the first draft token on.
         draws: draw tokens from distributions; otherwise each is the most likely one.
         tells: also compute ``Drafts.figures_RK3``.
+        after: tokens that are drafted already, which are certain.
     """
     figures: list[Tensor] = []
+    num_passes = num_draft if after is None else after.num_passes
     if not draws:
         d2t = None if drafter.vocab is None else drafter.vocab.d2t_D
 
@@ -82,7 +114,9 @@ def drafted(
             figures.append(confidence(logits))
             return best_ids(logits, d2t)
 
-        tokens = drafter.propose(outputs_RH, ahead, num_draft, told if tells else Best(d2t))
+        choose = told if tells else Best(d2t, after)
+        tokens = drafter.propose(outputs_RH, ahead, num_passes, choose)
+        tokens = tokens if after is None else after.whole(tokens)
         return Drafts(tokens, None, None, figures_RK3=torch.stack(figures, 1) if figures else None)
 
     sampling, by_match = opened.sampling(), opened.by_match_R
@@ -95,9 +129,18 @@ def drafted(
         if tells:
             figures.append(confidence(logits))
         drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
-        return drawn[-1].tokens_R
+        tokens_R = drawn[-1].tokens_R
+        return tokens_R if after is None else after.taken(number, tokens_R)
 
-    tokens = drafter.propose(outputs_RH, ahead, num_draft, draw)
-    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
+    tokens = drafter.propose(outputs_RH, ahead, num_passes, draw)
+    # Nothing is drawn at further places, and what the law says of them is not looked at.
+    num_further = num_draft - num_passes
+    kept, drawn = kept + kept[-1:] * num_further, drawn + drawn[-1:] * num_further
+    certain_RK = None if after is None else after.is_text_RK
+    law = DraftLaw(
+        torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn), certain_RK
+    )
     logq_RK = torch.stack([d.logq_R for d in drawn], 1)
+    if after is not None:
+        tokens, logq_RK = after.whole(tokens), logq_RK.masked_fill(after.is_text_RK, 0.0)
     return Drafts(tokens, logq_RK, law, figures_RK3=torch.stack(figures, 1) if figures else None)

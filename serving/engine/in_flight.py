@@ -95,6 +95,10 @@ class Arrival:
         launched = planned.launched
         accepted, draft, matches = step.verified.num_accepted, step.proposed, planned.matches
         lens = list(map(len, draft.tokens)) if draft else [0] * len(accepted)
+        if draft and draft.most is not None:
+            # A drafter that had no more to say would have failed there. If such drafts said nothing
+            # of further places, these would seem as good as the drafts that reach them.
+            lens = [draft.most if length else 0 for length in lens]
         if matches is not None and len(matches) > len(accepted):
             matches = bytes(compress(matches, lives))
         groups = planned.made_of.groups

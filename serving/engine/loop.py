@@ -329,8 +329,11 @@ class Engine:
         choice = self.drafting.choice(batch)
         if choice is not None and self._policy_of is not None:
             policy = self._policy_of(choice)
+        resting = policy.rest()
+        if resting is not None and not resting.draft_k:
+            return policy, resting, None
         most = self.programs.rounds.most_draft(batch)
-        if (resting := policy.rest()) is not None:
+        if resting is not None:
             return policy, self.drafting.held(resting, batch, most), None
         step, look = self._commits.counters.num_steps, policy.wants_matches()
         if look:

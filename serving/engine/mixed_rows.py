@@ -3,8 +3,7 @@
 All neural members draft for all requests, and the draft of the picked one is taken: at the batch
 sizes at which drafting pays, a drafter takes as long for some requests as for all. All of them
 compute their rows at the end, so whichever drafts next for a request has its rows, in such a round
-or alone. Host drafters propose for the requests that they were picked for, before the launch. A
-text drafter looks within the round, and drafts where it is sure of its match.
+or alone. Host drafters propose for the requests that they were picked for, before the launch.
 
 Verification uses the distribution that the picked drafter drew from; what a host drafter proposes
 is certain. Which drafter is picked depends on committed tokens only, so outputs follow the target
@@ -16,18 +15,17 @@ Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
+from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from policies.interface import Pick
 from serving.engine.drafter_rows import DrafterRows
 from serving.engine.drafts import Drafts
 from serving.engine.lanes import LaneRows
 from serving.engine.sequence import Sequence
-from serving.engine.text_rows import TextRows
 from specops.draft_sampling import DraftLaw, RowLaws
 from specops.lanes import ClosedRound, Input, OpenedRound
 
@@ -43,15 +41,13 @@ class MixedRows:
         members: Several[DrafterRows],
         vocab_size: int,
         hosts: Several[str] = (),
-        text: TextRows | None = None,
     ) -> None:
         """
         Args:
             kind: name of the mix.
-            members: the neural drafters; one, if there is a text drafter.
+            members: the neural drafters.
             vocab_size: V.
             hosts: kinds of the host drafters.
-            text: drafts where it is sure of its match, which is found out within the round.
 
         Raises:
             ValueError: some draw their tokens and others do not.
@@ -65,23 +61,17 @@ class MixedRows:
         self.members = tuple(members)
         self.draws = members[0].draws
         self.hosts = tuple(hosts)
-        self.text = text
         self._vocab_size = vocab_size
         self._numbers = {one: number for number, one in enumerate(self.kinds)}
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of all drafters that may be picked, neural ones first."""
-        texts = () if self.text is None else self.text.kinds
-        return (*(rows.kind for rows in self.members), *self.hosts, *texts)
+        return (*(rows.kind for rows in self.members), *self.hosts)
 
     def number_of(self, drafter: str) -> int:
         """Number of a member, as rounds take it."""
         return self._numbers[drafter]
-
-    def picks(self, numbers: list[int]) -> list[Pick]:
-        """Who drafted, by the numbers that a round tells."""
-        return [Pick(self.kinds[number], 1.0, "match") for number in numbers]
 
     def catch_up(self, batch: list[Sequence]) -> int:
         """See ``DrafterRows.catch_up``; of all members."""
@@ -108,8 +98,6 @@ class MixedRows:
         assert not tells, "drafts of a mix are not cut"
         found = [one.draft(opened, rows, inputs_RI, num_draft, draws=draws) for one in self.members]
         picked_R = inputs_RI[:, Input.PICKED]
-        if self.text is not None:
-            return self._with_text(found[0], self.text, opened, num_draft)
         tokens_RK = _of_picked([one.tokens_RK for one in found], picked_R)
         is_given_R, lens_R = picked_R >= len(self.members), None
         if self.hosts:
@@ -122,27 +110,15 @@ class MixedRows:
         logq_RK = _of_picked([_known(one.logq_RK) for one in found], picked_R)
         law = self._law([_known(one.law) for one in found], picked_R, num_draft)
         if self.hosts:
-            law = certain_where(law, is_given_R, tokens_RK, self._vocab_size)
+            law, logq_RK = certain_at(law, logq_RK, is_given_R[:, None].repeat(1, num_draft))
         return Drafts(tokens_RK, logq_RK, law, lens_R)
 
-    def _with_text(
-        self, neural: Drafts, text: TextRows, opened: OpenedRound, num_draft: int
-    ) -> Drafts:
-        """The text drafter's drafts where it is sure, else the neural drafter's."""
-        found = text.propose(opened, num_draft)
-        is_text_R = text.drafter.is_sure(found)
-        tokens_RK = torch.where(is_text_R[:, None], found.tokens_RK, neural.tokens_RK)
-        counts_R = torch.where(is_text_R, found.counts_R, num_draft)
-        lens_R = torch.minimum(opened.lens_R, counts_R)
-        picked_R = is_text_R.long()  # the neural drafter is number 0
-        if neural.law is None:
-            return Drafts(tokens_RK, None, None, lens_R, picked_R)
-        law = certain_where(neural.law, is_text_R, tokens_RK, self._vocab_size)
-        return Drafts(tokens_RK, neural.logq_RK, law, lens_R, picked_R)
-
     def _law(self, laws: list[DraftLaw], picked_R: Tensor, num_draft: int) -> DraftLaw:
-        """The law of each request's picked draft, over one vocabulary for all."""
+        """The law of each request's picked draft, over one vocabulary for all. A single member's
+        is taken as it is."""
         first = laws[0]
+        if len(laws) == 1:
+            return first
         if all(law.vocab is first.vocab for law in laws):
             logits_RKD = _of_picked([law.logits_RKD for law in laws], picked_R)
             kept = _picked_laws([law.laws for law in laws], picked_R, num_draft)
@@ -171,32 +147,14 @@ def over_target(law: DraftLaw, vocab_size: int) -> Tensor:
     return logits_RKV.index_copy_(-1, law.vocab.to_target(ids_D), logits_RKD)
 
 
-def certain_where(
-    law: DraftLaw, is_given_R: Tensor, tokens_RK: Tensor, vocab_size: int
-) -> DraftLaw:
-    """A law in which the draft tokens of some requests are certain, whatever the temperature and
-    truncation. It is over the target's vocabulary, because a host drafter knows all of it.
+def certain_at(law: DraftLaw, logq_RK: Tensor, certain_RK: Tensor) -> tuple[DraftLaw, Tensor]:
+    """The law and log q of drafts in which others' tokens, which are certain, have replaced some.
 
     Args:
-        is_given_R: [R] bool, these requests.
-        tokens_RK: [R, K] int64 target ids.
-        vocab_size: V.
+        logq_RK: [R, K] float32, of the drafts before.
+        certain_RK: [R, K] bool, contiguous: where the tokens were replaced.
     """
-    is_given_R11, ids_RK1 = is_given_R[:, None, None], tokens_RK[..., None]
-    logits_RKV = over_target(law, vocab_size)
-    own_RK1 = logits_RKV.gather(-1, ids_RK1)
-    certain = logits_RKV.masked_fill(is_given_R11, float("-inf"))
-    certain.scatter_(-1, ids_RK1, own_RK1.masked_fill(is_given_R11, 0.0))
-    kept = None
-    if law.laws is not None and law.vocab is None:  # otherwise they number the draft vocabulary
-        is_given_T = is_given_R[:, None].expand_as(tokens_RK).reshape(-1)
-        point = torch.zeros_like(law.laws.tops_cuts_masses)
-        point[..., 2] = 1.0
-        kept = RowLaws(
-            torch.where(is_given_T[:, None], point, law.laws.tops_cuts_masses),
-            torch.where(is_given_T, tokens_RK.reshape(-1).int(), law.laws.lasts),
-        )
-    return DraftLaw(certain, law.sampling, law.greedy_R, laws=kept)
+    return replace(law, certain_RK=certain_RK), logq_RK.masked_fill(certain_RK, 0.0)
 
 
 def _of_picked(found: Several[Tensor], picked_R: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from serving.engine.making import Making
 from serving.engine.mixed_rows import MixedRows
 from serving.engine.prefill import Prefill
 from serving.engine.rounds import Rounds
+from serving.engine.text_mix import TextMix
 from serving.engine.text_rows import TextRows
 from specops.verify_logits import Rule
 from targets.target import KvPool, Target
@@ -162,16 +163,15 @@ def make_programs(
     ]  # fmt: skip
     by_kind = {one.kind: one for one in rows}
     reading = {drafter.kind: TextRows(drafter, lanes) for drafter in texts}
-    mixed = [
-        MixedRows(
-            name,
-            [by_kind[kind] for kind in kinds if kind in by_kind],
-            target.vocab_size,
-            [kind for kind in kinds if kind not in by_kind and kind not in reading],
-            next((reading[kind] for kind in kinds if kind in reading), None),
-        )
-        for name, kinds in (mixes or {}).items()
-    ]
+    mixed: list[MixedRows | TextMix] = []
+    for name, kinds in (mixes or {}).items():
+        members = [by_kind[kind] for kind in kinds if kind in by_kind]
+        if texts_of := [reading[kind] for kind in kinds if kind in reading]:
+            (member,), (text,) = members, texts_of
+            mixed.append(TextMix(name, member, text, sizes.max_draft))
+            continue
+        others = [kind for kind in kinds if kind not in by_kind]
+        mixed.append(MixedRows(name, members, target.vocab_size, others))
     drafting = Drafting(hosts, rows, sizes.max_draft, on_request, mixed, [*reading.values()])
     rounds = Rounds(
         target, pool, drafting, features, lanes, graphs,

@@ -30,6 +30,8 @@ class Proposed:
     """[R] who drafted for each request; ``None``: ``drafter`` for all."""
     considered: Considered | None = None
     """The drafts before the device cut them to ``tokens``; ``None`` if they were not to be cut."""
+    most: int | None = None
+    """Where the drafter itself ends some drafts early: how long they could have been."""
 
     def of(self, lives: list[bool]) -> Proposed:
         """Those of some requests."""
@@ -40,6 +42,7 @@ class Proposed:
             list(compress(self.p_logp, lives)),
             None if self.picks is None else list(compress(self.picks, lives)),
             self.considered and self.considered.of(lives),
+            self.most,
         )
 
     def kinds(self) -> list[str]:

@@ -44,6 +44,8 @@ from serving.engine.proposed import Decoded, Proposed, Verified, cut_to
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
+from serving.engine.text_mix import TextMix, drawn_of
+from serving.engine.text_rows import TextRows
 from specops.device import (
     adjust_rows,
     best_ids,
@@ -73,8 +75,7 @@ class _Key(NamedTuple):
     is_greedy: bool
     """All requests are greedy and use the logits as they are, so no distribution is computed."""
     is_scored: bool = False
-    """A request asks for log probabilities, so K is at most ``RoundBuffers.most_scored``. Never
-    greedy."""
+    """A request asks for log probabilities: K is at most ``RoundBuffers.most_scored``."""
     cutting: Cutting | None = None
     """How drafts are cut on the device; ``None``: not at all."""
 
@@ -184,7 +185,7 @@ class Rounds:
         self._lanes.write([s for s in batch if not s.is_in_lane])
         neural = self._drafting.on_device.get(drafter) if num_draft else None
         numbers = None
-        if isinstance(neural, MixedRows) and neural.text is None:
+        if isinstance(neural, MixedRows):
             picks = picks or (Pick(neural.kinds[0], 1.0, "best"),) * len(batch)
             numbers = [neural.number_of(pick.drafter) for pick in picks]
         else:
@@ -233,17 +234,16 @@ class Rounds:
         self._note_lengths(launched, accepted)
         proposed = self._proposed(launched, outputs, columns)
         numbers = None if self._ring is None else self._ring.number(captured)
-        scores = []
+        scores, key = [], launched.key
         if launched.scores is not None:
-            num_rows = launched.key.num_draft + 1
-            scores = launched.scores.view(launched.key.size, num_rows, -1).tolist()
+            scores = launched.scores.view(key.size, key.num_draft + 1, -1).tolist()
         return Decoded(proposed, Verified(accepted, next_ids), numbers, scores)
 
     def _proposed(
         self, launched: Launched, outputs: Integers, columns: list[list[int]]
     ) -> Proposed | None:
-        key, num_draft = launched.key, launched.key.num_draft
-        if not num_draft:
+        key = launched.key
+        if not (num_draft := key.num_draft):
             return None
         accepted, _, lens, _, picked = columns
         rows = outputs[:, Column.TOKENS : Column.TOKENS + num_draft].tolist()
@@ -254,17 +254,16 @@ class Rounds:
         else:
             p_logp = self._reals(outputs, 1).tolist()
         picks = None if launched.picks is None else list(launched.picks)
-        if (mix := self._drafting.mixes.get(key.neural or "")) and mix.text is not None:
-            picks = mix.picks(picked)
+        drafter = self._drafting.on_device.get(key.neural or "")
+        if isinstance(drafter, TextMix):
+            picks = drafter.picks(picked)
         q_logp = None
         if self._draws(key):
-            learned = self._drafting.neural  # what others propose is certain
-            drawn = lens if picks is None else [
-                num if pick.drafter in learned else 0 for pick, num in zip(picks, lens, strict=True)
-            ]  # fmt: skip
+            drawn = lens if picks is None else drawn_of(picks, lens, self._drafting.neural)
             q_logp = cut_to(self._reals(outputs, 2).tolist(), drawn)
         considered = None if launched.seen is None else launched.seen.read(len(accepted))
-        return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered)
+        most = num_draft if isinstance(drafter, TextMix | TextRows) else None
+        return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered, most)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
         """Note which rows the round's drafter has."""
@@ -409,7 +408,7 @@ class Rounds:
     def _round(self, key: _Key) -> None:
         size, num_draft = key.size, key.num_draft
         neural = self._drafting.on_device[key.neural] if key.neural else None
-        watch = Stopwatch() if neural is not None and not self._graphs.are_real else None
+        watch = Stopwatch() if neural and not self._graphs.are_real else None
         inputs = self._io.inputs[:size]
         opened = open_round(
             self._lanes.state, inputs, num_draft, self._page_size, self._rule,
@@ -441,8 +440,8 @@ class Rounds:
             self._lanes.state, opened, drafts.tokens_RK, verdict, drafts.logq_RK,
             self._io.outputs[:size],
         )  # fmt: skip
-        if drafts.picked_R is not None:
-            self._io.outputs[:size, Column.PICKED] = drafts.picked_R
+        if drafts.when_closed is not None:
+            drafts.when_closed(closed, self._io.outputs[:size])
         if scores is not None:
             self._score(scores, closed.emitted_RQ)
         if not key.is_greedy:

@@ -30,12 +30,22 @@ class NotedStep(NamedTuple):
     notes: tuple[float, ...] = ()
     """and their values."""
 
+    def kept(self) -> KeptStep:
+        """As it is kept: the collector leaves plain tuples of numbers alone once it has seen them,
+        and visits those of a class of their own for ever."""
+        return tuple(self)
+
+
+KeptStep = tuple[Any, ...]
+"""Fields of a ``NotedStep`` in order."""
+
 
 class NotedRounds:
     """The rounds of one request, noted as they are committed.
 
     Flat lists, of which the recorder makes columns. There is no object for a round: the engine
     notes 40,000 a second, and the garbage collector would visit each of them again and again.
+    ``NotedStep.kept`` is shared by all rounds of a step.
     """
 
     __slots__ = ("confidence", "considered", "draft_ids", "p_logp", "q_logp", "rounds")
@@ -60,7 +70,7 @@ class NotedRounds:
 
     def add(
         self,
-        step: NotedStep,
+        step: KeptStep,
         anchor: int,
         draft_ids: Several[int],
         q_logp: Several[float],
@@ -86,7 +96,7 @@ class NotedRounds:
         self.considered += (number, int(may_cut), len(figures) // FIGURES)
         self.confidence += figures
 
-    def add_plain(self, step: NotedStep, anchor: int, next_id: int) -> None:
+    def add_plain(self, step: KeptStep, anchor: int, next_id: int) -> None:
         """Note a round without draft tokens."""
         self.rounds += (step, anchor, 0, 0, 0, next_id)
 

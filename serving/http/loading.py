@@ -21,6 +21,8 @@ from serving.http.errors import ApiError
 from serving.http.response_bodies import Health, Readiness
 from serving.http.responses import json_answer
 
+LOADING = "the model is being loaded"
+"""Why a server is not ready yet."""
 _HEAD_S = 10.0
 """Time to send a request's headers."""
 _REST_S = 1.0
@@ -110,7 +112,7 @@ def _response(head: bytes) -> bytes:
 
 def _not_ready() -> Response:
     """``/ready`` has one shape, whatever it says."""
-    answer = json_answer(Readiness(status="not ready", reason="the model is being loaded"))
+    answer = json_answer(Readiness(status="not ready", reason=LOADING))
     answer.headers["Retry-After"] = "1"
     return answer
 

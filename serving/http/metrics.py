@@ -252,6 +252,11 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
         ("reason",),
         {(reason,): n for reason, n in figures.refusals.items()},
     )
+    yield counter(
+        "ignored_calibrations",
+        "Versions whose calibration was malformed, so that the policy ignored it.",
+        figures.ignored_calibrations,
+    )
     copies = SummaryMetricFamily(
         f"{PREFIX}weight_swap_seconds", "Time of the copies into the drafter.", labels=_LABELS
     )

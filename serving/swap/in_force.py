@@ -17,10 +17,14 @@ from torch import Tensor
 from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
+from policies.calibration import Calibration
 from policies.interface import DraftPolicy
 from serving.swap.flat_weights import FlatWeights, Staged
 
 log = logging.getLogger(__name__)
+
+IGNORED_CALIBRATIONS = "ignored_calibrations"
+"""Key of ``WeightsInForce.counts``: versions that came with a calibration that is malformed."""
 
 
 class WeightsInForce:
@@ -50,6 +54,7 @@ class WeightsInForce:
         self._neural = neural
         self._policy = policy
         self._former_flat: Tensor | None = None
+        self._note_calibration()
 
     @property
     def kind(self) -> str:
@@ -82,6 +87,7 @@ class WeightsInForce:
         self.former, self.current = self.current, staged.manifest
         self.newest_taken = max(self.newest_taken, staged.manifest.version)
         self._tell()
+        self._note_calibration()
         self.counts["swapped"] += 1
         self.note("swapped")
         log.info("swapped to version %d", staged.manifest.version)
@@ -104,6 +110,16 @@ class WeightsInForce:
         """Add an event to the history that ``GET /admin/drafter`` shows."""
         entry = {"unix_s": time.time(), "event": event, "version": self.version}
         self.history.append(entry)
+
+    def _note_calibration(self) -> None:
+        """Say what policies ignore of the calibration that came with the current version."""
+        problems = Calibration.of(self.current.policy).problems
+        if problems:
+            self.counts[IGNORED_CALIBRATIONS] += 1
+            log.warning(
+                "calibration of version %d of %s: %s; ignored, its weights serve without it",
+                self.current.version, self.kind, "; ".join(problems),
+            )  # fmt: skip
 
     def _exchange(self) -> None:
         assert self._former_flat is not None and self.former is not None

@@ -19,7 +19,7 @@ from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
 from policies.rollback import Action, DraftingShare, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
-from serving.swap.in_force import WeightsInForce
+from serving.swap.in_force import IGNORED_CALIBRATIONS, WeightsInForce
 
 log = logging.getLogger(__name__)
 
@@ -211,6 +211,7 @@ class Swapper:
             "gate": force.current.gate,
             "swaps": self.counts(),
             "refusals": self.refusals(),
+            IGNORED_CALIBRATIONS: self.num_ignored_calibrations,
             "swap_seconds": force.swap_seconds,
             "history": list(force.history[-200:]),
             "last_error": self._last_error,
@@ -223,6 +224,11 @@ class Swapper:
     def refusals(self) -> dict[str, int]:
         """``rejected`` by reason, see ``RefusedError``."""
         return dict(self._refusals)
+
+    @property
+    def num_ignored_calibrations(self) -> int:
+        """Versions in use, now or before, whose calibration is malformed."""
+        return self._force.counts[IGNORED_CALIBRATIONS]
 
     @property
     def swap_seconds(self) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
 from benchmarks.harness.allocate_times import allocate_times
-from benchmarks.policies import allocate_rows
+from benchmarks.policies import allocate_rows, publish_allocate
 from benchmarks.policy_comparison import RULES
 from benchmarks.policy_simulation import claims, shift_claims, steps_to_plain
 from benchmarks.real import choosing
@@ -19,11 +20,21 @@ STEADY = World(eagle=(0.6,) * 8, has_index=False, verify_per_token_s=2e-6)
 
 def test_what_the_device_does_to_cut_drafts_is_timed_for_every_score():
     times = allocate_times("cpu")
-    assert set(times) == {"top", "entropy", "head"}
+    assert set(times) == {"top", "entropy", "margin", "head"}
     assert all(us > 1 for us in times.values())
     assert all(row.goal is None for row in allocate_rows(times, "cpu"))
     on_gpu = list(allocate_rows({"top": 29.0, "head": 31.0}, "cuda"))
     assert [row.holds for row in on_gpu] == [True, False]
+
+
+def test_cuts_and_what_belongs_to_them_are_measured_and_written(tmp_path):
+    times = publish_allocate("cpu", tmp_path)
+    written = json.loads((tmp_path / "allocate_cpu.json").read_text())
+    rows = json.loads((tmp_path / "rows" / "policies.json").read_text())
+    assert written["microseconds"] == times
+    beside = [us for ones in written["beside"].values() for us in ones.values()]
+    assert [row["value"] for row in rows] == [*times.values(), *beside]
+    assert len(beside) == 2 and min(beside) > 1
 
 
 def test_every_policy_that_decides_is_in_the_comparison_with_its_origin():

@@ -14,7 +14,7 @@ CONSTANT = '''
 from drafters.protocol import DrafterContext, DrafterKind, Traits
 
 TRAITS = Traits(
-    is_neural=False, learns=False, needs_match=False, draws=False,
+    on_device=False, learns=False, needs_match=False, draws=False,
     prior_acceptance=(0.9,), prior_draft_cost=0.001,
 )
 

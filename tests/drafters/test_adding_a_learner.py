@@ -26,7 +26,7 @@ from drafters.trainable import BatchLoss
 from specops.device import distill
 from specops.distill import RowFigures, Rows, Teacher
 
-TRAITS = Traits(is_neural=True, learns=True, needs_match=False, draws=True)
+TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
 
 
 @dataclass(frozen=True)

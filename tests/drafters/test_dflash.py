@@ -368,7 +368,7 @@ def test_what_the_layout_cannot_say_is_not_exported(tmp_path, changed, message):
             lambda c, t: c.update(hidden_size=64),
             "hidden_size is 64 and vocab_size 96, but the target has 48 and 96",
         ),
-        (lambda c, t: c.update(rope_scaling={"type": "yarn"}), "rope_scaling is"),
+        (lambda c, t: c.update(rope_scaling={"type": "yarn"}), "the rule 'yarn' of rope_scaling"),
         (
             lambda c, t: c.update(layer_types=["full_attention"]),
             "layer_types has 1 entries for 2 layers",

@@ -421,7 +421,10 @@ def test_norms_that_are_stored_around_zero_keep_every_bit_of_bfloat16(tmp_path):
     ("changed", "named"),
     [
         ({"partial_rotary_factor": 0.5}, "its rotary_dim is 8, and .*config.json, .* says 4"),
-        ({"rope_theta": 5.0}, "its rope_theta is 10000.0, and .* says 5.0"),
+        (
+            {"rope_theta": 5.0, "rope_parameters": {"rope_type": "default", "rope_theta": 5.0}},
+            "its rope_theta is 10000.0, and .* says 5.0",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', which is not computed here"),
     ],
 )

@@ -58,6 +58,9 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/index.py: spells the drafter kind 'suffix'": (
         "compares the search of this drafter with the one that it replaced"
     ),
+    "benchmarks/index_peer.py: spells the drafter kind 'suffix'": (
+        "compares the search of this drafter with that of another library"
+    ),
     **{
         f"benchmarks/recipes.py: spells the drafter kind {kind!r}": (
             "compares what new weights of kinds begin as"

@@ -22,7 +22,7 @@ OURS = {room.rpartition("/")[2] for room in PRODUCT_ROOMS} | {
     PROJECT["name"],
 }
 PACKAGES = metadata.packages_distributions()
-PEERS = {"flashinfer", "liger_kernel"}
+PEERS = {"arctic_inference", "flashinfer", "liger_kernel"}
 """Modules that benchmarks compare with where somebody has installed them."""
 NOT_IMPORTED = {
     "accelerate": "transformers reads GGUF files with it",

@@ -34,7 +34,7 @@ from policies.interface import (
 class Traits:
     """Satisfies ``DrafterTraits``."""
 
-    is_neural: bool
+    on_device: bool
     needs_match: bool
     prior_acceptance: tuple[float, ...]
     prior_draft_cost: float

@@ -124,7 +124,7 @@ def test_matches_are_worth_what_was_kept_after_them_and_nobody_computes_it_twice
 
 def test_priors_are_one_or_one_for_each_kind_of_match():
     traits = Traits(
-        is_neural=True, needs_match=False, prior_acceptance=(0.5,) * 3, prior_draft_cost=0
+        on_device=True, needs_match=False, prior_acceptance=(0.5,) * 3, prior_draft_cost=0
     )
     with pytest.raises(
         ValueError, match="prior_acceptance of drafter 'odd' must hold 1 or 6 values"

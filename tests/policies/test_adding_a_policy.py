@@ -80,7 +80,7 @@ assert Path(policies.__file__).is_relative_to(Path.cwd()), policies.__file__
 
 @dataclass(frozen=True)
 class Traits:
-    is_neural: bool = True
+    on_device: bool = True
     needs_match: bool = False
     picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)

@@ -49,6 +49,38 @@ def test_a_drafter_of_no_use_costs_less_than_its_share(batch, has_index):
     assert later.speed >= (1 - 1.3 * 0.005) * plain
 
 
+def test_steps_that_say_nothing_of_their_time_are_neither_free_nor_lost():
+    """Where requests begin and end at nearly every step, trials cost 0.025: most of their steps
+    were charged nothing. All steps pay for trials, so that these still come soon enough."""
+    world = replace(
+        SMALL, batch=32, has_index=False, verify_per_token_s=2e-5 / 32, cold_s=0.002,
+        untimed_share=0.8,
+    )  # fmt: skip
+    after, num_soon = replace(world, eagle=(0.85,) * 8), 0
+    for seed in range(2):
+        server = started(world, seed)
+        server.run(world, steps_of(4, world))
+        later = server.run(world, steps_of(6, world))
+        assert later.speed >= (1 - 1.3 * 0.005) * fixed_speed(world, "none", 0)
+        server.run(after, steps_of(2, after))
+        num_soon += server.run(after, 500).speed >= 0.9 * best_fixed_speed(after)
+    assert num_soon
+
+
+def test_nothing_is_prepared_for_steps_that_no_plan_is_made_for():
+    """Preparing takes the host as long as a plan, and a trial goes on without one. A plan is
+    weighed once ahead, and once more if its batch is another one."""
+    world = replace(SMALL, batch=8, has_index=False, verify_per_token_s=2e-5 / 8)
+    server = started(world)
+    policy, plans, weighed = server.policy, [], []
+    plan, weigh = policy.plan, policy._weigh
+    policy.plan = lambda obs: plans.append(obs) or plan(obs)
+    policy._weigh = lambda *args: weighed.append(args) or weigh(*args)
+    server.run(world, steps_of(10, world))
+    assert policy.figures()["decisions"]["probe"] > 2 * len(plans)
+    assert len(weighed) <= 2 * len(plans)
+
+
 @pytest.mark.parametrize("share", [0.002, 0.02])
 def test_the_share_is_a_setting(share):
     server = started(SMALL, probe_share=share)

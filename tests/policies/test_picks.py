@@ -107,7 +107,7 @@ def test_a_mix_takes_the_time_of_all_members_and_promises_the_best_of_them():
 
     assert mixed.prior_acceptance == (0.7,)
     assert mixed.prior_draft_cost == pytest.approx(0.3)
-    assert mixed.is_neural and not mixed.needs_match
+    assert mixed.on_device and not mixed.needs_match
 
 
 WITH_INDEX = {"a+b": ("a", "b"), "a+i": ("a", "i")}
@@ -150,4 +150,4 @@ def test_a_mix_with_an_index_needs_a_match_and_the_rows_of_its_neural_members_al
     }  # fmt: skip
     mixed = with_mixes(OF_INDEX, WITH_INDEX)["a+i"]
     assert mixed.prior_acceptance == NEURAL.prior_acceptance
-    assert mixed.is_neural and not mixed.needs_match
+    assert mixed.on_device and not mixed.needs_match

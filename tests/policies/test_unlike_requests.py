@@ -13,7 +13,7 @@ import pytest
 from configs.schema import PolicySettings
 from policies.catalog import build_policy
 from policies.groups import Mix, Shifts, class_of, group_of
-from policies.interface import RowOutcomes
+from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.log_odds import shifted
 from policies.replayed_log import ReplayedLog, play
 from policies.round_counts import Rounds
@@ -198,7 +198,17 @@ def test_a_published_acceptance_by_temperature_is_where_a_version_starts():
 
 
 @pytest.mark.parametrize(
-    "published", ["much", {"0": "much"}, {"0": [7.0]}, {"x": [0.5]}, {"0": []}, None]
+    "published",
+    [
+        "much",
+        {"0": "much", "2": [0.5]},
+        {"0": [7.0]},
+        {"0": [0.9, 7.0], "2": [0.1]},
+        {"x": [0.5]},
+        {"0": [True], "2": [0.1]},
+        {"0": []},
+        None,
+    ],
 )
 def test_what_is_no_probability_is_ignored(published):
     shifts = Shifts()
@@ -243,6 +253,34 @@ def test_a_context_is_left_for_another_one_and_not_for_its_bound():
     assert len(set(seen[:4])) == 1
     assert seen[4] == seen[5] > seen[3]
     assert seen[6] == 0
+
+
+def next_plan(growth):
+    """Steps until the next plan after one, where texts grow by a factor in the second step."""
+    policy = build_policy(PolicySettings(kind="goodput", explore=0), {"eagle3": NEURAL}, 0, 8)
+    policy.calibrate(WORLD.profile())
+    planned = []
+    for step in range(400):
+        decision, plan_s = policy.rest(), 0.0
+        if decision is None:
+            obs = StepObs(step, 1, b"\x08", None, ("eagle3",), 8, 0, context=1000)
+            decision, plan_s = policy.plan(obs), 0.05 * WORLD.plain_s
+            planned.append(step)
+            if step > 300 and len(planned) > 1 and planned[-2] > 300:
+                return planned[-1] - planned[-2]
+        k = decision.draft_k
+        rows, step_s = RowOutcomes([k], [min(k, 3)]), WORLD.seconds("eagle3", k)[0] + plan_s
+        is_long = step > 300 and planned and planned[-1] == step - 1
+        context = 1000 * (growth if is_long else 1)
+        policy.observe(
+            Outcome(decision, 1, rows, step_s, 0.0, False, 0, plan_s=plan_s, context=context)
+        )
+    raise AssertionError("no plan was made")
+
+
+def test_a_plan_for_short_texts_is_not_followed_for_long_ones():
+    assert next_plan(1) > 5
+    assert next_plan(4) == 2
 
 
 def test_rounds_are_counted_by_match_and_group_as_an_engine_tells_them():

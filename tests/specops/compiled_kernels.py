@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from triton.runtime.jit import JITFunction
 
+from specops.allocation import CutValues, HeadWeights
+from specops.allocation_triton import confidence, cut_drafts, pack_rows
 from specops.attention import DecodePass, Places
 from specops.attention_triton import attend_pages, places_of
 from specops.best_ids_triton import best_ids
@@ -94,6 +96,8 @@ def one_round(size: int, num_draft: int) -> None:
     if num_draft:
         sample_draft(logits[:, 0].contiguous(), sampling, numbering, flags)
         law = DraftLaw(logits[:, 1:].contiguous(), sampling, flags, None)
+        some_certain = replace(law, certain_RK=drafts != 0)
+        verify_logits(logits, sampling, drafts, lens, ints[6], numbering, some_certain, False)
     verdicts = [
         verify_logits(logits, sampling, drafts, lens, ints[6], numbering, drafted, False)
         for drafted in (None, law)
@@ -105,6 +109,7 @@ def one_round(size: int, num_draft: int) -> None:
     bookkeeping(size, num_draft, best_ids(logits), verdicts)
     if num_draft:
         from_text(size, num_draft)
+        cut(size, num_draft)
     pool = torch.zeros((8 * PAGE, HEADS, DIM))
     pages, first = torch.zeros((size, 8), dtype=torch.int32), ints[1].int()
     q = torch.zeros((size * (num_draft + 1), HEADS, DIM))
@@ -128,6 +133,21 @@ def from_text(size: int, num_draft: int) -> None:
             texts, fields[0].int(), fields[Field.LENGTH], fields[Field.SPACE], found, num_draft,
             Bounds(2, 12),
         )  # fmt: skip
+
+
+def cut(size: int, num_draft: int) -> None:
+    """A cut by a head, the figures that it reads, of rows of one part and of several, and the rows
+    that are left."""
+    for vocab in (VOCAB, 32 * VOCAB):
+        confidence(torch.zeros((size, vocab), dtype=torch.bfloat16))
+    figures, noted = torch.zeros((size, num_draft, 3)), torch.zeros((64, 1 + 3 * MOST))[:size]
+    shapes = ((5,), (5,), (16, 5), (16,), (16,), ())
+    head = HeadWeights(*(torch.zeros(shape) for shape in shapes))
+    lens = cut_drafts(
+        figures, torch.zeros((8, size)).long()[3], torch.zeros((3, size))[1],
+        CutValues(*torch.zeros(3)), head, noted, score="head", cumulative=size % 2 == 0,
+    )  # fmt: skip
+    pack_rows(lens, num_draft, size * num_draft // 2)
 
 
 def drafted_rows(decode: DecodePass, steps: Places, pool: torch.Tensor) -> None:

@@ -21,17 +21,23 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         "_split_rows": 3,
         "_join_rows": 3,
         "_finish": 1,
-        # dense and delta drafts
-        "_judge": 2,
-        "_stop": 2,
-        "_emit": 2,
-        "_overlap": 1,
+        # delta drafts, dense drafts, and dense drafts of which some are certain
+        "_judge": 3,
+        "_stop": 3,
+        "_emit": 3,
+        "_overlap": 2,
         # with and without biases and penalties
         "_adjust_part": 1,
         "_count_tokens": 1,
         # with and without finished texts
         "_find_matches": 2,
         "_take_drafts": 2,
+        # batches up to 32 and to 256, drafts up to 8 and to 16
+        "_cut": 4,
+        "_pack": 1,
+        # whole rows and parts
+        "_confidence_of_part": 2,
+        "_join_confidence": 1,
         # neural drafts and given ones
         "_open_round": 2,
         # greedy, sampled with and without log q

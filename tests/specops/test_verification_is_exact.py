@@ -175,6 +175,21 @@ def test_emitted_tokens_follow_the_target(seed, law_of_output, length_after, sha
 
 
 @pytest.mark.parametrize("law_of_output", [emitted, emitted_by_block])
+@pytest.mark.parametrize("length_after", [always_all, stop_on_even])
+@pytest.mark.parametrize("certain", [{0}, {0, 1}, {1}, {1, 2}, {2}], ids=str)
+def test_emitted_tokens_follow_the_target_if_some_positions_are_certain(
+    law_of_output, length_after, certain
+):
+    """Tokens that are certain before drawn ones, between them and after them."""
+    p, q = random_laws(5, 1.5), random_laws(105, 1.0)
+    q |= {c: law for c, law in one_hot(q).items() if len(c) in certain}
+
+    difference = (law_of_output(p, q, False, length_after) - joint(p)).abs().sum() / 2
+
+    assert difference <= 1e-12
+
+
+@pytest.mark.parametrize("law_of_output", [emitted, emitted_by_block])
 def test_emitted_tokens_follow_the_target_when_the_drafter_is_the_target(law_of_output):
     p = random_laws(0, 1.5)
 

@@ -69,8 +69,22 @@ def after(table, tokens):
     return table[tuple(tokens.T)]
 
 
-def emitted(rule, law, parameters, num, seed, sample=None, check=None, device="cpu"):
-    """Counts of each sequence of K + 1 tokens over ``num`` requests, [V ** (K + 1)]."""
+def certain_places(num, device):
+    """[N, K] bool: requests with none certain, the first, the second, and both, of every length.
+    [N] bool: half of each kind."""
+    number = torch.arange(num, device=device) // 4
+    places = torch.arange(K, device=device)
+    return number[:, None] >> places & 1 == 1, number >> K & 1 == 1
+
+
+def emitted(
+    rule, law, parameters, num, seed, sample=None, check=None, device="cpu", has_certain=False
+):
+    """Counts of each sequence of K + 1 tokens over ``num`` requests, [V ** (K + 1)].
+
+    ``has_certain``: at some positions the second likeliest token of the target is drafted, whatever
+    the drafter says, which for half of these requests is NaN.
+    """
     sample = sample or draft_sampling.sample_draft
     check = check or verify_logits.verify_logits
     rows = rows_of(parameters, num, device)
@@ -79,16 +93,23 @@ def emitted(rule, law, parameters, num, seed, sample=None, check=None, device="c
     numbering = Numbering(keys, torch.full((num,), 3, device=device), anchors)
     greedy = torch.full((num,), rule == Rule.MATCH, device=device)
     draft = torch.zeros((num, 0), dtype=torch.int64, device=device)
+    certain, is_nan = certain_places(num, device)
     q_logits = []
     for j in range(K):
         q_logits.append(after(law.drafter[j], draft).contiguous())
         place = Numbering(keys, numbering.nonces_R, anchors + j)
         drawn = sample(q_logits[-1], rows, place, greedy).tokens_R
+        if has_certain:
+            second = after(law.target[j], draft).topk(2).indices[:, 1]
+            drawn = torch.where(certain[:, j], second, drawn)
+            q_logits[-1][certain[:, j] & is_nan] = float("nan")
         draft = torch.cat((draft, drawn[:, None]), dim=1)
     logits = torch.stack([after(law.target[j], draft[:, :j]) for j in range(K + 1)], dim=1)
     lens = torch.arange(num, device=device) % 4 % (K + 1)
     rules = torch.full((num,), int(rule), device=device)
     drafted = DraftLaw(torch.stack(q_logits, dim=1), rows, greedy)
+    if has_certain:
+        drafted = replace(drafted, certain_RK=certain)
     verdict = check(logits, rows, draft, lens, rules, numbering, drafted, False)
     place = torch.arange(K + 1, device=device)
     stop, following = verdict.num_accepted_R[:, None], verdict.next_R[:, None]
@@ -119,15 +140,39 @@ def excess(counts, wanted):
     return float((square - freedom) / (2 * freedom) ** 0.5)
 
 
+@pytest.mark.parametrize("has_certain", [False, True], ids=["drawn", "some certain"])
 @pytest.mark.parametrize("hostile", [False, True], ids=["good drafter", "hostile drafter"])
 @pytest.mark.parametrize("parameters", [WHOLE, CUT], ids=["whole", "truncated"])
 @pytest.mark.parametrize("rule", list(Rule))
-def test_tokens_follow_the_target(rule, parameters, hostile):
+def test_tokens_follow_the_target(rule, parameters, hostile, has_certain):
     law = laws(hostile)
 
-    counts = emitted(rule, law, parameters, 100_000, seed=1)
+    counts = emitted(rule, law, parameters, 100_000, seed=1, has_certain=has_certain)
 
     assert excess(counts, joint(law, parameters)) < 10
+
+
+def forgetting(*arguments):
+    """Mutant: tokens that are certain are judged as if the drafter had drawn them."""
+    *others, drafted, with_logprobs = arguments
+    return verify_logits.verify_logits(*others, replace(drafted, certain_RK=None), with_logprobs)
+
+
+def shifting(*arguments):
+    """Mutant: certainty is that of the position before."""
+    *others, drafted, with_logprobs = arguments
+    moved = replace(drafted, certain_RK=drafted.certain_RK.roll(1, 1))
+    return verify_logits.verify_logits(*others, moved, with_logprobs)
+
+
+@pytest.mark.parametrize("mutant", [forgetting, shifting])
+@pytest.mark.parametrize("rule", [Rule.STANDARD, Rule.BLOCK])
+def test_certain_tokens_with_the_law_of_drawn_ones_are_seen(rule, mutant):
+    law = laws(hostile=True)
+
+    counts = emitted(rule, law, WHOLE, 100_000, seed=1, check=mutant, has_certain=True)
+
+    assert excess(counts, joint(law, WHOLE)) > 10
 
 
 def reused(former: Stream):
@@ -178,7 +223,7 @@ def test_a_drafter_that_draws_from_another_law_than_it_says_is_seen(monkeypatch)
     assert excess(counts, joint(law, CUT)) > 10
 
 
-def compiled(rule, law, parameters, num, seed):
+def compiled(rule, law, parameters, num, seed, has_certain=False):
     """``emitted`` by the compiled kernels, a million requests at once."""
 
     def sample(logits, rows, numbering, greedy):
@@ -189,19 +234,22 @@ def compiled(rule, law, parameters, num, seed):
 
     chunk = 1_000_000
     return sum(
-        emitted(rule, law, parameters, chunk, seed + 7 * i, sample, check, "cuda").cpu()
+        emitted(
+            rule, law, parameters, chunk, seed + 7 * i, sample, check, "cuda", has_certain
+        ).cpu()
         for i in range(num // chunk)
     )
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("has_certain", [False, True], ids=["drawn", "some certain"])
 @pytest.mark.parametrize("hostile", [False, True], ids=["good drafter", "hostile drafter"])
 @pytest.mark.parametrize("parameters", [WHOLE, CUT], ids=["whole", "truncated"])
 @pytest.mark.parametrize("rule", list(Rule))
-def test_tokens_of_the_kernels_follow_the_target(rule, parameters, hostile):
+def test_tokens_of_the_kernels_follow_the_target(rule, parameters, hostile, has_certain):
     law = laws(hostile, "cuda")
 
-    counts = compiled(rule, law, parameters, 8_000_000, seed=1)
+    counts = compiled(rule, law, parameters, 8_000_000, seed=1, has_certain=has_certain)
 
     assert excess(counts, joint(law, parameters).cpu()) < 10
 

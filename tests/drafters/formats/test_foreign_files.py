@@ -292,6 +292,22 @@ def test_whatever_a_config_says_nothing_unusable_is_read(sound):
     assert refused > 40
 
 
+ROTARY = (
+    ({"rope_parameters": {"rope_theta": 0}}, "rope_theta of config.json must be a positive number"),
+    ({"rope_parameters": {"rope_theta": "1e6"}}, "must be a positive number, got '1e6'"),
+    ({"rope_scaling": {"rope_theta": True}}, "must be a positive number, got True"),
+    ({"rope_theta": 10**400}, "rope_theta of config.json must be a positive number, got 1000"),
+    ({"rope_theta": 5e5, "rope_parameters": {"rope_theta": 1e6}}, "is 500000.0 and 1000000.0"),
+    (
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}},
+        "scaled by the rule 'yarn' of rope_parameters",
+    ),
+    (
+        {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+        "rope_parameters has one rotary embedding for full_attention",
+    ),
+)
+"""Rotary embeddings that every layout refuses in the same words."""
 UNCOMPUTED = (
     ("eagle3 as hf", {"use_sliding_window": True, "sliding_window": 5}, "sliding_window is 5"),
     ("eagle3 as hf", {"partial_rotary_factor": 0.5}, "partial_rotary_factor leaves 4 of 8"),
@@ -314,6 +330,7 @@ UNCOMPUTED = (
     ),
     ("dflash", {"partial_rotary_factor": 0.5}, "partial_rotary_factor leaves"),
     ("dflash", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor leaves"),
+    *((kind, change, said) for kind in ("eagle3 as hf", "dflash") for change, said in ROTARY),
     ("dflash", {"use_aux_hidden_state": False}, "use_aux_hidden_state is False"),
     ("dflash as speculators", {"sample_from_anchor": True}, "sample_from_anchor is True"),
     ("dflash as speculators", {"draft_vocab_size": 40}, "draft_vocab_size is 40, the target has"),

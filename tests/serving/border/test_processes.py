@@ -10,9 +10,11 @@ import re
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -22,8 +24,11 @@ import pytest
 from configs.load import load_settings
 from serving.border import processes as border_processes
 from serving.border import server as border_server
-from serving.border.processes import MOST_DEATHS, Spawner
+from serving.border.engine_side import welcome_for
+from serving.border.in_process import Desk
+from serving.border.processes import MOST_DEATHS, HttpProcesses, Spawned, Spawner
 from serving.border.server import num_processes, serve_http
+from serving.http.loading import LOADING, answering_503
 from serving.http.port import bind
 from tests.serving.border.conftest import settings_of
 from tests.serving.http.live import MODEL, LiveServer, running_server, wait_for
@@ -156,7 +161,7 @@ def test_an_http_process_that_is_killed_costs_its_own_clients_only(pair: LiveSer
     assert re.search(f"HTTP process {victim} was ended by SIGKILL", pair.log)
     assert pair.stop() == 0
     assert not any(map(lives, pids))
-    assert "Traceback" not in pair.log
+    assert "Traceback" not in pair.log and "CRITICAL" not in pair.log
 
 
 def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_free(
@@ -169,6 +174,7 @@ def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_fre
 
     assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_gone"
     wait_for(lambda: not any(map(lives, pids)), 60)
+    assert "CRITICAL serving.border: the engine's process is gone" in pair.log
     with pytest.raises(httpx.ConnectError):
         httpx.get(f"{pair.url}/health")
     again = socket.socket()
@@ -176,6 +182,29 @@ def test_when_the_engines_process_is_killed_streams_are_told_and_the_port_is_fre
     with again:
         again.bind(("127.0.0.1", pair.port))
         again.listen()
+
+
+def test_a_server_that_is_killed_while_it_loads_leaves_nobody_at_its_port():
+    """HTTP processes that import cannot see that it has gone; here one is even stopped."""
+    loading = (
+        "import time; from configs.load import load_settings; from serving.http.port import bind; "
+        "from serving.border.processes import Spawner; "
+        "held = bind(load_settings((), ('server.port=0',), {})); "
+        "spawner = Spawner(1, held); print(held.getsockname()[1], flush=True); time.sleep(60)"
+    )
+    with subprocess.Popen([sys.executable, "-c", loading], stdout=subprocess.PIPE) as server:
+        try:
+            assert server.stdout is not None
+            port = int(server.stdout.readline())
+            wait_for(lambda: children_of(server.pid), 60)
+            (importing,) = children_of(server.pid)
+            maps = Path(f"/proc/{importing}/maps")
+            wait_for(lambda: "pydantic_core" in maps.read_text(), 60)
+            os.kill(importing, signal.SIGSTOP)
+        finally:
+            server.kill()
+    wait_for(lambda: not lives(importing), 10)
+    bind(load_settings((), (f"server.port={port}",), {})).close()
 
 
 def test_a_process_that_hangs_holds_up_no_other_and_leaves_nothing(pair: LiveServer):
@@ -211,6 +240,51 @@ def test_a_server_whose_http_processes_cannot_start_gives_up(
     assert f"{MOST_DEATHS} HTTP processes in a row died" in caplog.text
 
 
+class OneBroken(Spawner):
+    """The first process of its second row lives until it is killed, and those after it die at once,
+    as after an update of the package."""
+
+    def __init__(self, listener: socket.socket) -> None:
+        super().__init__(2, listener)
+        self.starts_s: list[float] = []
+        self.sound, self._others = subprocess.Popen(["sleep", "600"]), list[socket.socket]()
+
+    def spawn(self, row: int) -> Spawned:
+        if row == 0:
+            return super().spawn(row)
+        process = subprocess.Popen(["false"]) if self.starts_s else self.sound
+        self.starts_s.append(time.monotonic())
+        own, other = socket.socketpair()
+        self._others.append(other)
+        return Spawned(process, own)
+
+    def close(self) -> None:
+        super().close()
+        for other in self._others:
+            other.close()
+
+
+def test_a_process_that_dies_at_once_beside_a_sound_one_is_started_ever_more_rarely(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch
+):
+    monkeypatch.setattr(border_processes, "_LIVED_S", 0.0)
+    settings = settings_of(tiny_target_dir, tmp_path)
+    desk, spawner = Desk(new_service()), OneBroken(listener)
+    processes = HttpProcesses(spawner, desk, welcome_for(desk, settings, tiny_target_dir))
+
+    def ticks(is_done: Callable[[], bool]) -> None:
+        wait_for(lambda: processes.tick() is not None or is_done(), 60)
+
+    try:
+        ticks(lambda: processes.is_ready)
+        spawner.sound.kill()
+        ticks(lambda: len(spawner.starts_s) == 4)
+    finally:
+        processes.close(0.0, lambda: True)
+        spawner.close()
+    assert spawner.starts_s[3] - spawner.starts_s[2] >= 0.4
+
+
 def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
     new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch, caplog
 ):
@@ -243,6 +317,37 @@ def test_an_engine_that_cannot_go_on_ends_the_server_with_an_exit_code(
     asking.join(60)
     assert endings[-1] == "engine_gone"
     assert "the engine cannot go on: the server ends" in caplog.text
+
+
+def test_it_is_not_ready_while_anybody_is_told_that_the_model_loads(
+    new_service, listener, tiny_target_dir: Path, tmp_path: Path, monkeypatch
+):
+    """For a moment, an HTTP process and the loading server accept connections side by side."""
+    settings = settings_of(tiny_target_dir, tmp_path)
+    service = new_service()
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}/ready"
+    meanwhile: list[str] = []
+
+    @contextlib.contextmanager
+    def still_answering(held: socket.socket) -> Iterator[None]:
+        with answering_503(held):
+            yield  # until the HTTP process accepts connections
+            meanwhile.extend(httpx.get(url).text for _ in range(20))
+
+    def end_once_ready() -> None:
+        try:
+            wait_for(lambda: answers(url), 60)
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(border_server, "answering_503", still_answering)
+    ending = threading.Thread(target=end_once_ready)
+    ending.start()
+    spawner = Spawner(1, listener)
+    assert serve_http(service, settings, listener, tiny_target_dir, spawner) == 0
+    spawner.close()
+    ending.join(60)
+    assert [json.loads(said)["reason"] for said in meanwhile] == [LOADING] * 20
 
 
 def test_a_stopped_process_is_replaced_and_does_not_hold_up_the_end(

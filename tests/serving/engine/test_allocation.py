@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 
+import serving.engine.allocating
+import serving.engine.drafts
 from buffer.codec import decode_trace, encode_trace
 from oracles.engines import RandomPolicy, make_engine, random_model, request_of, run
 from oracles.joint_law import chi_squared_excess
@@ -159,6 +161,48 @@ def test_packed_rows_compute_what_whole_rounds_compute(monkeypatch):
 
     assert decoded() == packed
     assert any(budget < most for budget, most in capacities), "nothing was packed"
+
+
+@pytest.mark.interpreted
+def test_the_kernels_cut_in_rounds_as_their_definitions_do(monkeypatch):
+    """What a GPU runs, in Triton's interpreter, with padding and packed rows."""
+    from specops import allocation_triton
+
+    model = random_model("qwen3")
+    requests = [
+        request_of(str(i), [3 + i, *range(i, 9)], 9, temperature=0.8, max_draft=(None, 2)[i % 2])
+        for i in range(3)
+    ]
+
+    def traced():
+        engine = make_engine(model, policy=RandomCuts(), max_batch=4, suffix=False)
+        traces, _ = traces_of(engine, requests)
+        decided, figures = {}, []
+        for name, trace in sorted(traces.items()):
+            lengths = [(one.considered and one.considered.length) for one in trace.rounds]
+            drafts = [one.draft_ids for one in trace.rounds]
+            decided[name] = trace.token_ids.tolist(), lengths, drafts
+            figures.extend(trace.rounds.confidence.tolist())
+        return decided, figures
+
+    (expected, figures), names = traced(), []
+
+    def noted(kernel):
+        def call(*arguments, **options):
+            names.append(kernel.__name__)
+            return kernel(*arguments, **options)
+
+        return call
+
+    kernels = allocation_triton
+    monkeypatch.setattr(serving.engine.drafts, "confidence", noted(kernels.confidence))
+    monkeypatch.setattr(serving.engine.allocating, "cut_drafts", noted(kernels.cut_drafts))
+    monkeypatch.setattr(serving.engine.allocating, "pack_rows", noted(kernels.pack_rows))
+    found, found_figures = traced()
+
+    assert found == expected
+    assert found_figures == pytest.approx(figures, rel=1e-5, abs=1e-6) and figures
+    assert {"confidence", "cut_drafts", "pack_rows"} == set(names)
 
 
 def test_captured_rows_are_those_of_whole_rounds():

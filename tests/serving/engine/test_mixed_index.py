@@ -10,6 +10,8 @@ import torch
 
 from configs.schema import Settings
 from drafters.suffix.index import SuffixIndex
+from drafters.suffix.on_device import DeviceIndex
+from drafters.suffix.traits import DEVICE_TRAITS
 from oracles.engines import RandomPolicy, make_engine, new_weights, random_model, request_of, run
 from oracles.joint_law import law_excess
 from policies.interface import Decision
@@ -17,9 +19,7 @@ from serving.build import build_service
 from serving.capture.rounds import round_columns
 from serving.engine import mixed_rows
 from serving.engine.loop import Engine, Listeners
-from specops import draft_sampling_triton, verify_logits
-from specops import verify_logits_triton as kernels
-from specops.draft_sampling import DraftLaw, RowLaws
+from specops.matches import Bounds
 from specops.verify_logits import Rule
 from tests.serving.engine.test_every_drafter import Stubborn
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
@@ -36,7 +36,6 @@ from tests.serving.engine.test_sampled_law import (
 )
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
 from tests.serving.swap.test_swaps import ask
-from tests.specops.test_verify_logits import SMALL, assert_alike, by_kernel, case
 
 MIX = "eagle3+suffix"
 
@@ -133,22 +132,22 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced, 
     assert law_excess(counts, law) < 1
 
 
-def neural_law_for_all(law, is_given_R, tokens_RK, vocab_size):
+def neural_law_for_all(law, logq_RK, certain_RK):
     """Mutant: what the index proposes, verified as if the neural drafter had drawn it."""
-    return law
+    return law, logq_RK
 
 
-def certain_of_another_token(law, is_given_R, tokens_RK, vocab_size):
-    """Mutant: certainty of the token at the position before."""
-    return certain_where(law, is_given_R, tokens_RK.roll(1, 1), vocab_size)
+def certain_for_another_request(law, logq_RK, certain_RK):
+    """Mutant: the tokens of the request before are certain."""
+    return certain_at(law, logq_RK, certain_RK.roll(1, 0))
 
 
-certain_where = mixed_rows.certain_where
+certain_at = mixed_rows.certain_at
 
 
-@pytest.mark.parametrize("mutant", [neural_law_for_all, certain_of_another_token])
+@pytest.mark.parametrize("mutant", [neural_law_for_all, certain_for_another_request])
 def test_a_law_of_the_drafter_that_was_not_picked_is_seen(monkeypatch, mutant):
-    monkeypatch.setattr(mixed_rows, "certain_where", mutant)
+    monkeypatch.setattr(mixed_rows, "certain_at", mutant)
 
     counts = counts_of(law_engine(), SHAPES["whole"])
 
@@ -244,60 +243,46 @@ def test_a_mix_with_the_index_is_offered_where_somebody_looked():
     assert set(seen) == {(True, True, True), (False, False, True)}
 
 
-@pytest.mark.parametrize("is_reduced", [False, True], ids=["whole", "reduced"])
-def test_certain_drafts_are_judged_as_delta_drafts_and_the_others_as_before(is_reduced):
-    logits, rows, drawn, lens, rules, numbers, law = case(
-        9, 3, 60, 2, is_reduced, True, True, torch.float32
-    )
-    is_given = torch.arange(9) % 2 == 0
-    other = logits[:, :3].topk(3).indices[..., 2]
-    tokens = torch.where(is_given[:, None], other, drawn)
-    certain = mixed_rows.certain_where(law, is_given, tokens, 60)
+@pytest.mark.parametrize("is_text", [False, True], ids=["on the host", "on the device"])
+def test_tokens_of_an_index_are_certain_in_the_law_of_the_neural_drafter(is_text):
+    """No logits are copied, and log q of what the index proposes is 0."""
+    texts = (DeviceIndex("suffix", DEVICE_TRAITS, Bounds(2, 8), 0, torch.device("cpu")),)
+    model = soft_target("opposed")
+    engine = make_engine(
+        model, kind="eagle3", policy=Mixing(), mixes_index=True, max_batch=8,
+        **({"texts": texts} if is_text else {}),
+    )  # fmt: skip
+    mix = engine.drafting.mixes[MIX]
+    by_neural, by_mix = told(mix.members[0]), told(mix)
+    prompts = repeating_prompts(random.Random(6), 8, V)
 
-    mixed = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, certain)
+    run(engine, [request_of(str(i), p, 30, temperature=0.8) for i, p in enumerate(prompts)])
 
-    as_delta = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, None)
-    as_drawn = verify_logits.verify_logits(logits, rows, tokens, lens, rules, numbers, law)
-    for name in ("num_accepted_R", "next_R"):
-        wanted = torch.where(is_given, getattr(as_delta, name), getattr(as_drawn, name))
-        assert getattr(mixed, name).tolist() == wanted.tolist()
-    assert_alike(
-        by_kernel(
-            kernels.verify_logits, logits, rows, tokens, lens, rules, numbers, certain, tiles=SMALL
-        ),
-        mixed,
-    )
+    assert len(by_mix) == len(by_neural) > 10
+    certain = torch.cat([mixed.law.certain_RK.flatten() for mixed in by_mix])
+    assert certain.any() and not certain.all()
+    for mixed, neural in zip(by_mix, by_neural, strict=True):
+        is_certain = mixed.law.certain_RK
+        assert mixed.law.logits_RKD is neural.law.logits_RKD and mixed.law.laws is neural.law.laws
+        assert not mixed.logq_RK[is_certain].any()
+        assert torch.equal(mixed.logq_RK[~is_certain], neural.logq_RK[~is_certain])
+        assert torch.equal(mixed.tokens_RK[~is_certain], neural.tokens_RK[~is_certain])
+    if not is_text:  # else it has drafted after these tokens
+        neural_logq = torch.cat([neural.logq_RK.flatten() for neural in by_neural])
+        assert (neural_logq[certain] < 0).any()
 
 
-def test_the_kernel_need_not_find_the_laws_of_certain_drafts_again():
-    logits, rows, drawn, lens, rules, numbers, law = case(
-        6, 2, 90, 5, False, True, True, torch.float32
-    )
-    steps = [
-        by_kernel(
-            draft_sampling_triton.sample_draft, law.logits_RKD[:, j], rows, numbers, law.greedy_R,
-            None, SMALL,
-        ).laws
-        for j in range(2)
-    ]  # fmt: skip
-    kept = RowLaws(
-        torch.stack([one.tops_cuts_masses for one in steps], 1).flatten(0, 1),
-        torch.stack([one.lasts for one in steps], 1).flatten(),
-    )
-    with_laws = DraftLaw(law.logits_RKD, law.sampling, law.greedy_R, laws=kept)
-    is_given = torch.tensor([True, False, True, False, False, True])
-    tokens = torch.where(is_given[:, None], (drawn + 7) % 90, drawn)
-    both = [mixed_rows.certain_where(one, is_given, tokens, 90) for one in (law, with_laws)]
-    assert both[0].laws is None and both[1].laws is not None
+def told(rows):
+    """The drafts with a law that these rows draft from now on."""
+    found, draft = [], rows.draft
 
-    found = [
-        by_kernel(
-            kernels.verify_logits, logits, rows, tokens, lens, rules, numbers, one, tiles=SMALL
-        )
-        for one in both
-    ]
+    def noting(*arguments, **options):
+        drafts = draft(*arguments, **options)
+        found.extend([drafts] if drafts.law is not None else [])
+        return drafts
 
-    assert_alike(found[1], found[0])
+    rows.draft = noting
+    return found
 
 
 def test_a_server_mixes_if_settings_say_so(tiny_target_dir, tmp_path):

@@ -20,10 +20,12 @@ from oracles.engines import (
 )
 from oracles.joint_law import chi_squared_excess
 from policies.fixed import FixedPolicy
-from policies.interface import Decision
+from policies.interface import Decision, Pick
 from serving.capture.rounds import round_columns
+from serving.engine import text_mix
 from serving.engine.loop import PLAIN, Listeners
 from specops.matches import BLOCK, END, Bounds, TextDrafts
+from specops.text_first import NEURAL_ALONE, TEXT, TEXT_ALONE, TEXT_FIRST, Begun
 from specops.verify_logits import Rule
 from tests.serving.engine.test_answers_on_devices import DEVICES, engine_on
 from tests.serving.engine.test_every_drafter import scrambled
@@ -105,16 +107,23 @@ def test_programs_that_are_replayed_draft_the_same(device):
 
 
 class Doubtful(DeviceIndex):
-    """Proposes tokens whatever the text is, for every other request in place of another drafter,
-    so that a law is tested with proposals that are often wrong."""
+    """Proposes tokens whatever the text is, so that a law is tested with proposals that are often
+    wrong."""
 
     def propose(self, texts_LN, opened, num_draft):
         number = torch.arange(num_draft) + opened.lanes_R[:, None]
         counts = 1 + opened.lanes_R.long() % num_draft
         return TextDrafts(number % V, counts, opened.lanes_R.long())
 
-    def is_sure(self, drafts):
-        return drafts.matched_R % 2 == 0
+
+def begun_anyhow(_counts, found, opened, num_draft, num_passes):
+    """In place of ``begin_drafts``: none, some or all tokens from text, whatever was kept."""
+    text_R = (opened.lanes_R.long() // 3) % (num_draft + 1)
+    text_R = torch.minimum(text_R, found.counts_R)
+    lens_R = torch.minimum(opened.lens_R, text_R.clamp(min=num_passes))
+    who_R = torch.where(text_R < lens_R, TEXT_FIRST, TEXT_ALONE)
+    who_R = torch.where(text_R == 0, NEURAL_ALONE, who_R)
+    return Begun(text_R, lens_R, who_R, torch.arange(num_draft) < text_R[:, None])
 
 
 @pytest.mark.parametrize(
@@ -122,7 +131,11 @@ class Doubtful(DeviceIndex):
     [("greedy", Rule.BLOCK), ("whole", Rule.BLOCK), ("truncated", Rule.STANDARD)],
 )
 @pytest.mark.parametrize("is_mixed", [True, False])
-def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(is_mixed, shape, rule):
+def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(
+    is_mixed, shape, rule, monkeypatch
+):
+    monkeypatch.setattr(text_mix, "begin_drafts", begun_anyhow)
+    monkeypatch.setattr(text_mix, "MOST_PASSES", 2)
     fields = SHAPES.get(shape, {"temperature": 0.0})
     index = Doubtful("suffix", DEVICE_TRAITS, Bounds(2, 8), 0, CPU)
     policy = FixedPolicy(MIX if is_mixed else "suffix", 3, needs_match=False)
@@ -160,7 +173,7 @@ def test_a_mix_follows_the_target_with_swaps_in_the_middle(architecture):
 
     assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
     used = {drafter for drafter, _ in engine.figures().steps_by_arm}
-    assert used > {"eagle3", "suffix", MIX}
+    assert used == {"none", "suffix", MIX}
 
 
 def test_a_mix_says_who_drafted():
@@ -184,6 +197,94 @@ def test_a_mix_says_who_drafted():
     assert {kind for kind, _ in rounds} == {"eagle3"}  # only it learns
     told = [proposed for _, of in rounds for proposed, _ in of]
     assert sum(map(bool, told)) == drafted["eagle3"].rounds
+
+
+def decoded_by(engine, *requests):
+    """What the rounds of these requests proposed."""
+    found, read = [], engine.programs.rounds.read
+
+    def noting(launched):
+        decoded = read(launched)
+        found.append(decoded.proposed)
+        return decoded
+
+    engine.programs.rounds.read = noting
+    run(engine, list(requests))
+    return [proposed for proposed in found if proposed is not None]
+
+
+def mixing_engine(**options):
+    model = random_model("qwen3")
+    policy = FixedPolicy(MIX, 6, needs_match=False)
+    return make_engine(
+        model, kind="eagle3", weights=new_weights("eagle3", model), texts=(index_of(),),
+        mixes_index=True, policy=policy, prefix_cache=False, **{"max_draft": 6} | options,
+    )  # fmt: skip
+
+
+def test_where_text_is_kept_it_drafts_more_and_the_neural_drafter_goes_on_after_it():
+    """Greedy text that loops: at first nobody knows what text is worth."""
+    engine = mixing_engine(max_batch=4)
+    prompts = [[5 + n, 9, 11, 4, 7] * 3 for n in range(4)]
+    rounds = decoded_by(engine, *[request_of(str(n), p, 70) for n, p in enumerate(prompts)])
+
+    told = [pair for one in rounds for pair in zip(one.picks, one.tokens, strict=True)]
+    assert {(pick.drafter, pick.reason) for pick, _ in told} >= {
+        ("eagle3", "match"), ("suffix", "match")
+    }  # fmt: skip
+    neural = [len(tokens) for pick, tokens in told if pick.drafter == "eagle3"]
+    alone = [
+        len(tokens) for pick, tokens in told if pick.drafter == "suffix" and pick.reason == "match"
+    ]
+    assert max(neural) == text_mix.MOST_PASSES < max(alone) == 6
+    assert rounds[0].most == 6
+    counts = engine.drafting.mixes[MIX]._counts
+    assert counts[TEXT, 0].sum() > 100 and counts[TEXT, 1].sum() == 0
+
+
+@pytest.mark.parametrize("chosen", [None, frozenset({"eagle3"})], ids=["any", "named"])
+def test_a_drafter_that_is_mixed_with_text_drafts_alone_only_for_requests_that_name_it(chosen):
+    engine = mixing_engine()
+    engine.policy = RandomPolicy(random.Random(4))
+    run(engine, [request_of("a", [5, 9, 11, 4, 7], 60, drafters=chosen)])
+
+    used = {drafter for drafter, _ in engine.figures().steps_by_arm} - {"none"}
+    assert used == ({"eagle3"} if chosen else {"suffix", MIX})
+
+
+def test_tokens_of_text_are_certain_in_traces_and_those_after_them_are_not(monkeypatch):
+    monkeypatch.setattr(text_mix, "begin_drafts", begun_anyhow)
+    engine = mixing_engine(max_batch=24)
+    prompts = random_prompts(random.Random(3), 24, 30)
+    rounds = decoded_by(
+        engine, *[request_of(str(n), p * 2, 12, temperature=0.9) for n, p in enumerate(prompts)]
+    )
+
+    reasons = set()
+    for one in rounds:
+        for pick, tokens, logq in zip(one.picks, one.tokens, one.q_logp, strict=True):
+            if not tokens:
+                continue
+            reasons.add((pick.drafter, pick.reason))
+            if pick == Pick("suffix", 1.0, "match"):
+                assert not logq
+                continue
+            assert len(logq) == len(tokens)
+            num_certain = sum(value == 0.0 for value in logq)
+            assert logq[:num_certain] == [0.0] * num_certain
+            assert (num_certain > 0) == (pick.drafter == "suffix")
+            assert len(tokens) <= text_mix.MOST_PASSES
+    assert len(reasons) == 3
+
+
+def test_a_policy_learns_that_drafts_which_end_early_would_have_failed_there():
+    learned, engine = [], mixing_engine(max_batch=4)
+    observe = engine.policy.observe
+    engine.policy.observe = lambda outcome: (learned.append(outcome), observe(outcome))
+    run(engine, [request_of(str(n), [5 + n, 9, 11], 40) for n in range(4)])
+
+    drafted = [one.rows for one in learned if one.decision.draft_k == 6]
+    assert drafted and all(set(rows.num_verified) <= {0, 6} for rows in drafted)
 
 
 def engine_of(architecture, policy, **options):

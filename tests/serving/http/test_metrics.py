@@ -28,6 +28,7 @@ FIGURES = EngineFigures(
     swap_seconds=0.5,
     traces={"queued": 9, "written": 8, "dropped": 1, "rejected": 0},
     capture_rows_dropped=11,
+    ignored_calibrations=3,
     num_corrupted=1,
     extra={"suffix_tokens": 12.0},
 )
@@ -72,6 +73,7 @@ COMMON = ("model_name", "engine")
         ("policy_arm_steps_total", {"drafter": "eagle3", "draft_k": "3"}, 50),
         ("drafter_version", {}, 7),
         ("weight_swaps_total", {"result": "rolled_back"}, 2),
+        ("ignored_calibrations_total", {}, 3),
         ("weight_swap_seconds_sum", {}, 0.5),
         ("weight_swap_seconds_count", {}, 9),
         ("traces_total", {"result": "dropped"}, 1),

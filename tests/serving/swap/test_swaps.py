@@ -91,6 +91,18 @@ def test_a_new_version_is_taken_by_itself_and_no_output_changes(service, tmp_pat
     assert service.figures().swaps == {"swapped": 1, "rejected": 0, "rolled_back": 0}
 
 
+def test_a_malformed_calibration_is_ignored_counted_and_named_and_its_weights_serve(
+    service, tmp_path, caplog
+):
+    publish_next(tmp_path / "weights", noisy, policy={"acceptance": [0.6, 2.0], "parent": [0]})
+    wait_until(lambda: service.figures().swaps["swapped"] == 1)
+
+    assert (service.drafter_status()["version"], service.figures().ignored_calibrations) == (1, 1)
+    assert ask(service, "after").last.stats.drafter_version == 1
+    [said] = [line for line in caplog.messages if "calibration" in line]
+    assert "version 1" in said and "acceptance must be a list" in said and "parent must" in said
+
+
 def test_copies_of_weights_follow_a_swap_and_the_way_back(service, tmp_path):
     """On a CPU the drafter multiplies with packed copies of its weights."""
     drafter = service.engine.drafting.neural["eagle3"].drafter
