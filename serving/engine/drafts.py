@@ -6,7 +6,7 @@ Shapes: R requests, K draft tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -49,9 +49,9 @@ class AfterText:
     """In 1..K: the neural drafter drafts so many places. What it draws for those that are taken is
     lost, and it goes on after the token that is."""
 
-    def taken(self, number: int, own_R: Tensor) -> Tensor:
-        """[R] the tokens at one place."""
-        return torch.where(self.is_text_RK[:, number], self.tokens_RK[:, number], own_R)
+    def taken(self, at: int | slice, own: Tensor) -> Tensor:
+        """[R] or [R, P] the tokens at one place or at several, from the neural drafter's own."""
+        return torch.where(self.is_text_RK[:, at], self.tokens_RK[:, at], own)
 
     def whole(self, tokens_RP: Tensor) -> Tensor:
         """[R, K] the drafts, from the tokens at the places that the neural drafter drafts."""
@@ -72,11 +72,7 @@ class Best:
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()
-        if self.after is None:
-            return best_RK
-        num_passes = len(logits_KRV)
-        is_text_RK, tokens_RK = self.after.is_text_RK, self.after.tokens_RK
-        return torch.where(is_text_RK[:, :num_passes], tokens_RK[:, :num_passes], best_RK)
+        return best_RK if self.after is None else self.after.taken(slice(len(logits_KRV)), best_RK)
 
 
 def given(opened: OpenedRound) -> Drafts:
@@ -136,11 +132,19 @@ def drafted(
     # Nothing is drawn at further places, and what the law says of them is not looked at.
     num_further = num_draft - num_passes
     kept, drawn = kept + kept[-1:] * num_further, drawn + drawn[-1:] * num_further
-    certain_RK = None if after is None else after.is_text_RK
-    law = DraftLaw(
-        torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn), certain_RK
-    )
+    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
     logq_RK = torch.stack([d.logq_R for d in drawn], 1)
     if after is not None:
-        tokens, logq_RK = after.whole(tokens), logq_RK.masked_fill(after.is_text_RK, 0.0)
+        tokens = after.whole(tokens)
+        law, logq_RK = certain_at(law, logq_RK, after.is_text_RK)
     return Drafts(tokens, logq_RK, law, figures_RK3=torch.stack(figures, 1) if figures else None)
+
+
+def certain_at(law: DraftLaw, logq_RK: Tensor, certain_RK: Tensor) -> tuple[DraftLaw, Tensor]:
+    """The law and log q of drafts in which others' tokens, which are certain, have replaced some.
+
+    Args:
+        logq_RK: [R, K] float32, of the drafts before.
+        certain_RK: [R, K] bool, contiguous: where the tokens were replaced.
+    """
+    return replace(law, certain_RK=certain_RK), logq_RK.masked_fill(certain_RK, 0.0)

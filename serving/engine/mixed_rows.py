@@ -15,7 +15,6 @@ Shapes: R requests, K draft tokens, D draft vocabulary, V target vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence as Several
-from dataclasses import replace
 from functools import reduce
 from typing import TypeVar
 
@@ -23,7 +22,7 @@ import torch
 from torch import Tensor
 
 from serving.engine.drafter_rows import DrafterRows
-from serving.engine.drafts import Drafts
+from serving.engine.drafts import Drafts, certain_at
 from serving.engine.lanes import LaneRows
 from serving.engine.sequence import Sequence
 from specops.draft_sampling import DraftLaw, RowLaws
@@ -145,16 +144,6 @@ def over_target(law: DraftLaw, vocab_size: int) -> Tensor:
     ids_D = torch.arange(logits_RKD.shape[-1], device=logits_RKD.device)
     logits_RKV = logits_RKD.new_full((*logits_RKD.shape[:-1], vocab_size), float("-inf"))
     return logits_RKV.index_copy_(-1, law.vocab.to_target(ids_D), logits_RKD)
-
-
-def certain_at(law: DraftLaw, logq_RK: Tensor, certain_RK: Tensor) -> tuple[DraftLaw, Tensor]:
-    """The law and log q of drafts in which others' tokens, which are certain, have replaced some.
-
-    Args:
-        logq_RK: [R, K] float32, of the drafts before.
-        certain_RK: [R, K] bool, contiguous: where the tokens were replaced.
-    """
-    return replace(law, certain_RK=certain_RK), logq_RK.masked_fill(certain_RK, 0.0)
 
 
 def _of_picked(found: Several[Tensor], picked_R: Tensor) -> Tensor:
