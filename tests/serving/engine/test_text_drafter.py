@@ -277,6 +277,35 @@ def test_tokens_of_text_are_certain_in_traces_and_those_after_them_are_not(monke
     assert len(reasons) == 3
 
 
+@pytest.mark.parametrize("kind", ["eagle3", "p_eagle", "dflash"])
+def test_drafts_begin_with_text_however_a_drafter_chooses_its_tokens(kind, monkeypatch):
+    """One by one, or all of a block together."""
+    monkeypatch.setattr(text_mix, "begin_drafts", begun_anyhow)
+    model, mix = random_model("qwen3"), f"{kind}+suffix"
+    engine = make_engine(
+        model, kind=kind, weights=new_weights(kind, model), mixes_index=True, max_draft=6,
+        texts=(Doubtful("suffix", DEVICE_TRAITS, Bounds(2, 8), 0, CPU),), max_batch=24,
+        policy=FixedPolicy(mix, 6, needs_match=False),
+    )  # fmt: skip
+    begun, read = [], engine.programs.rounds.read
+
+    def noting(launched):
+        decoded = read(launched)
+        if decoded.proposed is not None and launched.key.num_draft == 6:
+            lanes = [sequence.lane for sequence in launched.batch]
+            begun.extend(zip(lanes, decoded.proposed.tokens, strict=True))
+        return decoded
+
+    engine.programs.rounds.read = noting
+    run(engine, [request_of(str(n), [5 + n, 9, 11], 12) for n in range(24)])
+
+    for lane, tokens in begun:
+        num_text = min(lane // 3 % 7, 1 + lane % 6)
+        expected = [(place + lane) % V for place in range(num_text)]
+        assert tokens[:num_text] == expected[: len(tokens)]
+    assert len(begun) > 24
+
+
 def test_a_policy_learns_that_drafts_which_end_early_would_have_failed_there():
     learned, engine = [], mixing_engine(max_batch=4)
     observe = engine.policy.observe
