@@ -119,6 +119,9 @@ LINES = (
          f"{_FASTEST}our compiled", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
     Line(9, "SmolLM2-135M over the fastest other peer that ran, by requests", "peers",
          f"{_FASTEST}(?!our )", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
+    Line(9, "SmolLM2-135M over transformers' continuous batching, by requests", "peers",
+         "^tokens/s over transformers' continuous", r"SmolLM2-135M, (\d+) requests, plain",
+         labels=_CLIENTS[:4]),
 )  # fmt: skip
 
 
