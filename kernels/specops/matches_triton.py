@@ -62,18 +62,20 @@ def _score(length, position, next_start, size):
 
 @triton.jit
 def _length_of_matches(
-    ids_ptr, start, is_match, text_ptr, length, longest, SPAN: tl.constexpr, BY_PAIR: tl.constexpr
+    ids_ptr, start, is_match, is_left, text_ptr, length, longest, SPAN: tl.constexpr,
+    BY_PAIR: tl.constexpr,
 ):  # fmt: skip
     """Lengths of the matches that end at some positions, 0 where there is none, and the longest.
 
     Args:
         is_match: [SPAN] the token there is the request's last one, and by pair the one before it.
+        is_left: int32, 0: there is none, or none is wanted; 1: there probably is one, and the
+            longest has that length at least.
     """
     lane = tl.arange(0, SPAN)
     most = tl.minimum(longest, length)
     back = tl.full((), 2 if BY_PAIR else 1, tl.int32)
     found = tl.where(is_match, back, 0)
-    is_left = tl.max(is_match.to(tl.int32), axis=0)
     reached = is_left * back
     while (is_left > 0) & (back < most):
         token = tl.load(text_ptr + length - 1 - back)
@@ -144,8 +146,9 @@ def _find_in_own_text(
             is_there = is_there & (lane > -start)
             former = tl.load(text + start - 1 + lane, mask=is_there, other=_END)
             is_match = is_match & (former == before)
+        is_left = tl.max(is_match.to(tl.int32), axis=0)
         found, reached = _length_of_matches(
-            text, start, is_match, text, length, longest, SPAN, BY_PAIR
+            text, start, is_match, is_left, text, length, longest, SPAN, BY_PAIR
         )
         if (reached > 0) & (reached >= shortest):
             found = tl.where(found >= shortest, found, 0)
@@ -193,14 +196,14 @@ def _lengths_in_ring(
         latest: the latest position of the span.
         fourth: its fourth best score so far.
     """
-    longest_score = _score(tl.minimum(longest, length), latest, next_start, ring_size)
-    is_match = may_match & (longest_score > fourth)
-    is_match = is_match & (token == tl.load(text_ptr + length - 1))
+    is_match = may_match & (token == tl.load(text_ptr + length - 1))
     if BY_PAIR:
         before = tl.load(text_ptr + length - 2, mask=length > 1, other=_NOTHING)
         is_match = is_match & (former == before)
+    most = _score(tl.minimum(longest, length), latest, next_start, ring_size)
+    is_left = (most > fourth).to(tl.int32)
     lengths, reached = _length_of_matches(
-        ring_ptr, start, is_match, text_ptr, length, longest, SPAN, BY_PAIR
+        ring_ptr, start, is_match, is_left, text_ptr, length, longest, SPAN, BY_PAIR
     )
     best = _score(reached, latest, next_start, ring_size)
     counts = (reached > 0) & (reached >= shortest) & (best > fourth)
