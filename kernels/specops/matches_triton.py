@@ -36,6 +36,8 @@ class Programs:
     warps: int
     registers: int = 128
     """Most that a thread uses; 65,536 divided by those of a program are on a multiprocessor."""
+    parts: int = 112
+    """Most programs that share the ring for a group, or a request's own text."""
 
 
 FEW, MANY = Programs(8, 2048, 16), Programs(16, 1024, 8)
@@ -186,27 +188,26 @@ def _pair(former, token):
 
 @triton.jit
 def _lengths_in_ring(
-    ring_ptr, ring_spaces_ptr, ring_size, start, token, former, may_match, text_ptr, length, space,
-    shortest, longest, latest, fourth, next_start, SPAN: tl.constexpr, BY_PAIR: tl.constexpr,
+    ring_ptr, ring_spaces_ptr, ring_size, start, former, may_match, text_ptr, length, space,
+    shortest, longest, fourth, SPAN: tl.constexpr, BY_PAIR: tl.constexpr,
 ):  # fmt: skip
     """[SPAN] lengths of one request's matches, 0 where they do not count, and whether one may.
 
     Args:
         may_match: [SPAN] where its last pair may be.
-        latest: the latest position of the span.
-        fourth: its fourth best score so far.
+        fourth: its fourth best score so far, of later spans.
     """
-    is_match = may_match & (token == tl.load(text_ptr + length - 1))
+    is_match = may_match
     if BY_PAIR:
+        # With the same token before it, the same number is that of the same last token.
         before = tl.load(text_ptr + length - 2, mask=length > 1, other=_NOTHING)
         is_match = is_match & (former == before)
-    most = _score(tl.minimum(longest, length), latest, next_start, ring_size)
-    is_left = (most > fourth).to(tl.int32)
+    must_exceed = (fourth >> _LENGTH_BITS).to(tl.int32)
+    is_left = (tl.minimum(longest, length) > must_exceed).to(tl.int32)
     lengths, reached = _length_of_matches(
         ring_ptr, start, is_match, is_left, text_ptr, length, longest, SPAN, BY_PAIR
     )
-    best = _score(reached, latest, next_start, ring_size)
-    counts = (reached > 0) & (reached >= shortest) & (best > fourth)
+    counts = (reached > must_exceed) & (reached >= shortest)
     if counts:
         is_match = lengths >= shortest
         lane = tl.arange(0, SPAN)
@@ -237,6 +238,7 @@ def _find_in_ring(
     next_start = tl.load(ring_bounds_ptr).to(tl.int32)
     filled = tl.load(ring_bounds_ptr + 1).to(tl.int32)
     num_spans = tl.cdiv(ring_size, SPAN)
+    # From the newest span on. The one that the oldest text begins in, too, is the first.
     newest = tl.where(next_start > 0, next_start - 1, ring_size - 1) // SPAN
     for age in tl.range(part, num_spans, num_parts):
         start = tl.where(newest < age, newest - age + num_spans, newest - age) * SPAN
@@ -252,8 +254,6 @@ def _find_in_ring(
         for bit in tl.static_range(GROUP):
             matched_by |= tl.where(pair == pairs[bit], 1 << bit, 0).to(tl.uint32)
         matched_by = tl.where(is_there, matched_by & everyone, 0)
-        is_split = (next_start > start) & (next_start < start + SPAN)
-        latest = tl.where(is_split, next_start, start + SPAN) - 1
         left = tl.max(matched_by, axis=0)
         while left > 0:
             # The highest bit, from the exponent; the next one is cleared, so nothing rounds up.
@@ -270,8 +270,8 @@ def _find_in_ring(
             length = tl.load(lengths_ptr + request).to(tl.int32)
             space = tl.load(spaces_ptr + request)
             lengths, counts = _lengths_in_ring(
-                ring_ptr, ring_spaces_ptr, ring_size, start, token, former, may_match, text,
-                length, space, shortest, longest, latest, fourth, next_start, SPAN, BY_PAIR,
+                ring_ptr, ring_spaces_ptr, ring_size, start, former, may_match, text, length,
+                space, shortest, longest, fourth, SPAN, BY_PAIR,
             )  # fmt: skip
             if counts:
                 first = tl.sum(tl.where(is_who, a, 0), axis=0)
@@ -432,12 +432,12 @@ def text_drafts(
     size = len(ring_ids) if has_ring else 0
     if programs is None:
         programs = FEW if has_ring and num_requests <= FEW_REQUESTS else MANY
-    own_parts = min(_MOST_OWN_PARTS, _OWN_PROGRAMS // num_requests)
+    own_parts = min(programs.parts, _MOST_OWN_PARTS, _OWN_PROGRAMS // num_requests)
     own_parts = _parts(texts_LN.shape[1], programs.span, own_parts)
     groups = ring_parts = 0
     if has_ring:
         groups = triton.cdiv(num_requests, programs.group)
-        ring_parts = min(_MOST_RING_PARTS, _RING_PROGRAMS // groups)
+        ring_parts = min(programs.parts, _MOST_RING_PARTS, _RING_PROGRAMS // groups)
         ring_parts = _parts(size, programs.span, ring_parts)
     parts = own_parts + ring_parts
     scores = torch.empty((num_requests, parts, MOST_VOTES), dtype=torch.int64, device=device)

@@ -154,36 +154,64 @@ def test_kernels_draft_what_the_definition_does(by, device, num_draft):
 
 @pytest.mark.parametrize(("by", "device"), KERNELS)
 class TestGroups:
-    """Requests that are compared with finished texts together."""
+    """Requests that are compared with finished texts together, by programs that read many spans."""
 
     @pytest.mark.parametrize(
-        ("group", "span", "num_requests", "shortest"), [(8, 256, 17, 2), (16, 128, 3, 1)]
+        ("programs", "num_requests", "shortest"),
+        [(Programs(8, 256, 4, parts=2), 17, 2), (Programs(16, 128, 4, parts=1), 3, 1)],
     )
-    def test_each_drafts_what_it_does_alone(self, by, device, group, span, num_requests, shortest):
-        some = torch.Generator().manual_seed(group)
-        texts = [random_text(some, 40) for _ in range(num_requests)]
+    def test_each_drafts_what_it_does_alone(self, by, device, programs, num_requests, shortest):
+        some = torch.Generator().manual_seed(num_requests)
+        texts = [random_text(some, 400) for _ in range(num_requests)]
         spaces = torch.randint(1, 3, (num_requests,), generator=some).tolist()
         finished = [(1 + n % 2, random_text(some, 200)) for n in range(12)]
         # Not full; full, with the oldest text in the middle of a span.
         for num_texts in (4, 12):
             ring = ring_of(9 * BLOCK, *finished[:num_texts])
             assert_drafts_like_definition(
-                by, device, texts, 3, ring, spaces, Bounds(shortest, 12),
-                programs=Programs(group, span, warps=4),
-            )  # fmt: skip
+                by, device, texts, 3, ring, spaces, Bounds(shortest, 12), programs=programs
+            )
 
-    def test_as_many_as_a_group_can_have(self, by, device):
-        ring = ring_of(32 * BLOCK, *((1, [n, 50, 51 + n]) for n in range(32)))
-        texts = [[n, 50] for n in range(32)]
-        found = drafts(by, device, texts, 1, ring, programs=Programs(32, 2048, warps=8))
-        assert found == [[51 + n] for n in range(32)]
+    def test_older_spans_count_with_longer_matches_alone(self, by, device):
+        older = [(1, [1, 2, 3, 9]), (1, [0, 1, 2, 3, 8])]
+        programs = Programs(8, 128, 4, parts=1)
+        for num_older, want in ((1, 7), (2, 8)):
+            ring = ring_of(16 * BLOCK, *older[:num_older], *[(1, [1, 2, 3, 7])] * 4)
+            there = RingText(
+                *(one.to(device) for one in (ring.ids_M, ring.spaces_B, ring.bounds_2))
+            )
+            assert drafts(by, device, [[0, 1, 2, 3]], 1, there, programs=programs) == [[want]]
+
+    @pytest.mark.parametrize("num_texts", [5, 6], ids=["in a span", "between spans"])
+    def test_the_latest_texts_vote_wherever_the_oldest_one_begins(self, by, device, num_texts):
+        texts = [(1, [1, 2, n, 1, 2, n]) for n in range(10, 10 + num_texts)]
+        ring = ring_of(4 * BLOCK, *texts, device=device)
+        found = drafts(by, device, [[1, 2]], 1, ring, programs=Programs(8, 256, 4, parts=1))
+        assert found == [[9 + num_texts]]
+
+    @pytest.mark.parametrize("lasts", [range(32), [7] * 32], ids=["all differ", "all are the same"])
+    def test_as_many_as_a_group_can_have(self, by, device, lasts):
+        ring = ring_of(32 * BLOCK, *((1, [n, 50, 51 + n]) for n in range(32)), device=device)
+        texts = [[n, 50] for n in lasts]
+        found = drafts(by, device, texts, 1, ring, programs=Programs(32, 2048, 8))
+        assert found == [[51 + n] for n in lasts]
+
+    def test_nothing_is_read_behind_the_requests(self, by, device):
+        # The number of this pair is that of places in a group that no request has.
+        ring = ring_of(4 * BLOCK, (1, [1, 65_534, 9]), device=device)
+        far = torch.full((8,), 1 << 30, dtype=torch.int32, device=device)
+        lengths, spaces = far.long(), torch.ones(8, dtype=torch.int64, device=device)
+        far[0], lengths[0] = 0, 2
+        texts = torch.tensor([[3, 4]], dtype=torch.int32, device=device)
+        found = by.text_drafts(texts, far[:1], lengths[:1], spaces[:1], ring, 1, BOUNDS)
+        assert found.tokens_RK.tolist() == [[4]]
 
     def test_tokens_that_are_everywhere(self, by, device):
         finished = [(1, [6] * 100 + [7 + n]) for n in range(4)] + [(1, [6] * 200)] * 2
         texts = [[6] * (1 + n) for n in range(9)]
         assert_drafts_like_definition(
             by, device, texts, 2, ring_of(7 * BLOCK, *finished), None, BOUNDS,
-            programs=Programs(8, 256, warps=4),
+            programs=Programs(8, 256, 4, parts=1),
         )  # fmt: skip
 
 
