@@ -46,7 +46,10 @@ RING_TOKENS, OWN_TOKENS, FINISHED_TOKENS, VOCAB = 400_000, 500, 300, 49_152
 LANE_TOKENS = 4_096
 RING_FILES = ("docs/*.md", "serving/**/*.py", "trainer/**/*.py", "drafters/**/*.py")
 REQUEST_FILES = ("tests/**/*.py", "benchmarks/**/*.py")
-WAYS = "8x2048x16 8x1024x8 8x512x4 16x1024x8 16x512x4 16x256x2 32x512x4 16x512x4x96"
+WAYS = (
+    "8x2048x16 8x512x4 8x512x4x80 16x1024x8 16x512x4 16x512x4x96 16x512x4x128x66 16x256x2 32x512x4"
+)
+"""Each a ``Programs``, its numbers in order."""
 SMALL_STEP_US = {32: 1_150.0, 128: 2_700.0}
 """A plain step of SmolLM2-135M through HTTP on an H200 (benchmarks/results/floor.json)."""
 LARGE_STEP_US = 4_000.0
@@ -212,7 +215,9 @@ def main(
     device: Device = "cuda",
     budget_s: Annotated[float, typer.Option(help="no row starts after this")] = 60.0,
     quick: Annotated[bool, typer.Option(help="compare ways; needs another --out")] = False,
-    ways: Annotated[str, typer.Option(help="with --quick: GROUPxSPANxWARPS[xREGISTERS] …")] = WAYS,
+    ways: Annotated[
+        str, typer.Option(help="with --quick: GROUPxSPANxWARPS[xREGISTERS[xPARTS]] …")
+    ] = WAYS,
     against: Annotated[
         Path | None, typer.Option(exists=True, help="with --quick: another matches_triton.py")
     ] = None,

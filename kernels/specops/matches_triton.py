@@ -40,7 +40,7 @@ class Programs:
     """Most programs that share the ring for a group, or a request's own text."""
 
 
-FEW, MANY = Programs(8, 2048, 16), Programs(16, 1024, 8)
+FEW, MANY = Programs(8, 2048, 16), Programs(16, 512, 4)
 FEW_REQUESTS = 16
 """Finished texts are searched for as many as ``FEW`` says, for more as ``MANY`` does."""
 _MOST_OWN_PARTS, _MOST_RING_PARTS = 16, 112
@@ -176,7 +176,8 @@ def _last_pairs(
         pair = tl.load(end - 1, mask=length > 0, other=_NOTHING)
         if BY_PAIR:
             pair = _pair(tl.load(end - 2, mask=length > 1, other=_NOTHING), pair)
-        pairs = pairs + (pair,)  # noqa: RUF005 -- Triton does not unpack
+        # Triton neither unpacks nor annotates.
+        pairs = pairs + (pair,)  # type: ignore[assignment]  # noqa: RUF005
     return pairs
 
 
