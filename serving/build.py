@@ -20,8 +20,8 @@ from buffer.interface import Backend
 from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
 from configs.ahead import Ahead
-from configs.phases import timed
 from configs.capture import CaptureSettings
+from configs.phases import timed
 from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request, placed
 from drafters.initial import TargetFacts

@@ -40,7 +40,7 @@ class Programs:
     """Most programs that share the ring for a group, or a request's own text."""
 
 
-FEW, MANY = Programs(8, 2048, 16), Programs(16, 512, 4)
+FEW, MANY = Programs(8, 2048, 16), Programs(8, 512, 4)
 FEW_REQUESTS = 16
 """Finished texts are searched for as many as ``FEW`` says, for more as ``MANY`` does."""
 _MOST_OWN_PARTS, _MOST_RING_PARTS = 16, 112

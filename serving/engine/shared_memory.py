@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import weakref
 
 import torch
 from torch import Tensor
@@ -38,10 +39,9 @@ class SharedMemory:
         """[num_bytes] uint8."""
         if is_pinned:
             _pin(self.bytes)
-
-    def close(self) -> None:
-        """Give up the descriptor. What is mapped stays."""
-        os.close(self.descriptor)
+            # Other memory that is mapped at this address later could not be pinned.
+            end = weakref.finalize(self, _unpin, self.bytes)
+            end.atexit = False
 
 
 def _pin(memory: Tensor) -> None:
@@ -52,4 +52,10 @@ def _pin(memory: Tensor) -> None:
     cuda = torch.cuda.cudart()  # type: ignore[no-untyped-call]
     code = cuda.cudaHostRegister(memory.data_ptr(), memory.numel(), _PORTABLE_AND_MAPPED)
     if int(code) != 0:
-        raise OSError(f"the driver cannot pin {memory.numel()} bytes of shared memory: {code}")
+        raise OSError(
+            f"the driver cannot pin {memory.numel()} bytes of shared memory: error {int(code)}"
+        )
+
+
+def _unpin(memory: Tensor) -> None:
+    torch.cuda.cudart().cudaHostUnregister(memory.data_ptr())  # type: ignore[no-untyped-call]
