@@ -33,6 +33,13 @@ class TargetHead:
     embed_scale: float | None = None
     """Factor that ``embed_VH`` includes; ``None``: 1."""
 
+    def tensors(self) -> dict[str, Tensor]:
+        """What other weights of the same target change, [V, H] each, by name; one where the lm_head
+        is the embedding."""
+        lm_head = self.lm_head.weight_VH
+        shared = lm_head is self.embed_VH
+        return {"embed": self.embed_VH} if shared else {"embed": self.embed_VH, "lm_head": lm_head}
+
 
 def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
     """Read embedding table and lm_head of the target in ``folder``.

@@ -199,7 +199,7 @@ def _work(settings: Settings) -> None:
             signal.signal(number, signal.SIG_IGN)
         device = device_of(settings.trainer.device, group)
         head = load_target_head(place.folder, device, batch_dtype(device))
-        work(group, settings.trainer, head, device)
+        work(group, settings.trainer, head, device, fingerprint=place.fingerprint)
 
 
 @contextlib.contextmanager
