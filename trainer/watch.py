@@ -89,8 +89,9 @@ class RunStatus:
             return f"{state} ({who})"
         if self.life == "gone":
             return (
-                f"not running: process {last.get('pid')} ended without a word, killed or out of "
-                f"memory, while {last.get('state')}; start it again, and it resumes"
+                f"not running: process {last.get('pid')} ended without a word, killed, out of "
+                f"memory or on a full disk, while {last.get('state')}; start it again, and it "
+                f"resumes"
             )
         if self.life == "none":
             return "not running: no trainer has got as far as training in this run"

@@ -103,7 +103,10 @@ def test_what_sharing_a_device_costs_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        ("training", "ended without a word, killed or out of memory, while training; start it"),
+        (
+            "training",
+            "ended without a word, killed, out of memory or on a full disk, while training",
+        ),
         ("stopped", "not running: stopped"),
         ("failed: OSError: full", "not running: failed: OSError: full"),
     ],
