@@ -175,19 +175,23 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
     """Lines of a run's log for people: every event, and one line for ten seconds of learning.
 
     Args:
-        follow: wait for more while a trainer runs; ``START_S`` for one that is just starting.
+        follow: wait for more while a trainer runs, and say what it waits for; wait ``START_S`` for
+            one that is just starting.
 
     Raises:
         NoSuchRunError: see ``status_of``.
         OSError: the log cannot be read.
     """
+    seen, started_by_s = False, time.monotonic() + START_S
+    if follow:
+        yield from _until_there(run, started_by_s)
     folder = _folder_of(run)
     path = folder / "log.jsonl"
-    learning = _Learning()
+    learning, waiting = _Learning(), _Waiting(folder)
     done, rest = 0, b""
-    seen, started_by_s = False, time.monotonic() + START_S
     while True:
-        lives = owner_of(folder) is not None  # before reading: what it wrote last is read, too
+        owner = owner_of(folder)  # before reading: what it wrote last is read, too
+        lives = owner is not None
         seen = seen or lives
         may_start = not seen and time.monotonic() < started_by_s
         if path.exists():
@@ -199,10 +203,51 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
             yield from (line for text in whole for line in learning.lines(_event(text)))
         if not (follow and (lives or may_start)):
             break
+        if owner is not None and (line := waiting.line(owner)) is not None:
+            yield from learning.ended()
+            yield line
         time.sleep(POLL_S)
     yield from learning.ended()
     if follow:
         yield "no trainer runs in this folder (any more)"
+
+
+def _until_there(run: Path, until_s: float) -> Iterator[str]:
+    """Wait for the folder of a trainer that may be starting; says so if there is none yet.
+
+    Args:
+        until_s: monotonic time at which to give up.
+    """
+    said = False
+    while not (run / "trainer").is_dir() and time.monotonic() < until_s:
+        if not said:
+            yield f"no trainer was started in {run} yet; waiting {START_S:g} s for one"
+            said = True
+        time.sleep(POLL_S)
+
+
+class _Waiting:
+    """Says what a trainer waits for: when that changes, and every ten seconds."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / "status.json"
+        self._awaited: str | None = None
+        """What it waited for when that was said last."""
+        self._said_s = 0.0
+
+    def line(self, owner: Owner) -> str | None:
+        """What to say now; ``None``: nothing."""
+        last, now_s = _read_status(self._path), time.monotonic()
+        state = str(last.get("state"))
+        is_waiting = state.startswith("waiting") and is_whole(last.get("unix_ms"))
+        if last.get("pid") != owner.pid or not is_waiting:
+            self._awaited = None
+            return None
+        awaited = state.partition(":")[0]
+        if awaited == self._awaited and now_s - self._said_s < LINE_EVERY_S:
+            return None
+        self._awaited, self._said_s = awaited, now_s
+        return f"{_clock(last)} {state}"
 
 
 class _Learning:
