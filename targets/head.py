@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specops.distill import FrozenHead
+from targets.config import their_config
 from targets.own_config import EMBED, LM_HEAD, read_own_config
 
 
@@ -62,9 +63,9 @@ def _by_its_code(
     files: dict[str, Path], folder: Path, device: torch.device, dtype: torch.dtype
 ) -> TargetHead:
     """The head of a target that only ``transformers`` can describe."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = their_config(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False
