@@ -190,6 +190,33 @@ def test_logs_wait_for_a_trainer_that_is_just_starting(
     assert next(owners, "all asked") == "all asked"
 
 
+def test_logs_tell_of_all_drafters_in_the_order_of_time(tmp_path: Path) -> None:
+    gate = {"event": "gate", "reason": "no", "parent": 1}
+
+    def write(folder: Path, updates_ms: int, *gates_ms: int) -> None:
+        events: list[dict[str, Any]] = [
+            {"event": "update", "unix_ms": updates_ms + 5000 * at, **UPDATE} for at in range(3)
+        ]
+        events += [gate | {"unix_ms": at, "step": at % 100} for at in gates_ms]
+        folder.mkdir()
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (folder / "log.jsonl").write_text(text)
+
+    write(tmp_path / "trainer", 1_000_000, 1_010_001, 1_010_004)
+    write(tmp_path / "trainer" / "mtp", 999_000, 1_010_002, 1_010_003)
+
+    said = [line[20:] for line in ask("logs", tmp_path).stdout.splitlines()]
+
+    assert said == [
+        "mtp: step 40: 12 updates of 2700 rows in all, loss 0.5000",
+        "step 40: 12 updates of 2700 rows in all, loss 0.5000",
+        "gate at step 1: no; parent version 1",
+        "mtp: gate at step 2: no; parent version 1",
+        "mtp: gate at step 3: no; parent version 1",
+        "gate at step 4: no; parent version 1",
+    ]
+
+
 def test_whoever_follows_the_logs_hears_what_a_trainer_waits_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
