@@ -201,8 +201,9 @@ def log_lines(run: Path, follow: bool) -> Iterator[str]:
             yield from log.learning.lines(event)
         if not (follow and (lives or may_start)):
             break
-        for log in logs.values() if owner is not None else ():
-            yield from log.awaited(owner)
+        if owner is not None:
+            for log in logs.values():
+                yield from log.awaited(owner)
         time.sleep(POLL_S)
     for log in logs.values():
         yield from log.learning.ended()
