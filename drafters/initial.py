@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from buffer.bundles import Bundle, read_bundle
+from buffer.bundles import Bundle, BundleError, read_bundle
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
@@ -158,7 +158,7 @@ def first_drafter(
     for problem in passed_over:
         log.warning("%s Starting with version %d.", problem, version)
     name = f"version {version} in {store.location}"
-    _check_kind(bundle.manifest, kind, name)
+    _check_kind(bundle.manifest, kind, name, other="another run_dir")
     return _checked(bundle, name, target)
 
 
@@ -299,17 +299,28 @@ def _version_0(
         return made_drafter(kind, target, new)
     if not path.is_dir():
         raise ValueError(f"drafter.path {path} is not a folder")
-    bundle = read_bundle(path)
-    _check_kind(bundle.manifest, kind, str(path))
-    _checked(bundle, str(path), target)
+    try:
+        bundle = read_bundle(path)
+    except BundleError as error:
+        raise ValueError(
+            f"drafter.path {path} is not a sound bundle: {error.problem}; not starting. `drafters "
+            f"import` makes a bundle from a published drafter; null makes new weights"
+        ) from error
+    name = f"drafter.path {path}"
+    _check_kind(bundle.manifest, kind, name, other="another drafter.path, or null for new weights")
+    _checked(bundle, name, target)
     return bundle.manifest, bundle.files[TENSORS]
 
 
-def _check_kind(manifest: Manifest, kind: str, name: str) -> None:
+def _check_kind(manifest: Manifest, kind: str, name: str, other: str) -> None:
+    """
+    Args:
+        other: what to choose if the drafter of ``name`` is not meant.
+    """
     if manifest.kind != kind:
         raise ValueError(
             f"{name} holds a drafter of kind {manifest.kind!r}, but drafter.kind is {kind!r}; not "
-            f"starting. Choose another run_dir, or set drafter.kind to {manifest.kind!r}"
+            f"starting. Choose {other}, or set drafter.kind to {manifest.kind!r}"
         )
 
 
