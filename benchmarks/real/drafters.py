@@ -19,7 +19,7 @@ The trainer's simulation is compared with rounds of whole answers (``benchmarks.
 The index, which learns nothing, says what the others must pass: a drafter's day 0 ends when its
 simulated tokens per step at K = 4 are above the index's measured ones.
 
-Writes ``drafters.json`` and ``rows/drafters.json`` in ``benchmarks/results``, and prints the tables.
+Writes ``drafters.json`` and ``rows/drafters.json`` in ``benchmarks/results``, prints the tables.
 """
 
 from __future__ import annotations
