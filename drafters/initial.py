@@ -84,7 +84,8 @@ def new_drafter(settings: Settings) -> NewDrafter:
 
     Raises:
         ValueError: ``drafter.init`` is ``target`` and the target's folder is not found; or
-            ``drafter.model`` is not found or has another tokenizer.
+            ``drafter.model`` is not found or has another tokenizer; or the target has fewer layers
+            than ``drafter.draft_model.target_layers``.
     """
     d = settings.drafter
     if d.kind in CATALOG and CATALOG[d.kind].is_model:
@@ -112,9 +113,13 @@ def _source(settings: Settings) -> CausalSource | None:
             raise ValueError(f"drafter.model cannot be used: {error}") from error
         check_same_tokenizer(load_tokenizer(own), load_tokenizer(folder), d.model)
         return CausalSource(folder)
-    layers = d.draft_model.target_layers
+    layers, has = d.draft_model.target_layers, load_config(own).get_text_config().num_hidden_layers
     if layers is None:
-        layers = max(1, load_config(own).get_text_config().num_hidden_layers // 4)
+        layers = max(1, has // 4)
+    if layers > has:
+        raise ValueError(
+            f"drafter.draft_model.target_layers is {layers}, but the target has {has} layers"
+        )
     return CausalSource(own, layers)
 
 

@@ -261,7 +261,7 @@ def test_what_is_exported_is_a_model_that_transformers_loads_with_equal_logits(
     assert again.config == weights.config["causal"]
 
 
-def test_another_tokenizer_is_refused_by_name(tiny_target_dir, tmp_path):
+def test_a_model_that_cannot_draft_is_refused_by_its_setting(tiny_target_dir, tmp_path):
     folder = tmp_path / "other"
     random_model("llama", vocab_size=288).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
@@ -277,6 +277,8 @@ def test_another_tokenizer_is_refused_by_name(tiny_target_dir, tmp_path):
         new_drafter(run_settings(tiny_target_dir, tmp_path, model=str(folder)))
     with pytest.raises(ValueError, match=r"drafter\.model cannot be used: .*nowhere"):
         new_drafter(run_settings(tiny_target_dir, tmp_path, model="./nowhere"))
+    with pytest.raises(ValueError, match=r"draft_model\.target_layers is 5, but .* has 4 layers"):
+        new_drafter(run_settings(tiny_target_dir, tmp_path, draft_model={"target_layers": 5}))
     wrong = run_settings(tiny_target_dir, tmp_path, kind="suffix", model="x")
     assert any("drafter.model is set" in problem for problem in check_settings(wrong))
 
