@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from buffer.bundles import Bundle, read_bundle
+from buffer.bundles import Bundle, BundleError, read_bundle
 from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from buffer.weights_store import WeightsStore
@@ -84,7 +84,8 @@ def new_drafter(settings: Settings) -> NewDrafter:
 
     Raises:
         ValueError: ``drafter.init`` is ``target`` and the target's folder is not found; or
-            ``drafter.model`` is not found or has another tokenizer.
+            ``drafter.model`` is not found or has another tokenizer; or the target has fewer layers
+            than ``drafter.draft_model.target_layers``.
     """
     d = settings.drafter
     if d.kind in CATALOG and CATALOG[d.kind].is_model:
@@ -112,9 +113,13 @@ def _source(settings: Settings) -> CausalSource | None:
             raise ValueError(f"drafter.model cannot be used: {error}") from error
         check_same_tokenizer(load_tokenizer(own), load_tokenizer(folder), d.model)
         return CausalSource(folder)
-    layers = d.draft_model.target_layers
+    layers, has = d.draft_model.target_layers, load_config(own).get_text_config().num_hidden_layers
     if layers is None:
-        layers = max(1, load_config(own).get_text_config().num_hidden_layers // 4)
+        layers = max(1, has // 4)
+    if layers > has:
+        raise ValueError(
+            f"drafter.draft_model.target_layers is {layers}, but the target has {has} layers"
+        )
     return CausalSource(own, layers)
 
 
@@ -158,7 +163,7 @@ def first_drafter(
     for problem in passed_over:
         log.warning("%s Starting with version %d.", problem, version)
     name = f"version {version} in {store.location}"
-    _check_kind(bundle.manifest, kind, name)
+    _check_kind(bundle.manifest, kind, name, other="another run_dir")
     return _checked(bundle, name, target)
 
 
@@ -299,17 +304,28 @@ def _version_0(
         return made_drafter(kind, target, new)
     if not path.is_dir():
         raise ValueError(f"drafter.path {path} is not a folder")
-    bundle = read_bundle(path)
-    _check_kind(bundle.manifest, kind, str(path))
-    _checked(bundle, str(path), target)
+    try:
+        bundle = read_bundle(path)
+    except BundleError as error:
+        raise ValueError(
+            f"drafter.path {path} is not a sound bundle: {error.problem}; not starting. `drafters "
+            f"import` makes a bundle from a published drafter; null makes new weights"
+        ) from error
+    name = f"drafter.path {path}"
+    _check_kind(bundle.manifest, kind, name, other="another drafter.path, or null for new weights")
+    _checked(bundle, name, target)
     return bundle.manifest, bundle.files[TENSORS]
 
 
-def _check_kind(manifest: Manifest, kind: str, name: str) -> None:
+def _check_kind(manifest: Manifest, kind: str, name: str, other: str) -> None:
+    """
+    Args:
+        other: what to choose if the drafter of ``name`` is not meant.
+    """
     if manifest.kind != kind:
         raise ValueError(
             f"{name} holds a drafter of kind {manifest.kind!r}, but drafter.kind is {kind!r}; not "
-            f"starting. Choose another run_dir, or set drafter.kind to {manifest.kind!r}"
+            f"starting. Choose {other}, or set drafter.kind to {manifest.kind!r}"
         )
 
 

@@ -148,10 +148,15 @@ def unique_pairs(
 
 
 def _on_line(medians: dict[int, float], draft_k: int) -> float | None:
-    """The median itself, or the value of the line through all of them, never below that at a
-    smaller K that was measured."""
-    if draft_k in medians:
-        return medians[draft_k]
+    """The median itself, or the value of the line through all of them; never below that at a
+    smaller K that was measured. A step does not get faster by drafting: where medians say so, the
+    times at the smaller K are of a busier hour."""
+    found = medians[draft_k] if draft_k in medians else _extrapolated(medians, draft_k)
+    return None if found is None else max([found, *(t for k, t in medians.items() if k < draft_k)])
+
+
+def _extrapolated(medians: dict[int, float], draft_k: int) -> float | None:
+    """Where nothing was measured, by the line through what was; ``None`` without one."""
     if len(medians) < 2:
         return None
     ks, times = np.array(list(medians)), np.array(list(medians.values()))

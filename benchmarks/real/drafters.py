@@ -19,7 +19,7 @@ The trainer's simulation is compared with rounds of whole answers (``benchmarks.
 The index, which learns nothing, says what the others must pass: a drafter's day 0 ends when its
 simulated tokens per step at K = 4 are above the index's measured ones.
 
-Writes ``drafters.json`` and ``rows/drafters.json`` in ``benchmarks/results``, and prints the table.
+Writes ``drafters.json`` and ``rows/drafters.json`` in ``benchmarks/results``, prints the tables.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ from benchmarks.real.drafters_table import (
     POLICY,
     ROWS,
     claims,
+    day_0,
     model_name,
     row_name,
     table,
@@ -409,7 +410,8 @@ def main(
         write_result(out, {"trained_at_temperature": TRAINED_AT, "kinds": done})
         source = "python -m benchmarks.real.drafters"
         write_rows("drafters", claims(done), source, out.parent, keeps_unchanged=True)
-        say(f"{kind}: done after {time.monotonic() - began:.0f} s\n{table(done)}")
+        took_s = time.monotonic() - began
+        say(f"{kind}: done after {took_s:.0f} s\n{table(done)}\n\n{day_0(done)}")
 
 
 if __name__ == "__main__":

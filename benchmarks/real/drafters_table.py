@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
@@ -74,8 +75,7 @@ def claims(kinds: dict[str, Any]) -> list[Row]:
 def _claims(kinds: dict[str, Any]) -> list[Row]:
     """What rows of one target show."""
     found: list[Row] = []
-    index = next((f for name, f in kinds.items() if name.partition(", ")[0] == LOOKUP), None)
-    to_pass = None if index is None else _mean_at(index["cells"], TRAINED_AT, GATE_DRAFT_K)
+    to_pass = _to_pass(kinds)
     for kind, figures in kinds.items():
         for cell in figures["cells"]:
             if cell["arm"] != PLAIN:
@@ -86,12 +86,23 @@ def _claims(kinds: dict[str, Any]) -> list[Row]:
         if "parity" in figures:
             found += parity.claims({kind: figures["parity"]})
         if to_pass:
-            passed = [j for j in curve if (j["tokens_per_step"] or 0) > to_pass]
+            passed = _passed(curve, to_pass)
             about = f"{kind}, from nothing to more tokens per step than the index's {to_pass:.2f}"
             for name, unit in (("rows", "rows trained"), ("seconds", "seconds of updates")):
-                needed = passed[0][name] if passed else None
-                found.append(Row(about, unit, needed, "at some time", bool(passed)))
+                needed = passed[name] if passed else None
+                found.append(Row(about, unit, needed, "at some time", passed is not None))
     return found
+
+
+def _to_pass(kinds: dict[str, Any]) -> float | None:
+    """Tokens per step of the index of one target; ``None`` if it was not measured."""
+    index = next((f for name, f in kinds.items() if name.partition(", ")[0] == LOOKUP), None)
+    return None if index is None else _mean_at(index["cells"], TRAINED_AT, GATE_DRAFT_K)
+
+
+def _passed(curve: Sequence[dict[str, Any]], to_pass: float) -> dict[str, Any] | None:
+    """Where a drafter was first judged better than that."""
+    return next((j for j in curve if (j["tokens_per_step"] or 0) > to_pass), None)
 
 
 def _fastest(kinds: dict[str, Any]) -> list[Row]:
@@ -140,6 +151,37 @@ def table(kinds: dict[str, Any]) -> str:
     return "\n".join(parts + [f"\nThe same on {model}:\n\n{_table(own)}" for model, own in others])
 
 
+def day_0(kinds: dict[str, Any]) -> str:
+    """For docs/drafters.md: when each drafter of the usual target that began from nothing passed
+    the index, the first one first. Its traces are of requests that were answered before its first
+    update."""
+    own = _by_target(kinds)[usual_model()]
+    to_pass = _to_pass(own)
+    if to_pass is None:
+        return ""
+    lines = [
+        f"| drafter | requests | positions trained on, to pass the index's {to_pass:.2f} | "
+        "seconds of updates |",
+        "|---" * 4 + "|",
+    ]
+    learnt = [(name, figures) for name, figures in own.items() if figures.get("curve")]
+    found = [(name, figures, _passed(figures["curve"], to_pass)) for name, figures in learnt]
+    for name, figures, passed in sorted(found, key=lambda f: f[2]["rows"] if f[2] else math.inf):
+        requests = f"{figures['collected']['requests']:,}"
+        rows = f"not within {figures['curve'][-1]['rows']:,}"
+        seconds = ""
+        if passed is not None:
+            rows, seconds = f"{passed['rows']:,}", f"{passed['seconds']:.1f}"
+        lines.append(f"| {_shown(name)} | {requests} | {rows} | {seconds} |")
+    return "\n".join(lines)
+
+
+def _shown(name: str) -> str:
+    """Name of a row, its kind as code."""
+    kind, _, rest = name.partition(", ")
+    return f"`{kind}`, {rest}" if rest else f"`{kind}`"
+
+
 def _table(kinds: dict[str, Any]) -> str:
     lines = [
         "| drafter | parameters | drafting, K = 4 | temperature | clients | "
@@ -148,8 +190,6 @@ def _table(kinds: dict[str, Any]) -> str:
     ]  # fmt: skip
     for name, figures in kinds.items():
         cells = figures["cells"]
-        kind, _, rest = name.partition(", ")
-        shown = f"`{kind}`, {rest}" if rest else f"`{kind}`"
         for temperature, clients in dict.fromkeys((c["temperature"], c["clients"]) for c in cells):
             own = [c for c in cells if (c["temperature"], c["clients"]) == (temperature, clients)]
             said = [_said(own, domain) for domain in ARM_DOMAINS]
@@ -158,7 +198,7 @@ def _table(kinds: dict[str, Any]) -> str:
             spent_s = figures.get("draft_seconds", {}).get(str(clients))
             spent = "" if spent_s is None else f"{spent_s * 1e3:.2f} ms"
             lines.append(
-                f"| {shown} | {size} | {spent} | {temperature:g} | {clients} | "
+                f"| {_shown(name)} | {size} | {spent} | {temperature:g} | {clients} | "
                 + " | ".join(said) + " |"
             )  # fmt: skip
     return "\n".join(lines)

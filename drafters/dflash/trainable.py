@@ -149,7 +149,7 @@ def config_for_target(
     num_layers = text.num_hidden_layers
     ids = default_layer_ids(num_layers) if layer_ids is None else layer_ids
     if not ids or any(not 0 <= k <= num_layers for k in ids):
-        raise ValueError(f"layer_ids must be in 0..{num_layers}, got {ids}")
+        raise ValueError(f"drafter.layer_ids must be in 0..{num_layers}, got {ids}")
     if getattr(text, "final_logit_softcapping", None) is not None:
         raise ValueError("DFlash drafts with the target's lm_head, whose logits this target caps")
     count = min(_MOST_LAYERS, max(1, num_layers // 4))

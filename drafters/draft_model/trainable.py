@@ -68,7 +68,7 @@ class DraftModelTrainable(StoredModule[DraftModel]):
         text = target_config.get_text_config()
         ids = layer_ids or ()
         if any(not 0 <= k <= text.num_hidden_layers for k in ids):
-            raise ValueError(f"layer_ids must be in 0..{text.num_hidden_layers}, got {ids}")
+            raise ValueError(f"drafter.layer_ids must be in 0..{text.num_hidden_layers}, got {ids}")
         begins = causal or _random(target_config, lm_head_VH, seed)
         _check_head(begins.config)
         vocab_size, hidden_size = lm_head_VH.shape

@@ -85,7 +85,7 @@ def config_for_target(
     config = target_config.get_text_config()
     ids = layer_ids if layer_ids is not None else default_layer_ids(config.num_hidden_layers)
     if not ids or any(not 0 <= k <= config.num_hidden_layers for k in ids):
-        raise ValueError(f"layer_ids must be in 0..{config.num_hidden_layers}, got {ids}")
+        raise ValueError(f"drafter.layer_ids must be in 0..{config.num_hidden_layers}, got {ids}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Eagle3Config(
         hidden_size=config.hidden_size,

@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from buffer.manifest import MANIFEST
+
 CONFIG, TENSORS = "config.json", "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 FLOATING = {"F64", "F32", "F16", "BF16"}
@@ -200,8 +202,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``config.json``.
 
     Raises:
-        FormatError: there is none, or it is no JSON object.
+        FormatError: there is none, as in a bundle, or it is no JSON object.
     """
+    if not (folder / CONFIG).exists() and (folder / MANIFEST).exists():
+        raise FormatError(f"{folder} is a bundle already, as drafter.path names one")
     return _read_object(folder / CONFIG)
 
 

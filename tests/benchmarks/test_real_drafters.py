@@ -9,7 +9,8 @@ from benchmarks.harness.arms import LOOKUP
 from benchmarks.harness.results import RESULTS, Row, write_rows
 from benchmarks.real.choosing import ARM_DOMAINS, PLAIN
 from benchmarks.real.drafters import judged_at
-from benchmarks.real.drafters_table import POLICY, ROWS, claims, row_name, table, usual_model
+from benchmarks.real.drafters_table import POLICY, ROWS, claims, day_0, row_name, table, usual_model
+from oracles.support import REPOSITORY
 
 
 def cell(arm: str, ratio: float, tokens: float) -> dict[str, Any]:
@@ -94,6 +95,38 @@ def test_the_table_says_the_best_fixed_k_and_the_policy_beside_it() -> None:
     assert len(lines) == 3
     assert lines[2].startswith("| `new` | 2.0 M |")
     assert "1.60 (K = 4, 2.00), 1.35" in lines[2]
+
+
+def test_day_0_says_what_was_needed_and_whose_drafter_never_passed_the_index() -> None:
+    collected = {"collected": {"requests": 1234}}
+    kinds = {
+        LOOKUP: index(),
+        "slow": figures(2.0, 1.6, [1.0, 1.2, 1.3, 1.4, 2.02]) | collected,
+        "new, 50 positions": figures(2.0, 1.6, [1.0, 1.35]) | collected,
+        "never": figures(2.0, 1.6, [1.0, 1.3]) | collected,
+        "new, Other-1B": figures(2.0, 1.6, [1.0, 9.0]) | collected | {"target": "Other-1B"},
+    }
+
+    head, _, *lines = day_0(kinds).splitlines()
+
+    assert "the index's 1.30" in head
+    assert lines == [
+        "| `new`, 50 positions | 1,234 | 10 | 1.0 |",
+        "| `slow` | 1,234 | 30 | 3.0 |",
+        "| `never` | 1,234 | not within 10 |  |",
+    ]
+    assert day_0({"slow": kinds["slow"]}) == "", "nothing is known of the index"
+
+
+def test_the_docs_show_what_the_command_prints() -> None:
+    """A row that is measured again moves claims of others, too: what the index measures, what all
+    must pass."""
+    docs = (REPOSITORY / "docs/drafters.md").read_text()
+    kinds = json.loads((RESULTS / "drafters.json").read_text())["kinds"]
+
+    for tables in (table(kinds), day_0(kinds)):
+        for line in filter(None, tables.splitlines()):
+            assert f"{line}\n" in docs
 
 
 def test_a_drafter_is_judged_before_the_first_update_and_after_the_last_row() -> None:

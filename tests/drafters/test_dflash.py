@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -26,10 +27,8 @@ from drafters.formats.published import TargetTable, read_drafter
 from drafters.protocol import Weights
 from oracles.engines import make_engine, random_model, request_of
 from policies.fixed import FixedPolicy
-from specops.distill import FrozenHead
-from targets.head import TargetHead
 from tests.serving.capture.test_capture import PROMPT, traces_of
-from tests.serving.engine.test_every_drafter import trained_on
+from tests.serving.engine.test_every_drafter import head_of, trained_on
 
 LEARNS = DFlashTrainable()
 MASKS = {
@@ -39,12 +38,6 @@ MASKS = {
     "mixed": ((7, None), (True, False)),
     "published": ((20, None), (True, False)),
 }
-
-
-def head_of(model) -> TargetHead:
-    return TargetHead(
-        model.config, model.get_input_embeddings().weight, FrozenHead(model.lm_head.weight)
-    )
 
 
 def module_for(model, masks="all of it", block_size=6) -> DFlash:
@@ -58,11 +51,17 @@ def module_for(model, masks="all of it", block_size=6) -> DFlash:
     return module
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("num_draft", [2, 5])
-@pytest.mark.parametrize("masks", MASKS)
-def test_draft_logits_of_serving_and_training_are_equal(monkeypatch, masks, num_draft, fused):
-    model = random_model("qwen3", head_dim=16)
+@pytest.mark.parametrize(
+    ("masks", "num_draft", "fused", "architecture"),
+    [
+        *((*one, "qwen3") for one in product(MASKS, (2, 5), (False, True))),
+        ("published", 5, False, "gemma3"),  # which scales its embedding
+    ],
+)
+def test_draft_logits_of_serving_and_training_are_equal(
+    monkeypatch, masks, num_draft, fused, architecture
+):
+    model = random_model(architecture, head_dim=16)
     module = module_for(model, masks)
     weights = Weights(0, module.config.to_json(), dict(module.state_dict()))
     engine = make_engine(

@@ -150,6 +150,41 @@ def test_a_missing_folder_is_named_as_the_setting(tmp_path, target):
         first(tmp_path, target, path=tmp_path / "none")
 
 
+@pytest.mark.parametrize(
+    ("held", "problem"),
+    [
+        ({"config.json": b"{}", "model.safetensors": b""}, r"manifest\.json cannot be read"),
+        ({"manifest.json": b"{"}, r"manifest\.json"),
+    ],
+    ids=["a published layout", "cut short"],
+)
+def test_a_folder_that_is_no_bundle_is_named_as_the_setting(tmp_path, target, held, problem):
+    """Nothing is published here, and no next version comes: it says what makes a bundle."""
+    folder = tmp_path / "0"
+    folder.mkdir()
+    for name, content in held.items():
+        (folder / name).write_bytes(content)
+
+    with pytest.raises(
+        ValueError, match=rf"drafter\.path .* sound bundle: .*{problem}.*`drafters import` makes"
+    ) as raised:
+        first(tmp_path / "run", target, path=folder)
+
+    assert "next published version" not in str(raised.value)
+    assert FolderWeights(tmp_path / "run").versions() == []
+
+
+def test_a_bundle_of_another_kind_is_a_matter_of_the_path_and_a_version_one_of_the_run(
+    tmp_path, target
+):
+    first(tmp_path / "given", target)
+
+    with pytest.raises(ValueError, match=r"of kind 'eagle3'.* Choose another drafter\.path"):
+        first(tmp_path / "run", target, kind="mtp", path=tmp_path / "given/0")
+    with pytest.raises(ValueError, match=r"of kind 'eagle3'.* Choose another run_dir"):
+        first(tmp_path / "given", target, kind="mtp")
+
+
 def test_a_kind_that_does_not_learn_has_no_version_0(tmp_path, target):
     with pytest.raises(ValueError, match="kind 'suffix' cannot be trained; kinds that learn: eag"):
         first(tmp_path, target, kind="suffix")

@@ -107,6 +107,22 @@ def test_updates_on_one_batch_raise_simulated_tokens_per_step(head, kind):
     assert computed.alpha_K.shape == computed.agree_K.shape == (settings.ttt_steps,)
 
 
+@pytest.mark.parametrize(
+    ("kind", "layer_ids"),
+    [
+        (kind, layer_ids)
+        for kind in learning_kinds()
+        for layer_ids in ((LAYERS + 1,), (-1,), ())
+        if layer_ids or kind != "draft_model"  # which reads none
+    ],
+)
+def test_layers_that_the_target_does_not_have_are_refused_by_the_setting(head, kind, layer_ids):
+    *_, target = head
+
+    with pytest.raises(ValueError, match=r"drafter\.layer_ids must be "):
+        trainable(kind).new_model(target.config, target.lm_head.weight_VH, layer_ids, 0)
+
+
 @pytest.mark.parametrize("kind", learning_kinds())
 def test_missing_tensors_are_refused(head, kind):
     learns = trainable(kind)

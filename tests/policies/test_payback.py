@@ -51,6 +51,18 @@ def table_of(times, batch=4, count=10):
     return table
 
 
+def test_drafting_never_makes_a_step_faster():
+    """Plain steps are timed at all hours, a drafter's at those when it was tried: its own may be
+    those of a quieter hour, which is no gain."""
+    table = table_of({0: 0.020, 1: 0.008, 4: 0.030})
+
+    assert table.step_s(4, 0) == 0.020
+    assert table.step_s(4, 1) == 0.020
+    assert 0.020 <= table.step_s(4, 2) <= table.step_s(4, 4) == 0.030
+    gains = table.speed_table(4).gains[0]
+    assert max(gains) == 1.0
+
+
 def test_step_times_are_medians_and_a_line_between_them():
     table = table_of({0: 0.010, 2: 0.014})
     late = np.full(3, 4, np.int32), np.full(3, 2, np.int32), np.full(3, 5.0)

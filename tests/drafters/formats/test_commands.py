@@ -50,7 +50,7 @@ def test_a_version_of_each_drafter_of_a_run_is_exported(target, tmp_path):
     assert "--drafter mtp: the settings' drafters that learn are eagle3" in alone.output
 
 
-def test_whatever_is_not_a_published_drafter_is_named(target, tmp_path):
+def test_whatever_is_not_a_published_drafter_is_named(target, bundle, tmp_path):
     to = ("--to", tmp_path / "out", "--set", f"target={target[0]}")
     (tmp_path / "one.txt").write_text("hello")
 
@@ -60,6 +60,7 @@ def test_whatever_is_not_a_published_drafter_is_named(target, tmp_path):
     for done, what in ((missing, "none is not there"), (file, "one.txt is a file")):
         assert done.exit_code == 1 and not (tmp_path / "out").exists()
         assert f"{tmp_path}/{what}; name the folder of a published drafter" in done.output
+    assert f"{bundle} is a bundle already" in command("import", bundle, *to).output
 
 
 @pytest.mark.parametrize("what", ["import", "export"])

@@ -4,6 +4,7 @@ target's whatever it drafts, weights change in the middle, and what training sim
 from __future__ import annotations
 
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
 from statistics import fmean, stdev
@@ -24,7 +25,7 @@ from policies.fixed import FixedPolicy
 from specops.distill import FrozenHead
 from specops.verify_logits import Rule
 from targets.head import TargetHead
-from tests.serving.capture.test_capture import PROMPT, restored, traces_of
+from tests.serving.capture.test_capture import restored, traces_of
 from tests.serving.engine.test_greedy_equality import random_prompts, reference
 from tests.serving.engine.test_sampled_law import (
     LENGTH,
@@ -38,8 +39,6 @@ from tests.serving.engine.test_sampled_law import (
 from tests.serving.engine.test_sampled_law import PROMPT as LAW_PROMPT
 
 KINDS = learning_kinds()
-OTHERS = KINDS[1:]
-"""The first has ``test_greedy_equality`` to itself."""
 HOSTS = tuple(kind for kind in CATALOG if kind not in KINDS)
 """They draft from text, with certainty."""
 K = 4
@@ -62,36 +61,50 @@ def scrambled(kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "architecture", "overlaps"),
-    [(kind, *rest) for kind in OTHERS for rest in (("qwen3", True), ("gemma3", False))],
+    ("kind", "architecture", "overlaps", "rule"),
+    [
+        (kind, *rest)
+        for kind in KINDS
+        for rest in (("qwen3", True, Rule.STANDARD), ("gemma3", False, Rule.BLOCK))
+    ],
 )
-def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kind, architecture, overlaps):
+def test_greedy_output_is_the_targets_with_swaps_in_the_middle(kind, architecture, overlaps, rule):
     numbers = random.Random(2)
     model = random_model(architecture)
     prompts = random_prompts(numbers, 8, 96)
     expected = [reference(model, prompt, 20) for prompt in prompts]
     engine = make_engine(
-        model, kind=kind, overlaps=overlaps, max_batch=3, prefill_chunk=16, page_size=4
+        model, kind=kind, overlaps=overlaps, max_batch=4, prefill_chunk=16, page_size=4, rule=rule
     )
 
-    got = run(engine, [request_of(str(i), p, 20) for i, p in enumerate(prompts)], scrambled(kind))
+    got = run(engine, beside_sampled_ones(prompts), scrambled(kind))
 
     assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
     assert {drafter for drafter, _ in engine.figures().steps_by_arm} > {kind, "suffix"}
 
 
+def beside_sampled_ones(prompts, drafters=None):
+    """Greedy requests, and others among them that are verified by the engine's rule: a batch of
+    greedy ones alone does not come to it."""
+    found = []
+    for i, prompt in enumerate(prompts):
+        found.append(request_of(str(i), prompt, 20, drafters=drafters))
+        if i % 2:
+            found.append(request_of(f"sampled {i}", prompt, 20, temperature=1.0, drafters=drafters))
+    return found
+
+
+@pytest.mark.parametrize("rule", [Rule.STANDARD, Rule.BLOCK])
 @pytest.mark.parametrize("kind", HOSTS)
-def test_greedy_output_is_the_targets_where_only_text_drafts(kind):
+def test_greedy_output_is_the_targets_where_only_text_drafts(kind, rule):
     numbers = random.Random(4)
     model = random_model("qwen3")
     prompts = [[*stem, *stem] for stem in random_prompts(numbers, 6, 96)]
     expected = [reference(model, prompt, 20) for prompt in prompts]
-    engine = make_engine(model, **only(kind), max_batch=3, prefill_chunk=16, page_size=4)
+    engine = make_engine(model, **only(kind), max_batch=4, prefill_chunk=16, page_size=4, rule=rule)
     engine.drafting.hosts[kind].__class__ = Stubborn
 
-    got = run(
-        engine, [request_of(str(i), p, 20, drafters=asked(kind)) for i, p in enumerate(prompts)]
-    )
+    got = run(engine, beside_sampled_ones(prompts, asked(kind)))
 
     assert [got[str(i)].token_ids for i in range(len(prompts))] == expected
     assert engine.figures().num_draft_tokens > 100
@@ -224,26 +237,33 @@ def trained_on(trace, temperature=0.0):
     return replace(batch, by_match_R=by_match)
 
 
+def head_of(model):
+    """As a trainer loads it: an embedding table that the target scales is scaled."""
+    embed = model.get_input_embeddings()
+    scaled = embed.weight * getattr(embed, "scalar_embed_scale", 1.0)
+    return TargetHead(model.config, scaled, FrozenHead(model.lm_head.weight))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_training_simulates_is_what_was_accepted(monkeypatch, kind):
-    """For greedy requests the simulated acceptance of a chain is 0 or 1, and exactly as served."""
-    model = random_model("llama")
+    """For greedy requests the simulated acceptance of a chain is 0 or 1, and exactly as served. The
+    target has few tokens, so that random drafters are right now and then, at any place of a
+    draft."""
+    model = random_model("llama", vocab_size=V)
     weights = new_weights(kind, model)
     engine = make_engine(
         model, kind=kind, weights=weights, policy=FixedPolicy(kind, K), suffix=False,
-        prefill_chunk=7,
+        prefill_chunk=7, max_batch=8, prefix_cache=False,
     )  # fmt: skip
     drafter = engine.drafting.neural[kind].drafter
     observe = drafter.observe  # the log holds bfloat16: serving shall read the same numbers
     monkeypatch.setattr(
         drafter, "observe", lambda ids, rows, at: observe(ids, rows.bfloat16().float(), at)
     )
-    traces = traces_of(engine, [request_of(str(i), PROMPT[i:], 40) for i in range(3)])[0]
-    head = TargetHead(
-        model.config, model.get_input_embeddings().weight, FrozenHead(model.lm_head.weight)
-    )
-    learns = trainable(kind)
-    compared = 0
+    prompts = random_prompts(random.Random(6), 10, V)
+    traces = traces_of(engine, [request_of(str(i), p, 40) for i, p in enumerate(prompts)])[0]
+    head, learns = head_of(model), trainable(kind)
+    compared = Counter()
     for trace in traces.values():
         batch = trained_on(trace)
         module = learns.load_model(weights.config, weights.tensors)
@@ -254,8 +274,9 @@ def test_what_training_simulates_is_what_was_accepted(monkeypatch, kind):
             if row is None or not is_full[row] or len(one.draft_ids) < K:
                 continue
             assert int(alphas[row].cumprod(0).sum()) == one.num_accepted, one.anchor
-            compared += 1
-    assert compared >= 15
+            compared[one.num_accepted] += 1
+    kept = compared.total() - compared[0]
+    assert compared.total() >= 80 and kept >= 5 and len(compared) > 1, compared
 
 
 WAYS = {
@@ -279,7 +300,7 @@ def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
     engine = make_engine(
         model, kind=kind, weights=weights, policy=FixedPolicy(kind, K), suffix=False,
         max_batch=128, num_pages=2000, prefill_chunk=1024, ring_rows=16_384,
-        rule=Rule.BLOCK if seeded else rule, eos_ids=frozenset({3}),
+        rule=Rule.BLOCK if seeded else rule, eos_ids=frozenset({5}),
     )  # fmt: skip
     prompts = [[i % V, i // V % V, i // V // V] for i in range(200)]
     requests = [
@@ -289,10 +310,7 @@ def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
 
     traces = traces_of(engine, requests)[0]
 
-    head = TargetHead(
-        model.config, model.get_input_embeddings().weight, FrozenHead(model.lm_head.weight)
-    )
-    learns = trainable(kind)
+    head, learns = head_of(model), trainable(kind)
     module = learns.load_model(weights.config, weights.tensors)
     texts, is_full, brought = [], [], []
     for trace in traces.values():
@@ -308,7 +326,7 @@ def test_simulated_tokens_per_step_is_that_of_live_rounds(kind, way):
         brought += [b - a for a, b in pairwise([*anchors, trace.token_ids.size - 1])]
     live, error = fmean(brought), stdev(brought) / len(brought) ** 0.5
     chains = Chains.join(Chains.of_texts(texts, is_full), K)
-    assert error < 0.03 * live
+    assert live > 1.05 and error < 0.03 * live
     assert 4 < fmean(map(len, texts)) < 15  # ends weigh
     within = 0.005 * live if seeded else 3 * error
     assert chains.tokens_per_step() == pytest.approx(live, abs=within)

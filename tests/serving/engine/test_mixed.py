@@ -93,18 +93,23 @@ def few_tokens(kind, model, ids):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rule", "is_reduced"),
-    [("whole", Rule.BLOCK, False), ("truncated", Rule.STANDARD, True)],
+    ("kinds", "shape", "rule", "is_reduced"),
+    [
+        (PAIR, "whole", Rule.BLOCK, False),
+        (PAIR, "truncated", Rule.STANDARD, True),
+        (("dflash", "p_eagle"), "whole", Rule.STANDARD, False),
+        (("draft_model", "dflash"), "truncated", Rule.BLOCK, False),
+    ],
 )
-def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced):
+def test_the_joint_law_of_a_mixed_batch_is_the_targets(kinds, shape, rule, is_reduced):
     """Also where the drafters' vocabularies differ."""
     model = soft_target("opposed")
     law = expected_law(model, SHAPES[shape])
     reduced = few_tokens("mtp", model, [0, 2, 3, 5, 7]) if is_reduced else None
     engine = make_engine(
-        soft_target("opposed"), kind="eagle3", beside={"mtp": reduced}, policy=Mixing(),
-        suffix=False, rule=rule, max_batch=256, num_pages=1200, prefill_chunk=1024,
-        ring_rows=8192, max_draft=3,
+        soft_target("opposed"), kind=kinds[0], beside={kinds[1]: reduced}, suffix=False,
+        policy=Mixing("+".join(kinds)), rule=rule, max_batch=256, num_pages=1200,
+        prefill_chunk=1024, ring_rows=8192, max_draft=3,
     )  # fmt: skip
     requests = [
         request_of(str(i), LAW_PROMPT, LENGTH + 1, capture=False, **SHAPES[shape])
@@ -114,7 +119,7 @@ def test_the_joint_law_of_a_mixed_batch_is_the_targets(shape, rule, is_reduced):
     got = run(engine, requests)
 
     by_drafter = engine.figures().drafters
-    assert all(by_drafter[kind].tokens > 200 for kind in PAIR)
+    assert all(by_drafter[kind].tokens > 200 for kind in kinds)
     assert law_excess(counted(got), law) < 1
 
 

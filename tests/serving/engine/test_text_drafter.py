@@ -4,6 +4,7 @@ and drafts follow it and that of finished requests, launched before the last rou
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 import torch
@@ -127,21 +128,26 @@ def begun_anyhow(_counts, found, opened, num_draft, num_passes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "rule"),
-    [("greedy", Rule.BLOCK), ("whole", Rule.BLOCK), ("truncated", Rule.STANDARD)],
+    ("shape", "rule", "mixed"),
+    [
+        *product(("greedy", "whole"), [Rule.BLOCK], (None, "eagle3")),
+        *product(["truncated"], [Rule.STANDARD], (None, "eagle3")),
+        ("whole", Rule.STANDARD, "dflash"),
+        ("truncated", Rule.BLOCK, "p_eagle"),
+        ("whole", Rule.STANDARD, "mtp"),
+        ("truncated", Rule.BLOCK, "draft_model"),
+    ],  # of text alone, and of text that each neural drafter goes on with
 )
-@pytest.mark.parametrize("is_mixed", [True, False])
-def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(
-    is_mixed, shape, rule, monkeypatch
-):
+def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(shape, rule, mixed, monkeypatch):
     monkeypatch.setattr(text_mix, "begin_drafts", begun_anyhow)
     monkeypatch.setattr(text_mix, "MOST_PASSES", 2)
     fields = SHAPES.get(shape, {"temperature": 0.0})
     index = Doubtful("suffix", DEVICE_TRAITS, Bounds(2, 8), 0, CPU)
-    policy = FixedPolicy(MIX if is_mixed else "suffix", 3, needs_match=False)
+    policy = FixedPolicy(f"{mixed}+suffix" if mixed else "suffix", 3, needs_match=False)
     engine = make_engine(
-        soft_target("opposed"), kind="eagle3", texts=(index,), mixes_index=True, policy=policy,
-        rule=rule, max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192, max_draft=3,
+        soft_target("opposed"), kind=mixed or "eagle3", texts=(index,), mixes_index=True, rule=rule,
+        policy=policy, max_batch=256, num_pages=1200, prefill_chunk=1024, ring_rows=8192,
+        max_draft=3,
     )  # fmt: skip
     requests = [request_of(str(i), LAW_PROMPT, LENGTH + 1, **fields) for i in range(1_500)]
 
@@ -153,7 +159,7 @@ def test_the_joint_law_is_the_targets_where_drafts_are_often_wrong(
         return
     assert chi_squared_excess(counted(got), expected_law(soft_target("opposed"), SHAPES[shape])) < 1
     drafted = engine.figures().drafters
-    assert all(drafted[kind].tokens > 300 for kind in (["eagle3"] if is_mixed else []) + ["suffix"])
+    assert all(drafted[kind].tokens > 300 for kind in ([mixed] if mixed else []) + ["suffix"])
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "gemma3"])

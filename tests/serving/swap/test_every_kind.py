@@ -3,7 +3,6 @@ by themselves when they accept less; outputs never change."""
 
 from __future__ import annotations
 
-import itertools
 import threading
 
 import pytest
@@ -15,8 +14,10 @@ from buffer.fingerprint import target_fingerprint
 from buffer.folder_weights import FolderWeights
 from configs.schema import Settings
 from drafters.initial import TargetFacts, made_drafter, new_drafter, publish_initial
+from drafters.several import settings_of
 from drafters.trainable import learning_kinds
 from oracles.engines import Collected, request_of
+from serving.border.in_process import Desk
 from serving.build import build_service
 from tests.serving.swap.test_swaps import ask, noisy, publish_next, wait_until
 
@@ -31,7 +32,7 @@ The target's logits lie close: hotter, it would not repeat itself. Without a see
 differ; their law is that of ``engine/test_every_drafter``."""
 
 
-def settings_for(target, run_dir, kind, rule):
+def settings_for(target, run_dir, kind, rule, main):
     whole = {"draft_model": {"target_layers": 4}} if kind == "draft_model" else {}
     taps = {"layer_ids": (4,)} if kind in ("eagle3", "p_eagle") else {}
     return Settings.model_validate(
@@ -43,7 +44,8 @@ def settings_for(target, run_dir, kind, rule):
                 "max_batch": CLIENTS, "max_model_len": 160, "page_size": 4, "verification": rule,
             },
             "drafter": {
-                "kind": kind, "max_draft": 3, "suffix": {"enabled": False}, **whole, **taps,
+                "kind": main or kind, "max_draft": 3, "suffix": {"enabled": False}, **whole,
+                **(taps if main is None else {"mixed": False, "beside": [{"kind": kind} | taps]}),
             },
             "policy": {"kind": "fixed", "drafter": kind, "draft_k": 3},
             "swap": {"poll_s": 0.02, "watch_rounds": 96},
@@ -101,44 +103,57 @@ def ask_all(service):
 
 
 @pytest.mark.parametrize(
-    ("kind", "rule"), [*zip(learning_kinds(), itertools.cycle(("block", "standard")), strict=False)]
+    ("kind", "rule", "main"),
+    [
+        *((kind, rule, None) for kind in learning_kinds() for rule in ("block", "standard")),
+        ("dflash", "block", "eagle3"),
+    ],
 )
 def test_versions_are_taken_and_rolled_back_and_no_output_changes(
-    tiny_target_dir, tmp_path, kind, rule
+    tiny_target_dir, tmp_path, kind, rule, main
 ):
+    """Of the drafter of a server, and of one beside another, whose versions stay."""
     model = AutoModelForCausalLM.from_pretrained(tiny_target_dir, dtype=torch.float32)
-    settings = settings_for(tiny_target_dir, tmp_path, kind, rule)
+    settings = settings_for(tiny_target_dir, tmp_path, kind, rule, main)
     facts = TargetFacts(
         model.config, model.lm_head.weight.detach(), target_fingerprint(tiny_target_dir)
     )
-    manifest, content = made_drafter(kind, facts, new_drafter(settings))
+    manifest, content = made_drafter(kind, facts, new_drafter(settings_of(settings, kind)))
     right = made_right(kind, manifest.drafter_config, load(content), model)
-    root = tmp_path / "weights"
+    root = tmp_path / "weights" / (kind if main else "")
     publish_initial(FolderWeights(root), manifest, save(right))
     service = build_service(settings)
+    desk = Desk(service)
+
+    def status_of():
+        status = service.drafter_status()
+        return status["beside"][0] if main else status
+
     service.start()
     try:
         first = ask(service, "first")
         assert publish_next(root, noisy) == 1
-        wait_until(lambda: service.drafter_status()["version"] == 1)
+        wait_until(lambda: status_of()["version"] == 1)
         second = ask(service, "second")
-        assert service.swapper.rollback()["version"] == 0
+        assert desk.rollback(kind)["version"] == 0
         found = ask_all(service)
         figures = service.figures()
         assert figures.num_accepted_tokens > 0.3 * figures.num_draft_tokens
 
         publish_next(root, negated)
-        wait_until(lambda: service.drafter_status()["version"] == 2)
+        wait_until(lambda: status_of()["version"] == 2)
         for _ in range(20):
             found += ask_all(service)
             if service.figures().swaps["rolled_back"] == 2:
                 break
-        status = service.drafter_status()
+        status = status_of()
         last = ask(service, "last")
     finally:
         service.stop()
 
     assert (status["version"], status["denied"]) == (0, [1, 2]), status["history"]
+    if main:
+        assert service.drafter_status()["version"] == 0 and not service.drafter_status()["denied"]
     versions = [one.last.stats.drafter_version for one in (first, second, last)]
     assert versions == [0, 1, 0]
     assert second.last.stats.proposed > 0
