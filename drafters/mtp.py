@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 from drafters.eagle3.model import Attend, rope_theta
 from drafters.eagle3.paged import FusedPass, PagedEagle3
-from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_fused
+from drafters.fused_layers import FusedLayers, Parts, RowsAt, bias_in, norm_of, why_not_fused
 from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
+from specops.attention import AttendedParts
+from specops.best_ids import BestParts
 from specops.device import trained_gate
 from specops.rope import Heads, rope_table
+from specops.rows import Pair
 from targets.layers import Layer, columns_of
 
 TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
@@ -384,9 +387,10 @@ class FusedMtp:
         hidden: Tensor,
         positions_T: Tensor,
         slots_T: Tensor,
-        attend: Callable[[Tensor], Tensor],
+        attend: Callable[[Tensor], Tensor | AttendedParts],
         keys: Tensor,
         values: Tensor,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the layer like ``Mtp.forward``, and write its keys and values to the rows' slots.
 
@@ -399,24 +403,24 @@ class FusedMtp:
         Returns:
             Outputs [T, H], behind the final norm, and ``None``.
         """
-        do, (heads,) = self.layers.do, self.layers.heads
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
-        pair = do.norm_pair(
-            ids_T, self._table_VH, hidden, *self._pair_norms, hidden_first=self._hidden_first
-        )
-        table = do.rope_rows(self._table, positions_T)
+        pair = Pair(ids_T, self._table_VH, hidden, *self._pair_norms, self._hidden_first, squares)
+        at = RowsAt(self._table, positions_T, slots_T, (keys,), (values,))
+        stream = self.layers.pair_product(pair, "proj")
+        return self.layers.forward(stream, None, at, lambda _, q: attend(q), self._final_norm)
 
-        def heads_of(_index: int, qkv: Tensor) -> Tensor:
-            q = do.rope_and_write(qkv, heads, table, positions_T, slots_T, keys, values)
-            return attend(q).flatten(1)
-
-        stream = self.layers.product(pair, "proj")
-        return self.layers.forward(stream, None, heads_of, self._final_norm)
+    def takes_parts(self, num_rows: int) -> bool:
+        """See ``FusedLayers.takes_parts``."""
+        return self.layers.takes_parts(num_rows)
 
     def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
         found: Tensor = self.layers.multiply(outputs, self._head_DH)
         return found
+
+    def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
+        """The largest of ``logits``, which are not written."""
+        return self.layers.do.few_row_best(outputs, self._head_DH)
 
 
 def _fused_layer(module: Mtp) -> Layer:

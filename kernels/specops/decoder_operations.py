@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specops import cpu_operations, linear, rope, rows
+from specops import cpu_operations, joined, linear, rope, rows
+from specops.best_ids import BestParts
 from specops.rope import RopeTable
 
 
@@ -22,7 +23,10 @@ class Operations:
     embed: Callable[..., Tensor]
     norm_pair: Callable[..., Tensor]
     few_row_linear: Callable[..., Tensor]
+    """This one and the next three are defined in ``specops.joined``."""
     few_row_residual: Callable[..., tuple[Tensor, Tensor]]
+    few_row_heads: Callable[..., Tensor]
+    few_row_best: Callable[..., BestParts]
     rope_rows: Callable[..., Any]
     """(table, positions) -> what ``rope_and_write`` of the same rows takes as its table."""
     rope_and_write: Callable[..., Tensor]
@@ -41,8 +45,10 @@ def _whole_table(table: RopeTable, _positions_T: Tensor) -> RopeTable:
 DEFINITIONS = Operations(
     rows.embed,
     rows.norm_pair,
-    linear.few_row_linear,
-    linear.few_row_residual,
+    joined.few_row_linear,
+    joined.few_row_residual,
+    joined.few_row_heads,
+    joined.few_row_best,
     _whole_table,
     rope.rope_and_write,
     rows.add_norm,
@@ -105,6 +111,7 @@ def pick_operations(
     use_kernels: bool | None,
     overlap: bool | None,
     pinned: bool = False,
+    joins: bool = False,
 ) -> Operations:
     """The operations of one decoder, which launches them on a single stream.
 
@@ -113,6 +120,8 @@ def pick_operations(
         use_kernels: Triton kernels, or torch definitions; ``None``: kernels on a GPU.
         overlap: a kernel starts while the previous one still runs; ``None``: if the GPU can.
         pinned: a row's result is bitwise independent of the other rows.
+        joins: plans of few-row products are for small models, whose launches count, see
+            ``linear_triton.choose_joined_plan``.
 
     Raises:
         ValueError: ``pinned`` without kernels.
@@ -127,16 +136,19 @@ def pick_operations(
 
     if overlap is None:
         overlap = overlap_triton.can_overlap(like.device)
-    product: dict[str, Any] = {"overlap": overlap, "pinned": pinned}
+    product: dict[str, Any] = {"overlap": overlap}
     if not pinned:  # pinned products are not split
         shapes = [(len(w) // (1 + gated), w.shape[1], gated) for w, gated in products]
-        product["scratch"] = linear_triton.make_scratch(shapes, like.dtype, like.device)
+        product["scratch"] = linear_triton.make_scratch(shapes, like.dtype, like.device, joins)
+    chosen: dict[str, Any] = {**product, "pinned": pinned, "joined": joins}
     add_norm = partial(rows_triton.add_norm, overlap=overlap)
     return Operations(
         rows_triton.embed,
         partial(rows_triton.norm_pair, overlap=overlap),
-        partial(linear_triton.few_row_linear, **product),
-        partial(linear_triton.few_row_residual, **product),
+        partial(linear_triton.few_row_linear, **chosen),
+        partial(linear_triton.few_row_residual, **chosen),
+        partial(linear_triton.few_row_heads, **product),
+        partial(linear_triton.few_row_best, **product),
         _whole_table,
         partial(rope_triton.rope_and_write, overlap=overlap),
         add_norm,

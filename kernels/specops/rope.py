@@ -43,6 +43,22 @@ class RopeTable:
     sin: Tensor
 
 
+@dataclass(frozen=True, slots=True)
+class HeadPlaces:
+    """What becomes of a product of queries, keys and values: the arguments of ``rope_and_write``
+    behind it."""
+
+    heads: Heads
+    table: RopeTable
+    positions_T: Tensor
+    """[T] int64, contiguous, each below the table's number of positions (not checked)."""
+    slots_T: Tensor
+    """[T] int64, contiguous; distinct slots of the rows' keys and values."""
+    keys: Tensor
+    """[num_slots, Hkv, D] contiguous, written in place, as are the values."""
+    values: Tensor
+
+
 def rope_table(
     inv_freq: Tensor, scaling: float, num_positions: int, dtype: torch.dtype
 ) -> RopeTable:

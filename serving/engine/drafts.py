@@ -13,7 +13,8 @@ from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from specops.attention import DecodePass
-from specops.device import best_ids, confidence, sample_draft
+from specops.best_ids import BestParts, Instead
+from specops.device import best_ids, confidence, join_best, sample_draft
 from specops.draft_sampling import Drafted, DraftLaw, join_laws
 from specops.lanes import ClosedRound, OpenedRound
 
@@ -53,6 +54,10 @@ class AfterText:
         """[R] or [R, P] the tokens at one place or at several, from the neural drafter's own."""
         return torch.where(self.is_text_RK[:, at], self.tokens_RK[:, at], own)
 
+    def at(self, number: int) -> Instead:
+        """What is taken in place of the neural drafter's own tokens at one place."""
+        return Instead(self.tokens_RK[:, number], self.is_text_RK[:, number])
+
     def whole(self, tokens_RP: Tensor) -> Tensor:
         """[R, K] the drafts, from the tokens at the places that the neural drafter drafts."""
         return torch.cat((tokens_RP, self.tokens_RK[:, self.num_passes :]), dim=1)
@@ -60,7 +65,8 @@ class AfterText:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether``."""
+    """Chooses the most likely tokens. ``drafters.protocol``'s ``ChoosesTogether`` and
+    ``ChoosesParts``."""
 
     d2t_D: Tensor | None
     """[D] int64, target id minus draft id, of a reduced vocabulary."""
@@ -69,6 +75,10 @@ class Best:
     def __call__(self, logits: Tensor, number: int) -> Tensor:
         best = best_ids(logits, self.d2t_D)
         return best if self.after is None else self.after.taken(number, best)
+
+    def of_parts(self, parts: BestParts, number: int) -> Tensor:
+        instead = None if self.after is None else self.after.at(number)
+        return join_best(parts, self.d2t_D, instead)
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()
