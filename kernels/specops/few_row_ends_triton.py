@@ -20,7 +20,7 @@ from specops.best_ids_triton import best_of
 def pair_squares(rows, is_row, width, ROWS: tl.constexpr, WIDE_K: tl.constexpr):
     """[ROWS] sums of squares of the rows at these pointers."""
     total = tl.zeros([ROWS], tl.float32)
-    for start in range(0, width, WIDE_K):
+    for start in tl.range(0, width, WIDE_K, num_stages=3):  # several blocks in flight
         k = start + tl.arange(0, WIDE_K)
         is_k = is_row[:, None] & (k < width)[None, :]
         x = tl.load(rows[:, None] + k[None, :], mask=is_k, other=0.0).to(tl.float32)

@@ -417,7 +417,10 @@ def _few_rows(
     if PAIR:
         token = tl.load(ids_ptr + row, mask=is_row, other=0).to(tl.int64)
         embeds = table_ptr + token * half
-        other_scale = tl.rsqrt(pair_squares(embeds, is_row, half, ROWS, WIDE_K) / half + other_eps)
+        is_read = end > half if HIDDEN_FIRST else begin < half
+        if is_read:  # a program of a split product may have columns of one half alone
+            squares = pair_squares(embeds, is_row, half, ROWS, WIDE_K)
+            other_scale = tl.rsqrt(squares / half + other_eps)
     if NORM:
         width = half if PAIR else num_inputs
         squares = _row_squares(
@@ -692,7 +695,7 @@ def _launch(
         NUM_KV=parts.num_kv if parts is not None else 0 if heads is None else heads.num_kv,
         D=head_dim, GROUP=1 if parts is None else parts.group,
         BIAS=bias is not None, HEAD_NORM=query_norm is not None,
-        WIDE_K=_wide_k(rows, num_inputs, plan, is_small),
+        WIDE_K=_wide_k(rows, num_inputs if pair is None else num_inputs // 2, plan, is_small),
         num_warps=plan.num_warps, launch_pdl=overlap,
     )  # fmt: skip
     return squares
