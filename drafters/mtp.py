@@ -413,10 +413,13 @@ class FusedMtp:
         """See ``FusedLayers.takes_parts``."""
         return self.layers.takes_parts(num_rows)
 
-    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
-        found: Tensor = self.layers.multiply(outputs, self._head_DH)
-        return found
+    def logits(
+        self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """See ``FusedEagle3.logits``; the outputs are behind the final norm."""
+        if out is not None:
+            return self.layers.do.few_row_linear(outputs, self._head_DH, out=out)
+        return self.layers.multiply(outputs, self._head_DH)
 
     def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
         """The largest of ``logits``, which are not written."""

@@ -239,6 +239,20 @@ class ChoosesParts(Protocol):
         """Target ids [R] int64 of a drafted token, as from its logits."""
 
 
+@runtime_checkable
+class KeepsLogits(Protocol):
+    """A ``choose`` of ``NeuralDrafter.propose`` that keeps the logits of all positions together:
+    those that are written where it says need not be copied."""
+
+    def place(self, number: int, like_RD: Tensor) -> Tensor:
+        """[R, Vd] for the logits of a drafted token, whose rows need not be adjacent; to be passed
+        to ``choose`` once they are written.
+
+        Args:
+            like_RD: of their shape, dtype and device; only these are read.
+        """
+
+
 def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:
     """Target ids [R, K] int64 of a draft whose positions do not depend on each other's tokens.
 

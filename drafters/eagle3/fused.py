@@ -223,16 +223,19 @@ class FusedEagle3:
         gated = do.silu_gate(do.linear(normed, self._many("gate_up_proj")))
         return stream.add_(do.linear(gated, self._many("down_proj"))), None
 
-    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
+    def logits(
+        self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype.
 
         Args:
             squares: squares of these outputs, from ``forward``.
+            out: where to write them, [T, Vd], if ``takes_parts`` so many rows.
         """
         do, norm = self._operations, norm_of(self.module.norm)
         if squares is None and not self.takes_parts(len(outputs)):
             return self._product(do.add_norm(outputs, None, norm, None), "lm_head")
-        return do.few_row_linear(outputs, self._weight("lm_head"), norm, squares)
+        return do.few_row_linear(outputs, self._weight("lm_head"), norm, squares, out=out)
 
     def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
         """The largest of ``logits``, which are not written."""

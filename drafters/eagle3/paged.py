@@ -14,7 +14,14 @@ from torch import Tensor
 from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.fused_layers import Fusable, attend_to
-from drafters.protocol import ChoosesParts, DrafterContext, DrafterKind, Traits, Weights
+from drafters.protocol import (
+    ChoosesParts,
+    DrafterContext,
+    DrafterKind,
+    KeepsLogits,
+    Traits,
+    Weights,
+)
 from drafters.stored_module import check_shape, first_weights, for_serving
 from specops.attention import AttendedParts, DecodePass, PagedPass
 from specops.best_ids import BestParts
@@ -45,7 +52,9 @@ class FusedPass(Protocol):
 
     def takes_parts(self, num_rows: int) -> bool: ...
 
-    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor: ...
+    def logits(
+        self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor: ...
 
     def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts: ...
 
@@ -120,6 +129,10 @@ class PagedEagle3(Fusable[FusedPass]):
         takes_parts = fused is not None and fused.takes_parts(len(outputs_RH))
         if fused is not None and takes_parts and isinstance(choose, ChoosesParts):
             return choose.of_parts(fused.best(outputs_RH, squares), number)
+        if fused is not None and takes_parts and isinstance(choose, KeepsLogits):
+            width = self.module.config.draft_vocab_size
+            place = choose.place(number, outputs_RH[:, :1].expand(-1, width))
+            return choose(fused.logits(outputs_RH, squares, place), number)
         return choose(self._logits(outputs_RH, squares), number)
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from specops.draft_sampling import Instead
 from specops.verify_logits import UNSOUND
 
 
@@ -39,16 +40,6 @@ class BestParts:
     """[M, P] float32."""
     ids_MP: Tensor
     """[M, P] int32, its lowest id in the draft vocabulary."""
-
-
-@dataclass(frozen=True, slots=True)
-class Instead:
-    """Tokens that are taken in place of the best ones."""
-
-    tokens_M: Tensor
-    """[M] int64 target ids; need not be adjacent."""
-    is_taken_M: Tensor
-    """[M] bool: this one is; need not be adjacent."""
 
 
 def join_best(

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.best_ids import BestParts, Instead
+from specops.best_ids import BestParts
+from specops.draft_sampling import Instead
 from specops.overlap_triton import let_next_start, wait_for_previous
 from specops.verify_logits import UNSOUND
 

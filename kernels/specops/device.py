@@ -27,7 +27,7 @@ from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
 from specops.allocation import CutValues, HeadWeights, PackedRows, Score
 from specops.attention import AttendedParts, DecodePass, PagedPass, Places
-from specops.best_ids import BestParts, Instead
+from specops.best_ids import BestParts
 from specops.capture_pack import PackRing
 from specops.chain_attention import Anchors
 from specops.distill import (
@@ -39,7 +39,7 @@ from specops.distill import (
     TeacherOrder,
     Weigh,
 )
-from specops.draft_sampling import Drafted, DraftLaw, VocabMap
+from specops.draft_sampling import Drafted, DraftLaw, Instead, VocabMap
 from specops.lane_penalties import LaneRequests, LaneTables
 from specops.lanes import ClosedRound, Field, LaneState, OpenedRound
 from specops.matches import Bounds, RingText, TextDrafts
@@ -154,16 +154,20 @@ def sample_draft(
     numbering: Numbering,
     greedy_R: Tensor,
     vocab: VocabMap | None,
+    *,
+    instead: Instead | None = None,
 ) -> Drafted:
     """See ``specops.draft_sampling.sample_draft``."""
     if logits_RD.is_cuda:
         from specops import draft_sampling_triton, overlap_triton
 
         return draft_sampling_triton.sample_draft(
-            logits_RD, sampling, numbering, greedy_R, vocab,
+            logits_RD, sampling, numbering, greedy_R, vocab, instead=instead,
             overlap=overlap_triton.can_overlap(logits_RD.device),
         )  # fmt: skip
-    return draft_sampling.sample_draft(logits_RD, sampling, numbering, greedy_R, vocab)
+    return draft_sampling.sample_draft(
+        logits_RD, sampling, numbering, greedy_R, vocab, instead=instead
+    )
 
 
 def verify_logits(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from specops.draft_sampling import Drafted, VocabMap
+from specops.draft_sampling import Drafted, Instead, VocabMap
 from specops.laws_triton import TILES, DraftTokens, Tiles, join_rows
 from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
@@ -22,6 +22,7 @@ def sample_draft(
     vocab: VocabMap | None = None,
     tiles: Tiles = TILES,
     *,
+    instead: Instead | None = None,
     overlap: bool = False,
 ) -> Drafted:
     """See ``specops.draft_sampling.sample_draft``, which has the same arguments and result. Can be
@@ -36,7 +37,7 @@ def sample_draft(
     num_requests = len(logits_RD)
     tokens = torch.empty(num_requests, dtype=torch.int64, device=logits_RD.device)
     logq = torch.empty(num_requests, dtype=torch.float32, device=logits_RD.device)
-    drafts = DraftTokens(tokens, logq, None if vocab is None else vocab.d2t_D)
+    drafts = DraftTokens(tokens, logq, None if vocab is None else vocab.d2t_D, instead)
     joined = join_rows(
         logits_RD[:, None], sampling, greedy_R, None, None, numbering, Stream.DRAFT, 0, False,
         tiles, drafts, overlap,

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.draft_sampling import RowLaws
+from specops.draft_sampling import Instead, RowLaws
 from specops.overlap_triton import let_next_start, wait_for_previous
 from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
@@ -531,18 +531,21 @@ def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, PART) == inside, ids, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["per"], do_not_specialize_on_alignment=PER_REQUEST)
+@triton.jit(
+    do_not_specialize=["per", "given_stride", "is_given_stride"],
+    do_not_specialize_on_alignment=(*PER_REQUEST, "given_ptr", "is_given_ptr"),
+)
 def _join_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     greedy_ptr, lens_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
     part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, ratio_ptr, winner_ptr,
     held_ptr, held_ids_ptr, law_ptr, last_ptr, own_ptr, stats_ptr, d2t_ptr, token_ptr, logq_ptr,
-    vocab, num_parts, per,
+    given_ptr, is_given_ptr, given_stride, is_given_stride, vocab, num_parts, per,
     EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
     PARTS_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr, STREAM: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr,
     PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, RACES: tl.constexpr, DRAWS: tl.constexpr,
-    DRAFTS: tl.constexpr, HAS_MAP: tl.constexpr, OVERLAP: tl.constexpr,
+    DRAFTS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GIVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One row: its law, and a token sampled from it if one is needed; with DRAFTS also the token's
     target id and log q."""
@@ -647,6 +650,9 @@ def _join_rows(
         tl.store(logq_ptr + row, tl.where(has_law, logq, 0.0))
         if HAS_MAP:
             own += tl.load(d2t_ptr + own)
+        if HAS_GIVEN:
+            is_given = tl.load(is_given_ptr + row * is_given_stride) != 0
+            own = tl.where(is_given, tl.load(given_ptr + row * given_stride), own)
         tl.store(token_ptr + row, own)
     else:
         tl.store(own_ptr + row, best)
@@ -662,6 +668,8 @@ class DraftTokens:
     """[N] float32, log q of the token; 0 for rows without a law."""
     d2t_D: Tensor | None
     """See ``draft_sampling.VocabMap``; ``None``: the draft vocabulary is the target's."""
+    instead: Instead | None = None
+    """Tokens that are taken in place of the drawn ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -760,6 +768,7 @@ def join_rows(
     laws = RowLaws(scratch(3), scratch(dtype=torch.int32))
     own = scratch(dtype=torch.int32) if drafts is None else None
     stats = scratch(2) if with_stats else None
+    instead = None if drafts is None else drafts.instead
     if not num_rows:
         return JoinedRows(laws, own, stats)
     rows = (logits_RPV, logits_RPV.stride(0), logits_RPV.stride(1), sampling.temperature_R)
@@ -789,10 +798,14 @@ def join_rows(
         tops, stretch_tops, bests, sums, plain, ratios, winners, held, held_ids,
         laws.tops_cuts_masses, laws.lasts, own, stats,
         *((None,) * 3 if drafts is None else (drafts.d2t_D, drafts.tokens_N, drafts.logq_N)),
+        *((None, None, 0, 0) if instead is None else (
+            instead.tokens_M, instead.is_taken_M.view(torch.uint8), instead.tokens_M.stride(0),
+            instead.is_taken_M.stride(0),
+        )),
         vocab_size, parts, per,
         **kinds, PARTS_UP=triton.next_power_of_2(parts), SWEEP=tiles.sweep, HELD=tiles.held,
         DRAWS=numbering is not None, DRAFTS=drafts is not None,
-        HAS_MAP=drafts is not None and drafts.d2t_D is not None,
+        HAS_MAP=drafts is not None and drafts.d2t_D is not None, HAS_GIVEN=instead is not None,
         num_warps=tiles.sweep_warps if truncates else tiles.part_warps,
     )  # fmt: skip
     return JoinedRows(laws, own, stats)

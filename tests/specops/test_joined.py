@@ -10,7 +10,8 @@ import torch
 
 from specops import attention, attention_triton, best_ids, best_ids_triton, joined, linear_triton
 from specops.attention import AttendedParts, DecodePass
-from specops.best_ids import BestParts, Instead
+from specops.best_ids import BestParts
+from specops.draft_sampling import Instead
 from specops.linear import Norm
 from specops.linear_triton import Plan, choose_joined_plan, make_scratch
 from specops.overlap_triton import can_overlap
