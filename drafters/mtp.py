@@ -337,7 +337,8 @@ def supports(module: nn.Module, embed: nn.Module) -> str | None:
 
 class FusedMtp:
     """An ``Mtp`` run by our operations on the module's own weights, as ``FusedEagle3`` runs its
-    drafter: ten launches a pass with its logits, and attention."""
+    drafter: ten launches a pass with its logits, and attention; where neighbours are joined, eight
+    in all."""
 
     def __init__(
         self,
@@ -392,13 +393,7 @@ class FusedMtp:
         values: Tensor,
         squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the layer like ``Mtp.forward``, and write its keys and values to the rows' slots.
-
-        Args:
-            ids_T, positions_T, slots_T: [T] int64 of the rows.
-            hidden: [T, H], see ``fuse``, or the output of the preceding row.
-            attend: see ``drafters.eagle3.fused``.
-            keys, values: [num_slots, Hkv, D] contiguous, written in place.
+        """``Mtp.forward``; arguments as of ``FusedEagle3.forward``.
 
         Returns:
             Outputs [T, H], behind the final norm, and ``None``.
