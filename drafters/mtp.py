@@ -367,9 +367,8 @@ class FusedMtp:
         self._pair_norms = norm_of(module.embed_norm), norm_of(module.hidden_norm)
         self._target_norm, self._final_norm = norm_of(module.target_norm), norm_of(module.norm)
         weight = module.proj.weight.detach()
-        self._table = rope_table(
-            module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
-        )
+        frequency = module.inverse_frequency(weight.device)
+        self._table = rope_table(frequency, 1.0, num_positions, weight.dtype)
         parts = Parts((_fused_layer(module),), {"proj": weight})
         self.layers = FusedLayers(parts, alone=(head_DH,), **options)
 
@@ -379,8 +378,7 @@ class FusedMtp:
 
     def fuse(self, features: Tensor) -> Tensor:
         """See ``Mtp.fuse``; [T, H]."""
-        found: Tensor = self.layers.do.add_norm(features, None, self._target_norm, None)
-        return found
+        return self.layers.do.add_norm(features, None, self._target_norm, None)
 
     def forward(
         self,
