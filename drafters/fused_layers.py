@@ -15,7 +15,7 @@ Shapes: T rows, H hidden, Hq/Hkv query/key heads, D head dimension, C = (Hq + 2 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -28,7 +28,7 @@ from specops.decoder_operations import (
     IN_FLOAT32,
     PACKED,
     Operations,
-    few_rows_of,
+    joins_of,
     pick_operations,
 )
 from specops.device import attend_in_parts, decode_attention
@@ -40,39 +40,6 @@ from targets.layers import Layer, are_adjacent, columns_of
 Attend = Callable[[int, Tensor], Tensor | AttendedParts]
 """(layer, queries [T, Hq, D]) -> [T, Hq, D], or its parts where these are joined (see
 ``FusedLayers.joins``). The rows' keys and values are already in their slots."""
-
-JOINS = True
-"""Whether passes over small layers join what stands between two products with one of them.
-``benchmarks.ops.eagle_pass`` compares both."""
-_SMALL_BYTES = 32 << 20
-"""Weights of a layer up to which it counts as small: launches take longer than reading them."""
-_FEW_ROWS_JOINED = 32
-"""Rows up to which a small layer's products are fused with their neighbours, in 16 bits."""
-
-
-def joins_of(
-    like: Tensor,
-    weights: Iterable[Tensor],
-    joins: bool | None,
-    few_rows: int | None,
-    use_kernels: bool | None,
-) -> tuple[bool, int]:
-    """Whether a drafter's passes join neighbours, and up to how many rows products are fused.
-
-    Args:
-        like: a weight.
-        weights: those of one layer.
-        joins: ``None``: if they are small and kernels multiply with them.
-        few_rows: ``None``: depends on the dtype and on whether they are joined.
-        use_kernels: see ``pick_operations``.
-    """
-    most = few_rows_of(like, use_kernels)
-    if joins is None:
-        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        joins = JOINS and most > 0 and num_bytes <= _SMALL_BYTES
-    if few_rows is None:
-        few_rows = max(most, _FEW_ROWS_JOINED) if joins and most > 1 else most
-    return joins, few_rows
 
 
 class Follows(Protocol):

@@ -29,11 +29,11 @@ import torch
 from torch import Tensor, nn
 
 from drafters.eagle3.model import Eagle3
-from drafters.fused_layers import bias_in, joins_of, norm_of, turned, why_not_fused
+from drafters.fused_layers import bias_in, norm_of, turned, why_not_fused
 from specops.attention import AttendedParts, attended_rows
 from specops.best_ids import BestParts
 from specops.cpu_operations import can_pack, packed
-from specops.decoder_operations import IN_FLOAT32, PACKED, pick_operations
+from specops.decoder_operations import IN_FLOAT32, PACKED, joins_of, pick_operations
 from specops.rope import HeadPlaces, Heads, rope_table
 from specops.rows import Pair
 

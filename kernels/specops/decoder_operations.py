@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -36,6 +36,8 @@ class Operations:
     linear_add_norm: Callable[..., Tensor]
     silu_gate: Callable[..., Tensor]
     gelu_gate: Callable[..., Tensor]
+    joins: bool = False
+    """Products of few rows are planned for small models, see ``pick_operations``."""
 
 
 def _whole_table(table: RopeTable, _positions_T: Tensor) -> RopeTable:
@@ -92,6 +94,40 @@ def few_rows_of(like: Tensor, use_kernels: bool | None = None) -> int:
     if not (like.is_cuda if use_kernels is None else use_kernels):
         return 0
     return 1 if like.dtype == torch.float32 else 16
+
+
+JOINS = True
+"""Whether passes over small layers join what stands between two products with one of them.
+``benchmarks.ops.eagle_pass`` compares both."""
+_SMALL_BYTES = 32 << 20
+"""Weights of a layer up to which it counts as small: launches take longer than reading them."""
+_FEW_ROWS_JOINED = 32
+"""Rows up to which a small layer's products are fused with their neighbours, in 16 bits."""
+
+
+def joins_of(
+    like: Tensor,
+    weights: Iterable[Tensor],
+    joins: bool | None,
+    few_rows: int | None,
+    use_kernels: bool | None,
+) -> tuple[bool, int]:
+    """Whether passes join neighbours, and up to how many rows products are fused.
+
+    Args:
+        like: a weight.
+        weights: those of one layer.
+        joins: ``None``: if they are small and kernels multiply with them.
+        few_rows: ``None``: depends on the dtype and on whether they are joined.
+        use_kernels: see ``pick_operations``.
+    """
+    most = few_rows_of(like, use_kernels)
+    if joins is None:
+        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
+        joins = JOINS and most > 0 and num_bytes <= _SMALL_BYTES
+    if few_rows is None:
+        few_rows = max(most, _FEW_ROWS_JOINED) if joins and most > 1 else most
+    return joins, few_rows
 
 
 def _linear_add_norm(
@@ -156,4 +192,5 @@ def pick_operations(
         partial(_linear_add_norm, add_norm),
         partial(rows_triton.silu_gate, overlap=overlap),
         partial(rows_triton.gelu_gate, overlap=overlap),
+        joins,
     )

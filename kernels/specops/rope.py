@@ -6,6 +6,7 @@ The torch definition. Shapes: T rows, Hq/Hkv heads, D head dimension (even).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ class HeadPlaces:
     behind it."""
 
     heads: Heads
-    table: RopeTable
+    table: Any
+    """``Operations.rope_rows`` of a ``RopeTable``: the table itself for kernels."""
     positions_T: Tensor
     """[T] int64, contiguous, each below the table's number of positions (not checked)."""
     slots_T: Tensor

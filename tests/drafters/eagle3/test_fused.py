@@ -11,9 +11,9 @@ import torch
 from drafters.eagle3.fused import FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.paged import PagedEagle3
-from drafters.fused_layers import joins_of
 from serving.engine.drafts import AfterText, Best
 from specops.attention import DecodePass
+from specops.decoder_operations import joins_of
 from specops.device import decode_attention, places_of
 from specops.overlap_triton import can_overlap
 
