@@ -117,14 +117,14 @@ def joins_of(
     Args:
         like: a weight.
         weights: those of one layer.
-        joins: ``None``: if they are small and kernels multiply with them.
+        joins: ``None``: if they are small, in 16 bits, and kernels multiply with them.
         few_rows: ``None``: depends on the dtype and on whether they are joined.
         use_kernels: see ``pick_operations``.
     """
     most = few_rows_of(like, use_kernels)
     if joins is None:
         num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        joins = JOINS and most > 0 and num_bytes <= _SMALL_BYTES
+        joins = JOINS and most > 1 and num_bytes <= _SMALL_BYTES
     if few_rows is None:
         few_rows = max(most, _FEW_ROWS_JOINED) if joins and most > 1 else most
     return joins, few_rows

@@ -155,7 +155,7 @@ def relative_error(got, want):
     return ((got - want).float().norm() / want.float().norm()).item()
 
 
-@pytest.mark.parametrize(("use_kernels", "joins"), [(False, None), (True, False), (True, None)])
+@pytest.mark.parametrize(("use_kernels", "joins"), [(False, None), (True, False), (True, True)])
 @pytest.mark.parametrize("num_requests", [1, 5])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_is_drafted_as_by_the_module(kind, num_requests, use_kernels, joins):

@@ -176,7 +176,7 @@ def compare(decoder, pages, want, ids, pieces, taps):
     [
         *(pytest.param(*model.values, False, None, id=model.id) for model in MODELS),
         *(pytest.param(*m.values, True, False, id=f"{m.id}, kernels") for m in KERNELS),
-        *(pytest.param(*m.values, True, None, id=f"{m.id}, joined kernels") for m in KERNELS),
+        *(pytest.param(*m.values, True, True, id=f"{m.id}, joined kernels") for m in KERNELS),
     ],
 )
 def test_every_pass_equals_hugging_face(make_model, use_kernels, joins):
@@ -187,7 +187,7 @@ def test_every_pass_equals_hugging_face(make_model, use_kernels, joins):
 
     decoder = FusedDecoder(model, few_rows=10, use_kernels=use_kernels, joins=joins)
     has_norms_behind = decoder.layers[0].after_mlp is not None
-    assert decoder.takes_parts(10) == (use_kernels and joins is None and not has_norms_behind)
+    assert decoder.takes_parts(10) == (joins is True and not has_norms_behind)
     pages = Pages(model.config, 24)
 
     assert compare(decoder, pages, want, ids, (16, 17, 19, 24), taps) < 1e-5

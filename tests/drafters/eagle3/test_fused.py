@@ -102,7 +102,7 @@ WAYS = {
     "definitions": {"use_kernels": False},
     "definitions, joined": {"use_kernels": False, "joins": True},
     "kernels": {"use_kernels": True, "joins": False},
-    "kernels, joined": {"use_kernels": True},
+    "kernels, joined": {"use_kernels": True, "joins": True},
 }
 
 
@@ -261,7 +261,7 @@ def test_small_layers_are_joined_on_kernels_alone():
     assert fused((module, embed), use_kernels=True, joins=False) == (False, 16)
     assert fused((module, embed), use_kernels=True, few_rows=16) == (True, 16)
     assert fused((module, embed)) == (False, 0)
-    assert fused(make_drafter(), use_kernels=True) == (True, 1)
+    assert fused(make_drafter(), use_kernels=True) == (False, 1)
     with torch.device("meta"):
         too_large = Eagle3(replace(module.config, **large)).bfloat16(), embed
     assert joins_of(too_large[0].norm.weight, too_large[0].parameters(), None, None, True) == (
