@@ -43,8 +43,10 @@ from buffer.records import FeatureRows, Round, Rounds, Sampling, Trace
 from buffer.traces import TraceReader
 from serving.capture.recorder import Recorder
 from serving.capture.traces import Producer, TraceMaker
-from serving.engine.capture_ring import CaptureRing, StoredDtype
-from serving.engine.sequence import NotedStep, Sequence
+from serving.engine.capture_ring import CaptureRing
+from serving.engine.captured_rows import StoredDtype
+from serving.engine.noted_rounds import NotedStep
+from serving.engine.sequence import Sequence
 from serving.requests import Request
 from serving.sampling import SamplingParams
 from trainer.dataset import Expected, Refusal, sample_of

@@ -92,10 +92,13 @@ LINES = (
     ),
     Line(3, "objects that a request keeps of a step and the collector visits", "host",
          "^objects kept", r"^(\d+ requests, .*)$"),
-    Line(4, "index on the device over an 8B step, by requests", "ops_matches",
-         "^share of an 8B step", r"(\d+) requests", labels=("32", "128")),
-    Line(4, "index on the device over a 135M step, by requests", "ops_matches",
-         "^share of a 135M step", r"(\d+) requests", labels=("32", "128")),
+    *(
+        Line(4, f"index on the device over {step} step, {text}, by requests", "ops_matches",
+             f"^share of {step} step", rf"(\d+) requests, .*both texts{end}$",
+             labels=("32", "128"))
+        for text, end in (("words drawn alone", ""), ("prose and code", ", prose and code"))
+        for step in ("an 8B", "a 135M")
+    ),
     Line(4, "index on the host, ms of a round, by requests", "index",
          "^milliseconds of a step, alone, median", r"index in a round, (\d+) requests"),
     Line(4, "index on the host: times as fast as Arctic Inference's, by requests", "index",
@@ -119,6 +122,9 @@ LINES = (
          f"{_FASTEST}our compiled", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
     Line(9, "SmolLM2-135M over the fastest other peer that ran, by requests", "peers",
          f"{_FASTEST}(?!our )", r"SmolLM2-135M, (\d+) requests, plain", labels=_CLIENTS[:4]),
+    Line(9, "SmolLM2-135M over transformers' continuous batching, by requests", "peers",
+         "^tokens/s over transformers' continuous", r"SmolLM2-135M, (\d+) requests, plain",
+         labels=_CLIENTS[:4]),
 )  # fmt: skip
 
 

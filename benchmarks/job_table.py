@@ -5,7 +5,8 @@
 ``rows/jobs.json`` holds rows that were measured for it alone (``benchmarks.jobs``,
 ``benchmarks.real.stream``, ``benchmarks.utilisation``) and copies of rows of other topics, each
 with its number in the table, and the hardware, commit and command that it was measured with. This
-replaces the copies, and adds when the demos' learning was earned back. Measures nothing.
+replaces the copies, adds when the demos' learning was earned back, and writes the rows that have a
+goal into ``docs/performance.md``. Measures nothing.
 
 Numbers: 1 to 5 a stream of requests, 6 the way of a version, 7 use of the card, 8 kills, 9 bad
 candidates, 10 reports, 11 a trainer on a card of its own, and payback.
@@ -23,6 +24,8 @@ from typing import Annotated, Any
 import typer
 
 from benchmarks.harness.results import RESULTS, Row, say
+from benchmarks.host_table import number_of
+from examples.readme import with_block
 
 OWN = (
     "python -m benchmarks.jobs",
@@ -51,6 +54,10 @@ class Copied:
         return is_of and self.row in row["row"] and self.measure in row["measure"]
 
 
+PAGE = Path("docs/performance.md")
+BEGIN = "<!-- written by `python -m benchmarks.job_table`, from the rows of the results -->"
+END = "<!-- end of the jobs -->"
+COLUMNS = ("#", "case", "measure", "wanted", "measured", "", "where, and by which command")
 LEARNING = "python -m benchmarks.real.learning"
 TABLE = (
     Copied("4", "learning", LEARNING, measure="worst window"),
@@ -108,15 +115,41 @@ def measured_on(found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def block(rows: list[dict[str, Any]]) -> str:
+    """Markdown between ``BEGIN`` and ``END``: the rows that have a goal, by their numbers."""
+    judged = [row for row in rows if row["holds"] is not None]
+    judged.sort(key=lambda row: _number_of_row(row)[0])
+    cells = [COLUMNS, ("---",) * len(COLUMNS), *map(_cells, judged)]
+    table = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([BEGIN, "", *table, "", END])
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    number, case = _number_of_row(row)
+    return (
+        f"{number or ''}", case, row["measure"], row["goal"] or "", number_of(row["value"]),
+        "met" if row["holds"] else "not met",
+        f"{row['hardware']}, {row['commit'][:7]}, `{row['source']}`",
+    )  # fmt: skip
+
+
+def _number_of_row(row: dict[str, Any]) -> tuple[int, str]:
+    """Number in the table, 0 for rows that have none, and the rest of the name."""
+    number, _, case = row["row"].partition(". ")
+    return (int(number), case) if number.isdigit() else (0, row["row"])
+
+
 def main(
     folder: Annotated[Path, typer.Option(help="of the results")] = RESULTS,
+    page: Annotated[Path, typer.Option(help="that has the table")] = PAGE,
 ) -> None:
-    """Replace the copies, and say what the table holds and lacks."""
+    """Replace the copies, write the table, and say what it holds and lacks."""
     out = folder / "rows" / "jobs.json"
     former = json.loads(out.read_text()) if out.exists() else []
     own = [row for row in former if row["source"] in OWN]
     rows = [*own, *copies(folder), *paybacks(folder)]
     out.write_text(json.dumps(rows, indent=2) + "\n")
+    page.write_text(with_block(page.read_text(), block(rows), BEGIN, END))
     for row in rows:
         say(f"{row['row']}: {row['measure']}: {row['value']} (goal: {row['goal']}, holds: "
             f"{row['holds']})")  # fmt: skip

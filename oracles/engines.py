@@ -37,7 +37,8 @@ from drafters.trainable import trainable
 from oracles.support import tiny_tokenizer
 from policies.interface import Decision, Outcome, Pick, StepObs
 from serving.engine.assembly import Choices, assemble
-from serving.engine.capture_ring import CaptureRing, StoredDtype
+from serving.engine.capture_ring import CaptureRing
+from serving.engine.captured_rows import StoredDtype
 from serving.engine.inbox import Sequences
 from serving.engine.loop import Engine, Listeners
 from serving.engine.programs import Sizes, fuse

@@ -172,7 +172,13 @@ def main(
         raise typer.BadParameter(
             "name the user or team that owns the project", param_hint="--entity"
         )
-    saved = workspace(entity, project).save()
+    from wandb.errors import Error
+
+    try:
+        saved = workspace(entity, project).save()
+    except Error as error:  # no key, no such entity, or no way there
+        typer.echo(f"the dashboard is not saved: {error}", err=True)
+        raise typer.Exit(code=1) from None
     typer.echo(saved.url)
 
 

@@ -15,15 +15,14 @@ from typing import Any
 import torch
 
 from buffer.audit import audit
-from buffer.backends import open_backend, open_trace_writer
-from buffer.forgetting_writer import ForgettingWriter
-from buffer.interface import Backend, TraceWriter
-from buffer.late_writer import LateWriter
+from buffer.backends import open_backend
+from buffer.interface import Backend
 from buffer.load import open_writer as open_load
 from buffer.run_target import former_of
 from configs.ahead import Ahead
+from configs.capture import CaptureSettings
 from configs.phases import timed
-from configs.schema import CaptureSettings, Settings
+from configs.schema import Settings
 from drafters.catalog import chosen, kind_of, mixes, on_request, placed
 from drafters.initial import TargetFacts
 from drafters.protocol import (
@@ -39,6 +38,8 @@ from policies.arms import ArmPolicies
 from policies.catalog import build_policy, cuts_of
 from policies.interface import CostSample, DraftPolicy
 from policies.savings import Savings, TimesPlainSteps
+from serving.capture.apart import RecorderProcess, Spawned, spawn
+from serving.capture.opening import memory_bytes, open_recorder
 from serving.capture.recorder import Recorder
 from serving.capture.redaction import Redaction, load_redact
 from serving.capture.traces import Producer, TraceMaker
@@ -49,6 +50,7 @@ from serving.engine.inbox import Sequences
 from serving.engine.lanes import table_bytes_of
 from serving.engine.loop import Engine, EngineParts, Listeners
 from serving.engine.programs import Sizes, fuse
+from serving.engine.shared_memory import can_share
 from serving.kept_profile import facts_of, kept_or_measured
 from serving.learning import Learning, all_of, first_versions, flat_weights, shapes_of, swappers
 from serving.model_len import model_len, with_model_len
@@ -77,9 +79,6 @@ _RING_TOKENS = 2048
 """Tokens of a long request: the ring holds so many rows for each that decodes. Typical ones are a
 tenth as long, and the rest of the ring is how far the recorder may fall behind."""
 _RING_SHARE = 1 / 16  # of the host's memory, at most
-_WAITING_SHARE = 1 / 16
-"""Of the host's memory, at most, for traces that wait for the disk. A disk that is a tenth too slow
-for the traffic takes minutes to fill it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +136,32 @@ def build_service(
     Raises:
         ValueError: the target or the drafter cannot be used; the message says why.
     """
+    apart = spawn() if _records_apart(settings) else None  # it imports while the target loads
+    try:
+        return _built(settings, loaded, wrap, files, apart)
+    except BaseException:
+        if apart is not None:
+            apart.end()
+        raise
+
+
+def _records_apart(settings: Settings) -> bool:
+    """Whether traces are written by another process."""
+    if not settings.capture.enabled or not chosen(settings.drafter):
+        return False
+    if settings.capture.process is None:
+        is_seen = not settings.buffer.url.startswith("memory:")
+        return is_seen and can_share() and pick_device(settings.device).type == "cuda"
+    return settings.capture.process
+
+
+def _built(
+    settings: Settings,
+    loaded: LoadedTarget | None,
+    wrap: Callable[[DraftPolicy], DraftPolicy] | None,
+    files: TargetFiles | None,
+    apart: Spawned | None,
+) -> Service:
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
@@ -153,7 +178,7 @@ def build_service(
         former = former_of(settings.run_dir, loaded.fingerprint)
         facts_of_target = TargetFacts(loaded.model.config, lm_head, loaded.fingerprint, former)
         learning = first_versions(settings, facts_of_target, backend)
-    parts, flat = _make_parts(settings, loaded, kinds, learning)
+    parts, flat = _make_parts(settings, loaded, kinds, learning, is_shared=apart is not None)
     limits = parts.inbox.limits
     model = ServedModel(
         model_name=settings.server.model_name or loaded.name,
@@ -179,7 +204,9 @@ def build_service(
             )
     for kind, one in learning.items():
         policies.on_swap(kind, one.manifest.version, one.manifest.policy)
-    return _service(settings, backend, model, parts, policies, learning, flat, loaded, redaction)
+    return _service(
+        settings, backend, model, parts, policies, learning, flat, loaded, redaction, apart
+    )
 
 
 def _policies(
@@ -210,6 +237,8 @@ def _make_parts(
     loaded: LoadedTarget,
     kinds: tuple[str, ...],
     learning: Learning,
+    *,
+    is_shared: bool,
 ) -> tuple[EngineParts, dict[str, FlatWeights]]:
     e = settings.engine
     with timed("laid out the target"):
@@ -217,7 +246,8 @@ def _make_parts(
         target = Target(loaded.model, tuple(dict.fromkeys(taps)))
     num_pages = _num_pages(settings, target)
     # On a GPU the driver pins the ring's memory, half a second in which nothing waits for it.
-    making = Ahead("made the capture ring", partial(_ring, settings, target)) if kinds else None
+    make_ring = partial(_ring, settings, target, is_shared)
+    making = Ahead("made the capture ring", make_ring) if kinds else None
     with timed("made the drafters"):
         hosts, texts, neural = _make_drafters(settings, target, num_pages, kinds, learning)
         # Before any capture: this moves the parameters, whose addresses stay fixed from then on.
@@ -303,20 +333,26 @@ def _service(
     flat: dict[str, FlatWeights],
     loaded: LoadedTarget,
     redaction: Redaction | None,
+    apart: Spawned | None,
 ) -> Service:
     # Containers that share a folder may share names and process ids, too.
     producer = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
     programs = parts.programs
-    recorder = maker = None
-    if programs.ring is not None:
-        b = settings.buffer
-        audit(settings.run_dir, "write", b.url, backend.run)
-        writer = ForgettingWriter(_trace_writer(settings, backend), backend.deletions)
-        waiting = int(_WAITING_SHARE * _memory_bytes())
-        recorder = Recorder(writer, settings.capture.queue_traces, b.sync_interval_s, waiting)
+    recorder: Recorder | RecorderProcess | None = None
+    maker = None
+    if (ring := programs.ring) is not None:
+        audit(settings.run_dir, "write", settings.buffer.url, backend.run)
+        if apart is not None and ring.shared is not None:
+            with timed("let the recorder's process open the buffer"):
+                layer_ids = programs.target.layer_ids
+                recorder = RecorderProcess(settings, ring.shared, layer_ids, apart)
+        else:
+            recorder = open_recorder(settings, backend)
+            if apart is not None:
+                apart.end()
         maker = TraceMaker(
             Producer(producer, int(time.time() * 1000), loaded.fingerprint),
-            programs.ring,
+            ring,
             programs.target.layer_ids,
         )
     followers = swappers(settings, learning, flat, parts, policies, producer, loaded.fingerprint)
@@ -340,25 +376,6 @@ def _service(
     return Service(model, engine, recorder, maker, followers, policies, savings, target, load=load)
 
 
-def _trace_writer(settings: Settings, backend: Backend) -> TraceWriter:
-    """Where traces go. Storage that cannot be opened is tried again with each of them: serving
-    needs none.
-
-    Raises:
-        ValueError: the settings contradict what is stored, such as another key.
-    """
-    open_writer = partial(open_trace_writer, backend, settings.buffer, settings.run_dir)
-    try:
-        return open_writer()
-    except OSError as error:
-        log.warning(
-            "traces cannot be written (%s); serving starts nevertheless. They are lost and counted "
-            '(traces_total{result="failed"}) until this is mended',
-            error,
-        )
-        return LateWriter(open_writer)
-
-
 def _target_changed(maker: TraceMaker | None, followers: list[Swapper]) -> Callable[[str], None]:
     """Whom a new fingerprint of the target concerns."""
     concerned = [one.target_changed for one in (maker, *followers) if one is not None]
@@ -378,7 +395,7 @@ def _captures(settings: CaptureSettings) -> Callable[[str], bool]:
 
 
 def _listeners(
-    recorder: Recorder | None,
+    recorder: Recorder | RecorderProcess | None,
     maker: TraceMaker | None,
     followers: list[Swapper],
     redaction: Redaction | None,
@@ -386,7 +403,10 @@ def _listeners(
     target: TargetUpdates,
 ) -> Listeners:
     heard: dict[str, Any] = {"change_target": target.between_steps}
-    if recorder is not None and maker is not None:
+    if isinstance(recorder, RecorderProcess) and maker is not None:
+        send, noted = recorder.put, maker.noted
+        heard["on_finished"] = lambda sequence: send(noted(sequence))
+    elif isinstance(recorder, Recorder) and maker is not None:
         put, finished = recorder.put, maker.finished
         if redaction is None:
             heard["on_finished"] = lambda sequence: put(finished(sequence))
@@ -401,17 +421,23 @@ def _listeners(
     return Listeners(**heard)
 
 
-def _ring(settings: Settings, target: Target) -> CaptureRing | None:
+def _ring(settings: Settings, target: Target, is_shared: bool) -> CaptureRing | None:
     if not settings.capture.enabled:
         return None
     num_layers, hidden_size = len(target.layer_ids), target.config.hidden_size
-    rows = ring_rows(settings, (num_layers + 1) * hidden_size, _memory_bytes())
-    return CaptureRing(rows, num_layers, hidden_size, target.device, settings.capture.dtype)
-
-
-def _memory_bytes() -> int:
-    """Memory of this host."""
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    rows = ring_rows(settings, (num_layers + 1) * hidden_size, memory_bytes())
+    make = partial(
+        CaptureRing, rows, num_layers, hidden_size, target.device, settings.capture.dtype
+    )
+    if not is_shared:
+        return make()
+    try:
+        return make(is_shared=True)
+    except OSError as error:
+        if settings.capture.process:
+            raise ValueError(f"capture.process is true, but {error}") from error
+        log.warning("traces are written by the engine's process: %s", error)
+        return make()
 
 
 def ring_rows(settings: Settings, row_values: int, memory_bytes: int) -> int:

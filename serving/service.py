@@ -11,6 +11,7 @@ from buffer.load import LoadWriter
 from policies.arms import ArmPolicies
 from policies.interface import DraftPolicy
 from policies.savings import Savings
+from serving.capture.apart import RecorderProcess
 from serving.capture.recorder import Recorder
 from serving.capture.traces import TraceMaker
 from serving.engine.inbox import Inbox
@@ -32,7 +33,7 @@ class Service:
         self,
         model: ServedModel,
         engine: Engine,
-        recorder: Recorder | None,
+        recorder: Recorder | RecorderProcess | None,
         maker: TraceMaker | None,
         swappers: Mapping[str, Swapper],
         policies: ArmPolicies | None = None,
@@ -137,13 +138,17 @@ class Service:
             ),
             swap_seconds=sum((one.swap_seconds for one in self.swappers.values()), 0.0),
             traces=self.recorder.counts() if self.recorder else {},
-            capture_rows_dropped=self.maker.num_lost_rows if self.maker else 0,
+            capture_rows_dropped=self._num_lost_rows(),
             target_version=self.target.version if self.target else 0,
             target_updates=self.target.counts() if self.target else {},
             target_update_seconds=self.target.seconds if self.target else 0.0,
             target_untraced=self.target.num_untraced if self.target else 0,
             extra={name: value for name, value in self._payback().items() if value is not None},
         )
+
+    def _num_lost_rows(self) -> int:
+        elsewhere = isinstance(self.recorder, RecorderProcess) and self.recorder.num_lost_rows
+        return int(elsewhere) + (self.maker.num_lost_rows if self.maker else 0)
 
     def _payback(self) -> dict[str, float | None]:
         """Time of decoding, what it would have taken without drafts, and what learning took."""

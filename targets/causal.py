@@ -20,6 +20,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils.logging import disable_progress_bar
 
 from specops.attention import masked_attention
+from targets.config import their_config
 from targets.head import read_tensor, tensor_files
 from targets.own_config import OwnConfig
 
@@ -73,7 +74,7 @@ def read_causal(folder: Path, num_layers: int | None = None) -> CausalWeights:
         ValueError: the model has fewer layers, its safetensors files lack a tensor, or one has
             another shape than its config says or holds NaN or infinity.
     """
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = their_config(folder)
     found = config_json(config, num_layers)
     is_tied = config.get_text_config().tie_word_embeddings
     files = tensor_files(folder)

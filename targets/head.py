@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from specops.distill import FrozenHead
+from targets.config import their_config
 from targets.own_config import EMBED, LM_HEAD, read_own_config
 
 
@@ -32,6 +33,13 @@ class TargetHead:
     lm_head: FrozenHead
     embed_scale: float | None = None
     """Factor that ``embed_VH`` includes; ``None``: 1."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What other weights of the same target change, [V, H] each, by name; one where the lm_head
+        is the embedding."""
+        lm_head = self.lm_head.weight_VH
+        shared = lm_head is self.embed_VH
+        return {"embed": self.embed_VH} if shared else {"embed": self.embed_VH, "lm_head": lm_head}
 
 
 def load_target_head(folder: Path, device: torch.device, dtype: torch.dtype) -> TargetHead:
@@ -55,9 +63,9 @@ def _by_its_code(
     files: dict[str, Path], folder: Path, device: torch.device, dtype: torch.dtype
 ) -> TargetHead:
     """The head of a target that only ``transformers`` can describe."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = their_config(folder)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, trust_remote_code=False

@@ -55,6 +55,7 @@ from trainer.run_target import Place, target_of_run
 from trainer.saver import Saver
 from trainer.start import newest_drafter
 from trainer.target import TargetWatch
+from trainer.team import share_target
 from trainer.update import batch_dtype, is_divided
 from trainer.worth import Worth
 
@@ -114,6 +115,7 @@ def build_trainers(
     entry(settings.trainer.draw)
     device = device_of(settings.trainer.device, group)
     place = place or target_of_run(settings)
+    share_target(group, place.fingerprint)
     head = load_target_head(place.folder, device, batch_dtype(device))
     backend = open_backend(settings.buffer.url, settings.run_dir)
     duty = duty_of(settings.trainer, settings.run_dir, stop, device)

@@ -89,7 +89,7 @@ def write_checkpoint(
         Its folder.
 
     Raises:
-        OSError: the disk is full or failed; earlier checkpoints stay.
+        OSError: the disk is full or failed; earlier checkpoints stay, and nothing of this one does.
     """
     root.mkdir(mode=OWNER_FOLDER, parents=True, exist_ok=True)
     for leftover in root.glob(".tmp-*"):  # left by a killed trainer: only one runs at a time
@@ -98,6 +98,20 @@ def write_checkpoint(
     path = root / f"{max(numbers, default=0) + 1:08d}"
     aside = root / f".tmp-{path.name}"
     aside.mkdir(mode=OWNER_FOLDER)
+    try:
+        _write(aside, state, tensors)
+        aside.rename(path)
+    except OSError:
+        # On a full disk it would keep the room from the server's traces, too.
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    sync_folder(root)
+    for number in sorted(numbers)[: max(0, len(numbers) + 1 - keep)]:
+        shutil.rmtree(root / f"{number:08d}")
+    return path
+
+
+def _write(aside: Path, state: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     # From where they lie: joining them first takes seconds in which no other thread could work.
     digest = hashlib.sha256()
     parts = _digested(tensor_parts(laid_out(tensors)).parts, digest)
@@ -111,11 +125,6 @@ def write_checkpoint(
     }
     write_durably(aside / "state.json", json.dumps(body, allow_nan=False).encode(), OWNER_FILE)
     sync_folder(aside)
-    aside.rename(path)
-    sync_folder(root)
-    for number in sorted(numbers)[: max(0, len(numbers) + 1 - keep)]:
-        shutil.rmtree(root / f"{number:08d}")
-    return path
 
 
 def _digested(parts: Iterable[memoryview], digest: Any) -> Iterator[memoryview]:

@@ -327,16 +327,15 @@ def vocabulary(
         )
         raise typer.Exit(code=2)
     audit(settings.run_dir, "vocabulary", settings.buffer.url)
-    from transformers import AutoConfig
-
     from buffer.backends import open_backend
     from buffer.fingerprint import target_fingerprint
     from buffer.traces import TraceReader
+    from targets.config import load_config
     from trainer.vocabulary import count_generated, coverage, most_used, traces_in
 
     try:
         folder = checked_folder(settings.target, settings.target_cache)
-        num_tokens = AutoConfig.from_pretrained(folder).get_text_config().vocab_size
+        num_tokens = load_config(folder).get_text_config().vocab_size
         reader = TraceReader(open_backend(settings.buffer.url, settings.run_dir))
         counts = count_generated(traces_in(reader), num_tokens, target_fingerprint(folder))
         ids = most_used(counts, size)

@@ -83,7 +83,6 @@ class Learner:
             self.generator,
             use_graphs,
         )
-        self.num_processes = group.size
         self.team: Team | None = None
         """Computes updates in parts; ``None``: they are computed whole, by ``program``."""
         if group.size > 1 or settings.parts > 1:
@@ -173,6 +172,11 @@ class Learner:
         """Nothing to train on at present: tell the other processes, if there are any."""
         if self.team is not None:
             self.team.rest()
+
+    def follow_target(self) -> None:
+        """``head`` holds other weights by now: give them to the other processes."""
+        if self.team is not None:
+            self.team.follow_target()
 
     def end(self) -> None:
         """Let the other processes go, if there are any."""

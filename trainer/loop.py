@@ -44,11 +44,16 @@ def run(*trainers: Trainer, still_ours: Callable[[], None] = lambda: None) -> No
     Args:
         still_ours: called often; raises if the run folder is no longer this trainer's, which then
             writes nothing more.
+
+    Raises:
+        NotSavedError: the checkpoint at the end could not be written.
     """
     try:
         _train(trainers, still_ours)
         for trainer in trainers:
             trainer.learner.end()
+        for trainer in trainers:
+            trainer.check_saved()
     finally:
         for trainer in trainers:
             trainer.intake.close()
@@ -72,6 +77,10 @@ def _train(trainers: Sequence[Trainer], still_ours: Callable[[], None]) -> None:
     still_ours()
     for trainer in trainers:
         trainer.finish()
+
+
+class NotSavedError(OSError):
+    """A trainer ends, and what it learnt last is in no checkpoint."""
 
 
 @dataclass(slots=True)
@@ -274,8 +283,21 @@ class Trainer:
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.report_checkpoint(wait=True)
-        self.journal.event("stopped", step=self.learner.step)
-        self._write_status("stopped")
+        if self.saver.problem is None:
+            self.journal.event("stopped", step=self.learner.step)
+            self._write_status("stopped")
+
+    def check_saved(self) -> None:
+        """
+        Raises:
+            NotSavedError: the checkpoint at the end could not be written.
+        """
+        if (problem := self.saver.problem) is not None:
+            raise NotSavedError(
+                f"the checkpoint at the end, of step {self.learner.step}, could not be written "
+                f"({problem}): what was learnt since the previous one is lost. Started again, the "
+                f"trainer resumes from that one, and reads the traces since then again"
+            )
 
     def identity(self) -> dict[str, Any]:
         """What must be equal in a checkpoint for this trainer to resume from it."""

@@ -228,6 +228,12 @@ def _kubernetes(job: Job, cwd: Path) -> Plan:
     launch, kubernetes = settings.launch, settings.launch.kubernetes
     if kubernetes.image is None:
         raise ValueError("launch.kubernetes.image must name a container image with this package")
+    if kubernetes.env_secret is None and has_password(f"buffer.url={settings.buffer.url}"):
+        raise ValueError(
+            "buffer.url holds a secret, which a manifest must not, and without it the job would "
+            "read another buffer: put it into a Secret of the cluster as SLIPSTREAM_BUFFER__URL, "
+            "and name that in launch.kubernetes.env_secret"
+        )
     check_gpus(settings)
     _check_claims(kubernetes.claims)
     run_dir = Path(os.path.normpath(settings.run_dir))

@@ -139,7 +139,7 @@ def _train(
     from trainer.build import build_trainers
     from trainer.group import joined, single
     from trainer.links import GroupError
-    from trainer.loop import run
+    from trainer.loop import NotSavedError, run
 
     among = contextlib.nullcontext(single()) if is_alone else joined(settings.trainer.device)
     with _told("the trainer"), among as group:
@@ -154,8 +154,9 @@ def _train(
         try:
             run(*trainers, still_ours=lock.check)
         except Exception as error:
-            # What another process or the run folder did says it all; a traceback would hide it.
-            is_told = isinstance(error, GroupError | RunGoneError)
+            # What another process, the run folder or the disk did says it all; a traceback would
+            # hide it.
+            is_told = isinstance(error, GroupError | RunGoneError | NotSavedError)
             text = "the trainer died: %s: %s"
             log.critical(text, type(error).__name__, error, exc_info=not is_told)
             for trainer in trainers:
@@ -199,7 +200,7 @@ def _work(settings: Settings) -> None:
             signal.signal(number, signal.SIG_IGN)
         device = device_of(settings.trainer.device, group)
         head = load_target_head(place.folder, device, batch_dtype(device))
-        work(group, settings.trainer, head, device)
+        work(group, settings.trainer, head, device, fingerprint=place.fingerprint)
 
 
 @contextlib.contextmanager

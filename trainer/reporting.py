@@ -42,7 +42,7 @@ class Reporter:
             case "published":
                 self._published(values)
             case "status":
-                self._tell_updates(is_last=values["state"] == "stopped")
+                self._tell_updates(is_last=_is_last(values))
                 self._status(values)
             case "drift":
                 self._reports.alert(
@@ -116,7 +116,7 @@ class Reporter:
         if "payback" not in values:
             return  # it failed before its first status
         now_s = time.monotonic()
-        if now_s - self._status_s < self._every_s and values["state"] != "stopped":
+        if now_s - self._status_s < self._every_s and not _is_last(values):
             return
         self._status_s = now_s
         parts = {f"trainer/time_{part}": share for part, share in values.get("time", {}).items()}
@@ -131,6 +131,12 @@ class Reporter:
                 **payback,
             }
         )
+
+
+def _is_last(status: Mapping[str, Any]) -> bool:
+    """The trainer ends with this status."""
+    state = str(status["state"])
+    return state == "stopped" or state.startswith("failed")
 
 
 def of_updates(events: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:

@@ -47,6 +47,8 @@ class Saver:
         self._job: Future[Saved] | None = None
         self._started_s = time.monotonic()
         """Monotonic time at which the last checkpoint was begun."""
+        self.problem: OSError | None = None
+        """Why the last checkpoint that was asked for could not be written."""
 
     @property
     def age_s(self) -> float:
@@ -73,6 +75,7 @@ class Saver:
         if self._job is None or not (wait or self._job.done()):
             return None
         saved, self._job = self._job.result(), None
+        self.problem = saved.error
         return saved
 
 

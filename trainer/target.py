@@ -70,19 +70,13 @@ class TargetWatch:
 
 
 def follow(trainer: Trainer, target: RunTarget) -> None:
-    """Learn for the weights that the target has now. If they cannot be read, the trainer goes on
-    with what it has, and the journal says that and why.
+    """Learn for the weights that the target has now, in all processes. If they cannot be read, the
+    trainer goes on with what it has, and the journal says that and why.
 
     Raises:
-        ValueError: the trainer has several processes, of which the others would not follow.
+        GroupError: another process of the trainer is gone.
     """
     learner, former = trainer.learner, trainer.intake.expected.target_fingerprint
-    if learner.num_processes > 1:
-        raise ValueError(
-            f"the target's weights were replaced by those in {target.folder}, and the "
-            f"{learner.num_processes} processes of this trainer do not follow while they run; "
-            f"start it again, it then learns for them"
-        )
     try:
         copy = _read_head(target, learner.head)
     except (OSError, ValueError) as error:
@@ -97,6 +91,7 @@ def follow(trainer: Trainer, target: RunTarget) -> None:
     trainer.end_candidate()
     trainer.settle()  # updates under way still belong to the former weights
     copy()
+    learner.follow_target()
     trainer.intake.follow(target.fingerprint)
     num_traces = trainer.memory.clear()
     trainer.published = replace(trainer.published, target_fingerprint=target.fingerprint)

@@ -44,7 +44,7 @@ class Team:
         store: RowStore,
         group: Group,
     ) -> None:
-        self._store, self._group = store, group
+        self._store, self._group, self._head = store, group, head
         self._num_parts = num_parts(settings.parts, group.size)
         self._kind = learns.kind
         config = learns.config_to_json(weights.model)
@@ -88,6 +88,15 @@ class Team:
         """
         self._group.check()
 
+    def follow_target(self) -> None:
+        """The head that this team was made with holds other weights by now: give them to all.
+
+        Raises:
+            GroupError: another process is gone.
+        """
+        for name, tensor in self._head.tensors().items():  # a message is a copy: one at a time
+            self._tell("head", {}, {name: tensor})
+
     def end(self) -> None:
         """Let the workers go, if no other drafter is trained by them."""
         self._tell("end")
@@ -102,15 +111,36 @@ class Team:
         self._group.tell_all(Message(do, values, tensors or {}))
 
 
-def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torch.device) -> None:
+def share_target(group: Group, fingerprint: str) -> None:
+    """Tell the workers which weights of the target process 0 computes with, before any team begins:
+    ``work`` refuses to compute with others."""
+    group.tell_all(Message("target", {"fingerprint": fingerprint}, {}))
+
+
+def work(
+    group: Group,
+    settings: TrainerSettings,
+    head: TargetHead,
+    device: torch.device,
+    *,
+    fingerprint: str | None = None,
+) -> None:
     """Compute for process 0 until it says that this is the end. If it trains several drafters, each
     has a replica of its own here, and all do the same in the same order.
 
+    Args:
+        head: replaced in place when process 0 follows the target.
+        fingerprint: of the target that ``head`` is of; ``None``: any will do.
+
     Raises:
         GroupError: another process is gone.
+        ValueError: process 0 has other weights of the target.
     """
     replicas: dict[str, Replica] = {}
     while (message := group.receive(device)).do != "end" or _ended(replicas, message):
+        if message.do == "target":
+            _check_target(message.values["fingerprint"], fingerprint)
+            continue
         kind = message.values["kind"]
         if message.do == "begin":
             replicas[kind] = _begun(message, group, settings, head, device)
@@ -122,6 +152,22 @@ def work(group: Group, settings: TrainerSettings, head: TargetHead, device: torc
         elif message.do == "load":
             known = _moments(message.tensors) if message.values["moments"] else None
             replicas[kind].load(_named(message.tensors, "model."), known)
+        elif message.do == "head":
+            for name, tensor in message.tensors.items():
+                head.tensors()[name].copy_(tensor)
+
+
+def _check_target(theirs: str, ours: str | None) -> None:
+    """
+    Raises:
+        ValueError: they differ.
+    """
+    if ours is not None and ours != theirs:
+        raise ValueError(
+            f"this process has read other weights of the target ({ours[:12]}) than the first one "
+            f"of this trainer ({theirs[:12]}): target and run_dir must be the same on all hosts. "
+            f"If the target was replaced just now, start the trainer again"
+        )
 
 
 def _begun(

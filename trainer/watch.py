@@ -6,6 +6,7 @@ process number, which the system gives to others.
 
 from __future__ import annotations
 
+import heapq
 import os
 import socket
 import time
@@ -89,8 +90,9 @@ class RunStatus:
             return f"{state} ({who})"
         if self.life == "gone":
             return (
-                f"not running: process {last.get('pid')} ended without a word, killed or out of "
-                f"memory, while {last.get('state')}; start it again, and it resumes"
+                f"not running: process {last.get('pid')} ended without a word, killed, out of "
+                f"memory or on a full disk, while {last.get('state')}; start it again, and it "
+                f"resumes"
             )
         if self.life == "none":
             return "not running: no trainer has got as far as training in this run"
@@ -172,42 +174,119 @@ def stop(run: Path, timeout_s: float) -> str:
 
 def log_lines(run: Path, follow: bool) -> Iterator[str]:
     """Lines of a run's log for people: every event, and one line for ten seconds of learning.
+    Those of drafters beside the main one name their kind.
 
     Args:
-        follow: wait for more while a trainer runs; ``START_S`` for one that is just starting.
+        follow: wait for more while a trainer runs, and say what it waits for; wait ``START_S`` for
+            one that is just starting.
 
     Raises:
         NoSuchRunError: see ``status_of``.
         OSError: the log cannot be read.
     """
-    folder = _folder_of(run)
-    path = folder / "log.jsonl"
-    learning = _Learning()
-    done, rest = 0, b""
     seen, started_by_s = False, time.monotonic() + START_S
+    if follow:
+        yield from _until_there(run, started_by_s)
+    logs = {"": _Log(_folder_of(run))}
     while True:
-        lives = owner_of(folder) is not None  # before reading: what it wrote last is read, too
+        owner = owner_of(run / "trainer")  # before reading: what it wrote last is read, too
+        lives = owner is not None
         seen = seen or lives
         may_start = not seen and time.monotonic() < started_by_s
-        if path.exists():
-            with open(open_regular(path), "rb") as file:
-                file.seek(done)
-                new = file.read()
-            done += len(new)
-            *whole, rest = (rest + new).split(b"\n")
-            yield from (line for text in whole for line in learning.lines(_event(text)))
+        for path in sorted((run / "trainer").glob("*/log.jsonl")):
+            kind = path.parent.name
+            logs.setdefault(kind, _Log(path.parent, f"{kind}: "))
+        new = ([(event, log) for event in log.new_events()] for log in logs.values())
+        for event, log in heapq.merge(*new, key=lambda one: int(one[0].get("unix_ms", 0))):
+            yield from log.learning.lines(event)
         if not (follow and (lives or may_start)):
             break
+        if owner is not None:
+            for log in logs.values():
+                yield from log.awaited(owner)
         time.sleep(POLL_S)
-    yield from learning.ended()
+    for log in logs.values():
+        yield from log.learning.ended()
     if follow:
         yield "no trainer runs in this folder (any more)"
+
+
+class _Log:
+    """The log of one drafter's trainer, read on and on."""
+
+    def __init__(self, folder: Path, prefix: str = "") -> None:
+        """
+        Args:
+            prefix: of each line, to tell drafters apart.
+        """
+        self._path = folder / "log.jsonl"
+        self.learning = _Learning(prefix)
+        self._waiting = _Waiting(folder, prefix)
+        self._done, self._rest = 0, b""
+
+    def new_events(self) -> list[dict[str, Any]]:
+        """What was written since the last call."""
+        if not self._path.exists():
+            return []
+        with open(open_regular(self._path), "rb") as file:
+            file.seek(self._done)
+            new = file.read()
+        self._done += len(new)
+        *whole, self._rest = (self._rest + new).split(b"\n")
+        return [_event(text) for text in whole]
+
+    def awaited(self, owner: Owner) -> Iterator[str]:
+        """What the trainer waits for, if that is to be said now."""
+        line = self._waiting.line(owner)
+        if line is not None:
+            yield from self.learning.ended()
+            yield line
+
+
+def _until_there(run: Path, until_s: float) -> Iterator[str]:
+    """Wait for the folder of a trainer that may be starting; says so if there is none yet.
+
+    Args:
+        until_s: monotonic time at which to give up.
+    """
+    said = False
+    while not (run / "trainer").is_dir() and time.monotonic() < until_s:
+        if not said:
+            yield f"no trainer was started in {run} yet; waiting {START_S:g} s for one"
+            said = True
+        time.sleep(POLL_S)
+
+
+class _Waiting:
+    """Says what a trainer waits for: when that changes, and every ten seconds."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self._path = folder / "status.json"
+        self._prefix = prefix
+        self._awaited: str | None = None
+        """What it waited for when that was said last."""
+        self._said_s = 0.0
+
+    def line(self, owner: Owner) -> str | None:
+        """What to say now; ``None``: nothing."""
+        last, now_s = _read_status(self._path), time.monotonic()
+        state = str(last.get("state"))
+        is_waiting = state.startswith("waiting") and is_whole(last.get("unix_ms"))
+        if last.get("pid") != owner.pid or not is_waiting:
+            self._awaited = None
+            return None
+        awaited = state.partition(":")[0]
+        if awaited == self._awaited and now_s - self._said_s < LINE_EVERY_S:
+            return None
+        self._awaited, self._said_s = awaited, now_s
+        return f"{_clock(last)} {self._prefix}{state}"
 
 
 class _Learning:
     """Joins updates to one line for ten seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
         self._updates: list[Mapping[str, Any]] = []
 
     def lines(self, event: Mapping[str, Any]) -> Iterator[str]:
@@ -221,7 +300,7 @@ class _Learning:
         text = text_of(event)
         if text is not None:
             yield from self.ended()
-            yield f"{_clock(event)} {text}"
+            yield f"{_clock(event)} {self._prefix}{text}"
 
     def ended(self) -> Iterator[str]:
         updates, self._updates = self._updates, []
@@ -231,8 +310,8 @@ class _Learning:
         rows, count = (sum(int(one[key]) for one in updates) for key in ("rows", "updates"))
         loss = last["loss"]
         yield (
-            f"{_clock(last)} step {last.get('step')}: {count} updates of {rows} rows in all, "
-            f"loss {'not finite' if loss is None else format(loss, '.4f')}"
+            f"{_clock(last)} {self._prefix}step {last.get('step')}: {count} updates of {rows} rows "
+            f"in all, loss {'not finite' if loss is None else format(loss, '.4f')}"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from benchmarks.harness.engines import Built, engine_of, held_bytes, release
 from benchmarks.harness.loops import Prompt, Turn, answer_all, random_prompts
 from benchmarks.harness.results import Report
-from serving.engine.capture_ring import StoredDtype
+from serving.engine.captured_rows import StoredDtype
 
 _NUM_PROMPT = 256
 _CLOSE_S = 60.0

@@ -61,10 +61,22 @@ class PackRing:
 
 
 def new_ring(
-    capacity: int, num_vectors: int, hidden_size: int, device: str, is_fp8: bool, pinned: bool
+    capacity: int,
+    num_vectors: int,
+    hidden_size: int,
+    device: str,
+    is_fp8: bool,
+    pinned: bool,
+    memory: tuple[Tensor, Tensor] | None = None,
 ) -> PackRing:
-    """An empty ring on ``device``, or in pinned host memory with the counter on ``device``."""
+    """An empty ring on ``device``, or in pinned host memory with the counter on ``device``.
+
+    Args:
+        memory: uint8, the bytes of the rows and of the scales, which ``device`` can write to;
+            ``None``: they are allocated.
+    """
     where = "cpu" if pinned else device
+    dtype = torch.float8_e4m3fn if is_fp8 else torch.bfloat16
 
     def zeros(dtype: torch.dtype, *shape: int) -> Tensor:
         return torch.zeros(shape, dtype=dtype, device=where, pin_memory=pinned)
@@ -72,11 +84,15 @@ def new_ring(
     def unwritten(dtype: torch.dtype, *shape: int) -> Tensor:  # gigabytes: zeroing takes seconds
         return torch.empty(shape, dtype=dtype, device=where, pin_memory=pinned)
 
+    if memory is None:
+        rows = unwritten(dtype, capacity, num_vectors, hidden_size)
+        scales = zeros(torch.float32, capacity, num_vectors) if is_fp8 else None
+    else:
+        rows = memory[0].view(dtype).view(capacity, num_vectors, hidden_size)
+        scales = memory[1].view(torch.float32).view(capacity, num_vectors) if is_fp8 else None
     return PackRing(
-        unwritten(
-            torch.float8_e4m3fn if is_fp8 else torch.bfloat16, capacity, num_vectors, hidden_size
-        ),
-        zeros(torch.float32, capacity, num_vectors) if is_fp8 else None,
+        rows,
+        scales,
         zeros(torch.int32, capacity),
         zeros(torch.int32, capacity),
         torch.zeros(1, dtype=torch.int64, device=device),

@@ -41,7 +41,8 @@ class RingText:
     spaces_B: Tensor
     """[M / BLOCK] int32 number of the namespace of each block."""
     bounds_2: Tensor
-    """[2] int64: where the next text begins, and how many positions were ever written."""
+    """[2] int64: where the next text begins, and how many positions were ever written, both
+    multiples of ``BLOCK``."""
 
 
 @dataclass(frozen=True, slots=True)

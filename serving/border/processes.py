@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +22,7 @@ from serving.border.in_process import Desk
 from serving.border.messages import Welcome
 from serving.http.metrics import NUM_TALLIES, Metrics
 from serving.http.tallies import Tallies, shared_memory
+from serving.python_process import ending, start_python
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +36,6 @@ _OWN_STALL_S = 1.0
 """After a pause of this process for so long, the others may have been heard of without notice."""
 MOST_DEATHS = 6
 """Processes that may die at once in a row. Starting them takes some ten seconds."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-"""They concern the server as a whole."""
 
 
 @dataclass(slots=True)
@@ -98,7 +95,8 @@ class Spawner:
         own, other = socket.socketpair()
         with other:
             descriptors = self._listener.fileno(), other.fileno(), self._tallies
-            process = _python(descriptors, self._num_rows, row)
+            numbers = *descriptors, self._num_rows, row
+            process = start_python([*COMMAND, *map(str, numbers)], descriptors)
         log.debug("HTTP process %d started", process.pid)
         return Spawned(process, own)
 
@@ -204,7 +202,7 @@ class HttpProcesses:
         log.error(
             "HTTP process %d %s%s; its requests are cancelled, and another one is started",
             running.process.pid,
-            _ending(running.process.returncode),
+            ending(running.process.returncode),
             f" ({problem})" if problem else "",
         )
 
@@ -248,35 +246,3 @@ def _is_over(running: _Running) -> bool:
 
 COMMAND = ["-P", "-m", "serving.border"]
 """Arguments of Python for an HTTP process, before the numbers of what it inherits."""
-
-
-def _python(descriptors: Iterable[int], num_rows: int, row: int) -> subprocess.Popen[bytes]:
-    """A process that inherits descriptors, with the signals that end a server blocked: a terminal
-    sends SIGINT, and a service manager SIGTERM, to all processes of a server."""
-    fds = tuple(descriptors)
-    numbers = [str(number) for number in (*fds, num_rows, row)]
-    paths = [path or os.getcwd() for path in sys.path]
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(paths),
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-    }
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        return subprocess.Popen(
-            [sys.executable, *COMMAND, *numbers],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            pass_fds=fds,
-        )
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ending(code: int) -> str:
-    """How a process ended, in words."""
-    if code >= 0:
-        return f"ended with exit code {code}"
-    try:
-        return f"was ended by {signal.Signals(-code).name}"
-    except ValueError:
-        return f"was ended by signal {-code}"

@@ -15,10 +15,11 @@ from pathlib import Path
 from configs.schema import Settings
 from serving.border.engine_side import welcome_for
 from serving.border.in_process import Desk, InProcess
-from serving.border.processes import STOP_SIGNALS, HttpProcesses, Spawner
+from serving.border.processes import HttpProcesses, Spawner
 from serving.history import History, recorded
 from serving.http.drain import Drain, announced
 from serving.http.loading import answering_503
+from serving.python_process import STOP_SIGNALS
 from serving.service import Service
 
 log = logging.getLogger(__name__)

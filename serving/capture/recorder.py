@@ -28,13 +28,13 @@ _LEAST_WAIT_S = 0.01  # with buffer.sync_interval_s at 0, every write is synced 
 _SAY_EVERY_S = 10.0
 
 
-_DONE = ("written", "dropped", "failed", "withheld", "deleted")
+DONE = ("written", "dropped", "failed", "withheld", "deleted")
 """What becomes of a trace that was queued."""
 
 
 def num_waiting(counts: Mapping[str, int]) -> int:
     """Traces that are still in progress, by ``Recorder.counts``."""
-    return counts["queued"] - sum(counts.get(name, 0) for name in _DONE)
+    return counts["queued"] - sum(counts.get(name, 0) for name in DONE)
 
 
 class WithheldError(ValueError):

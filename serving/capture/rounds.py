@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from buffer.notes import table_of
 from buffer.records import Considering, Count, Rounds
-from serving.engine.sequence import NotedRounds
+from serving.engine.noted_rounds import NotedRounds
 
 
 def round_columns(noted: NotedRounds) -> Rounds:

@@ -12,9 +12,10 @@ from typing import Any
 
 from policies.interface import Decision, Pick
 from serving.engine.drafting import Drafting
+from serving.engine.noted_rounds import KeptStep, NotedStep
 from serving.engine.proposed import Proposed, Verified
 from serving.engine.scheduler import Chunk
-from serving.engine.sequence import KeptStep, NotedStep, Sequence
+from serving.engine.sequence import Sequence
 from serving.requests import DrafterCounts, EngineFigures, TokenLogprob
 
 _STEP_NUMBERS = 1 << 30

@@ -27,6 +27,8 @@ ROW = 2
 """Column of a prompt's last row, after the inputs of a round without a draft."""
 _MOST_NEW = 8
 """Lanes that a program writes. Those of further requests are written before it."""
+_NUM_STAGED = 4
+"""Uploads that may be on their way before the host waits for the oldest."""
 _WORD = 8
 """Bytes of what everything is aligned to."""
 
@@ -54,6 +56,39 @@ class _Part(NamedTuple):
         return bytes_[: self.num_bytes].view(self.dtype).view(self.shape)
 
 
+class _Staging:
+    """Host memory from which uploads are read, each place again and again.
+
+    torch's own pool of pinned memory asks the driver for more whenever all of it is in use, which
+    takes the host some ten milliseconds.
+    """
+
+    def __init__(self, num_words: int, *, is_pinned: bool) -> None:
+        self._is_pinned = is_pinned
+        self._places = [
+            torch.zeros(num_words, dtype=torch.int64, pin_memory=is_pinned)
+            for _ in range(_NUM_STAGED if is_pinned else 1)
+        ]
+        self._read: list[torch.cuda.Event | None] = [None] * len(self._places)
+        self._at = 0
+
+    def take(self, num_words: int) -> Tensor:
+        """[num_words] zeros, as soon as no earlier upload reads them any more."""
+        self._at = (self._at + 1) % len(self._places)
+        if (read := self._read[self._at]) is not None:
+            read.synchronize()  # long ago, since programs run in turn
+        words = self._places[self._at][:num_words]
+        words.zero_()
+        return words
+
+    def launched(self) -> None:
+        """Note that the copy from what was taken last has been launched."""
+        if self._is_pinned:
+            read = self._read[self._at] or torch.cuda.Event()  # type: ignore[no-untyped-call]
+            read.record()
+            self._read[self._at] = read
+
+
 class PromptInputs:
     """Where the programs read, and how the host writes it."""
 
@@ -74,6 +109,7 @@ class PromptInputs:
             self._parts.append(_Part(at, dtype, shape))
             at = self._parts[-1].end
         self._words = torch.zeros(at, dtype=torch.int64, device=lanes.ints.device)
+        self._staging = _Staging(at, is_pinned=self._words.is_cuda)
         self.ends, self._lane, *self._news, self.blocks = (p.of(self._words) for p in self._parts)
         """ends: [lanes, ROW + 1]; blocks: [most blocks, IDS + BLOCK] int64."""
 
@@ -95,8 +131,7 @@ class PromptInputs:
         self._lanes.write(others)
         *whole, most = self._parts
         own = most._replace(shape=(size, IDS + BLOCK))
-        # Memory that is pinned for each upload is used again only once the device has read it.
-        words = torch.zeros(own.end, dtype=torch.int64, pin_memory=self._words.is_cuda)
+        words = self._staging.take(own.end)
         ends_ND, lane_S, *news, blocks_BD = (part.of(words).numpy() for part in (*whole, own))
         padding = self._lanes.padding
         ends_ND[:, Input.LANE] = lane_S[:] = blocks_BD[:, LANE] = padding
@@ -106,6 +141,7 @@ class PromptInputs:
             blocks_BD[: len(blocks)] = blocks
         self._lanes.fill(fresh, lane_S, *news)
         self._words[: own.end].copy_(words, non_blocking=True)
+        self._staging.launched()
 
     def write_lanes(self) -> None:
         """Write the lanes of the fresh requests: a part of every program."""

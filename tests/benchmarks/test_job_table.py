@@ -8,7 +8,20 @@ from pathlib import Path
 import pytest
 
 from benchmarks.harness.results import RESULTS
-from benchmarks.job_table import OWN, TABLE, Copied, copies, main, payback_row, paybacks
+from benchmarks.job_table import (
+    BEGIN,
+    END,
+    OWN,
+    PAGE,
+    TABLE,
+    Copied,
+    block,
+    copies,
+    main,
+    payback_row,
+    paybacks,
+)
+from oracles.support import REPOSITORY
 
 
 def row(name: str, source: str, value: float = 1.0) -> dict[str, object]:
@@ -23,9 +36,31 @@ def test_copies_are_replaced_and_own_rows_stay(tmp_path: Path):
     (folder / "jobs.json").write_text(json.dumps([own, row("10. old", reports)]))
     (folder / "reports.json").write_text(json.dumps([row("new", reports, 2.0), row("x", "y")]))
 
-    main(tmp_path)
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    main(tmp_path, page)
 
-    assert json.loads((folder / "jobs.json").read_text()) == [own, row("10. new", reports, 2.0)]
+    rows = json.loads((folder / "jobs.json").read_text())
+    assert rows == [own, row("10. new", reports, 2.0)]
+    assert page.read_text() == f"before\n{block(rows)}\nafter\n"
+
+
+def test_the_page_says_what_the_published_rows_say():
+    """If this fails: ``python -m benchmarks.job_table`` writes the table again."""
+    rows = json.loads((RESULTS / "rows" / "jobs.json").read_text())
+    assert block(rows) in (REPOSITORY / PAGE).read_text()
+
+
+def test_the_table_has_rows_with_a_goal_by_their_numbers_and_says_what_is_missed():
+    measured = {"goal": "at least 2", "holds": False}
+    rows = [row("10. b", "x") | measured, row("3. a", "y", 2.5) | measured | {"holds": True}]
+
+    lines = block([row("1. without a goal", "z"), *rows]).splitlines()[4:-2]
+
+    assert lines == [
+        "| 3 | a | m | at least 2 | 2.5 | met | h, c, `y` |",
+        "| 10 | b | m | at least 2 | 1 | not met | h, c, `x` |",
+    ]
 
 
 def test_the_published_table_is_what_the_published_results_give():

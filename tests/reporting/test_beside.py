@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from benchmarks.reports import events
 from reporting.dashboard import GOLDEN, figures_of
 from reporting.names import PER_DRAFTER, is_known, of_drafter, pattern_of
@@ -48,7 +50,8 @@ def test_the_dashboard_shows_each_drafter_in_the_panel_of_the_first() -> None:
     assert not is_known("beside/mtp/server/kv_usage")
 
 
-def test_updates_are_reported_together_and_none_is_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", ["stopped", "failed: OSError: full"])
+def test_updates_are_reported_together_and_none_is_left_out(tmp_path: Path, end: str) -> None:
     reports = Kept()
     reporter = Reporter(reports, tmp_path, every_s=3600.0)
     update, status = events()["update"], events()["status"]
@@ -60,7 +63,7 @@ def test_updates_are_reported_together_and_none_is_left_out(tmp_path: Path) -> N
             "alpha": [0.5, 0.25 * updates][:updates], "grad_norm": grad_norm,
         })  # fmt: skip
     assert len(reports.of(Figures)) == 1
-    reporter.hear("status", status | {"state": "stopped"})
+    reporter.hear("status", status | {"state": end})
 
     first, joined, _ = (one.values for one in reports.of(Figures))
     assert first["trainer/loss"] == 5.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +26,20 @@ def test_the_dashboard_names_every_figure_and_table() -> None:
     shown = {pattern_of(n) if "{" in n or n in PER_DRAFTER else n for n in FIGURES}
     assert names | patterns == shown
     assert tables == set(TABLES)
+
+
+def test_a_dashboard_that_cannot_be_saved_is_a_line(tmp_path: Path) -> None:
+    unknown = {name: text for name, text in os.environ.items() if not name.startswith("WANDB_")}
+    saved = subprocess.run(
+        [sys.executable, "-m", "reporting.dashboard", "--entity", "team"],
+        env=unknown | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+    )
+    assert saved.returncode == 1
+    assert "the dashboard is not saved: No API key configured" in saved.stderr
+    assert "Traceback" not in saved.stderr
 
 
 def test_figures_of_positions_and_domains_are_known_by_their_pattern() -> None:

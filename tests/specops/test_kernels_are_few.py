@@ -28,8 +28,9 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # with and without biases and penalties
         "_adjust_part": 1,
         "_count_tokens": 1,
+        # with finished texts for few and for many requests, and without
+        "_find_matches": 3,
         # with and without finished texts
-        "_find_matches": 2,
         "_take_drafts": 2,
         # batches up to 32 and to 256, drafts up to 8 and to 16
         "_cut": 4,

@@ -7,6 +7,7 @@ import torch
 
 from specops import matches, matches_triton
 from specops.matches import BLOCK, END, Bounds, RingText
+from specops.matches_triton import Programs
 
 IMPLEMENTATIONS = [
     pytest.param(matches, "cpu", id="definition"),
@@ -44,7 +45,7 @@ def drafts(by, device, *given, **others):
     ]
 
 
-def found_by(by, device, texts, num_draft, ring=None, spaces=None, bounds=BOUNDS):
+def found_by(by, device, texts, num_draft, ring=None, spaces=None, bounds=BOUNDS, **how):
     most = max(map(len, texts)) + 3
     lanes = torch.full((len(texts) + 1, most), 77, dtype=torch.int32)  # garbage behind each text
     for lane, text in enumerate(texts, start=1):
@@ -57,6 +58,7 @@ def found_by(by, device, texts, num_draft, ring=None, spaces=None, bounds=BOUNDS
         ring,
         num_draft,
         bounds,
+        **how,
     )
 
 
@@ -120,28 +122,105 @@ class TestRing:
             assert drafts(by, device, [[1, 2]], 1, ring) == [[9 + written]]
 
 
+def random_text(some, most, *, num_kinds=4):
+    """1 to ``most`` - 1 tokens of few kinds."""
+    length = int(torch.randint(1, most, (1,), generator=some))
+    return torch.randint(num_kinds, (length,), generator=some).tolist()
+
+
+def assert_drafts_like_definition(by, device, texts, num_draft, ring, spaces, bounds, **how):
+    """That a kernel's tokens, counts and lengths of matches equal the definition's."""
+    want = found_by(matches, "cpu", texts, num_draft, ring, spaces, bounds)
+    there = None if ring is None else RingText(
+        *(one.to(device) for one in (ring.ids_M, ring.spaces_B, ring.bounds_2))
+    )  # fmt: skip
+    got = found_by(by, device, texts, num_draft, there, spaces, bounds, **how)
+    for name in ("tokens_RK", "counts_R", "matched_R"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+
+
 @pytest.mark.parametrize(("by", "device"), KERNELS)
 @pytest.mark.parametrize("num_draft", [1, 3, 16])
 def test_kernels_draft_what_the_definition_does(by, device, num_draft):
     some = torch.Generator().manual_seed(num_draft)
-
-    def text(most):
-        length = int(torch.randint(1, most, (1,), generator=some))
-        return torch.randint(4, (length,), generator=some).tolist()
-
     for longest in (1, 3, 12):
-        texts = [text(most) for most in (3, 40, 1100, 2500)]
+        texts = [random_text(some, most) for most in (3, 40, 1100, 2500)]
         spaces = torch.randint(1, 4, (len(texts),), generator=some).tolist()
-        finished = [(1 + n % 3, text(300)) for n in range(14)]
+        finished = [(1 + n % 3, random_text(some, 300)) for n in range(14)]
         for ring in (None, ring_of(24 * BLOCK, *finished), ring_of(24 * BLOCK)):
-            given = texts, num_draft, ring, spaces, Bounds(1, longest)
-            want = found_by(matches, "cpu", *given)
-            there = None if ring is None else RingText(
+            bounds = Bounds(1, longest)
+            assert_drafts_like_definition(by, device, texts, num_draft, ring, spaces, bounds)
+
+
+@pytest.mark.parametrize(("by", "device"), KERNELS)
+class TestGroups:
+    """Requests that are compared with finished texts together, by programs that read many spans."""
+
+    @pytest.mark.parametrize(
+        ("programs", "num_requests", "shortest"),
+        [(Programs(8, 256, 4, parts=2), 17, 2), (Programs(16, 128, 4, parts=1), 3, 1)],
+    )
+    def test_each_drafts_what_it_does_alone(self, by, device, programs, num_requests, shortest):
+        some = torch.Generator().manual_seed(num_requests)
+        texts = [random_text(some, 400) for _ in range(num_requests)]
+        spaces = torch.randint(1, 3, (num_requests,), generator=some).tolist()
+        finished = [(1 + n % 2, random_text(some, 200)) for n in range(12)]
+        # Not full; full, with the oldest text in the middle of a span.
+        for num_texts in (4, 12):
+            ring = ring_of(9 * BLOCK, *finished[:num_texts])
+            assert_drafts_like_definition(
+                by, device, texts, 3, ring, spaces, Bounds(shortest, 12), programs=programs
+            )
+
+    def test_older_spans_count_with_longer_matches_alone(self, by, device):
+        older = [(1, [1, 2, 3, 9]), (1, [0, 1, 2, 3, 8])]
+        programs = Programs(8, 128, 4, parts=1)
+        for num_older, want in ((1, 7), (2, 8)):
+            ring = ring_of(16 * BLOCK, *older[:num_older], *[(1, [1, 2, 3, 7])] * 4)
+            there = RingText(
                 *(one.to(device) for one in (ring.ids_M, ring.spaces_B, ring.bounds_2))
-            )  # fmt: skip
-            got = found_by(by, device, texts, num_draft, there, *given[3:])
-            for name in ("tokens_RK", "counts_R", "matched_R"):
-                assert torch.equal(getattr(got, name).cpu(), getattr(want, name)), name
+            )
+            assert drafts(by, device, [[0, 1, 2, 3]], 1, there, programs=programs) == [[want]]
+
+    @pytest.mark.parametrize("num_texts", [5, 6], ids=["in a span", "between spans"])
+    def test_the_latest_texts_vote_wherever_the_oldest_one_begins(self, by, device, num_texts):
+        texts = [(1, [1, 2, n, 1, 2, n]) for n in range(10, 10 + num_texts)]
+        ring = ring_of(4 * BLOCK, *texts, device=device)
+        found = drafts(by, device, [[1, 2]], 1, ring, programs=Programs(8, 256, 4, parts=1))
+        assert found == [[9 + num_texts]]
+
+    @pytest.mark.parametrize("lasts", [range(32), [7] * 32], ids=["all differ", "all are the same"])
+    def test_as_many_as_a_group_can_have(self, by, device, lasts):
+        ring = ring_of(32 * BLOCK, *((1, [n, 50, 51 + n]) for n in range(32)), device=device)
+        texts = [[n, 50] for n in lasts]
+        found = drafts(by, device, texts, 1, ring, programs=Programs(32, 2048, 8))
+        assert found == [[51 + n] for n in lasts]
+
+    def test_nothing_is_read_behind_the_requests(self, by, device):
+        # The number of this pair is that of places in a group that no request has.
+        ring = ring_of(4 * BLOCK, (1, [1, 65_534, 9]), device=device)
+        far = torch.full((8,), 1 << 30, dtype=torch.int32, device=device)
+        lengths, spaces = far.long(), torch.ones(8, dtype=torch.int64, device=device)
+        far[0], lengths[0] = 0, 2
+        texts = torch.tensor([[3, 4]], dtype=torch.int32, device=device)
+        found = by.text_drafts(texts, far[:1], lengths[:1], spaces[:1], ring, 1, BOUNDS)
+        assert found.tokens_RK.tolist() == [[4]]
+
+    def test_tokens_that_are_everywhere(self, by, device):
+        finished = [(1, [6] * 100 + [7 + n]) for n in range(4)] + [(1, [6] * 200)] * 2
+        texts = [[6] * (1 + n) for n in range(9)]
+        assert_drafts_like_definition(
+            by, device, texts, 2, ring_of(7 * BLOCK, *finished), None, BOUNDS,
+            programs=Programs(8, 256, 4, parts=1),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("other", [[5 + (1 << 16), 9], [4, 9 ^ (1 << 16)]])
+def test_large_ids_are_not_taken_for_others(by, device, other):
+    ring = ring_of(4 * BLOCK, (1, [*other, 3]), (1, [5, 9, 4]), (1, [*other, 2]), device=device)
+    assert drafts(by, device, [[5, 9]], 1, ring) == [[4]]
+    assert drafts(by, device, [other], 1, ring) == [[2]]
 
 
 @pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)

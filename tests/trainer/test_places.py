@@ -88,7 +88,8 @@ def test_the_settings_in_a_manifest_are_those_of_the_command_without_its_secrets
     tmp_path: Path,
 ) -> None:
     secrets = ("buffer.url=redis://:hunter2@host/0", "server.api_key=hunter3")
-    found = documents_of(*POD, "trainer.lr=0.5", *secrets)
+    secret = "launch.kubernetes.env_secret=redis"
+    found = documents_of(*POD, "trainer.lr=0.5", secret, *secrets)
     text = found["ConfigMap"]["data"]["settings.yaml"]
     (tmp_path / "settings.yaml").write_text(text)
 
@@ -123,6 +124,7 @@ def test_the_settings_in_a_manifest_are_those_of_the_command_without_its_secrets
         ("local", ("trainer.device=gpu",), "trainer.device must be auto, cpu, cuda or cuda:N"),
         ("torchrun", ("launch.nodes=2",), "set launch.endpoint to HOST:PORT"),
         ("slurm", ("buffer.url=redis://:pw@host/0",), "buffer.url holds a secret"),
+        ("kubernetes", (*POD, "buffer.url=redis://:pw@host/0"), "in launch.kubernetes.env_secret"),
     ],
 )
 def test_what_a_place_lacks_is_named(place: str, overrides: tuple[str, ...], message: str) -> None:

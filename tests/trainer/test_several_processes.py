@@ -9,11 +9,13 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -21,13 +23,22 @@ import pytest
 import torch
 from torch import Tensor
 
+from buffer.run_target import RunTarget, write_run_target
 from configs.schema import Settings
 from drafters.trainable import trainable
 from oracles.support import REPOSITORY
 from targets.head import load_target_head
 from tests.trainer.conftest import World
 from tests.trainer.test_replay import samples_of
-from tests.trainer.traffic import settings_for, train, write_traces
+from tests.trainer.traffic import (
+    fingerprint_of,
+    make_traces,
+    save_target,
+    settings_for,
+    train,
+    write_traces,
+)
+from trainer.build import build_trainer
 from trainer.checkpoint import read_checkpoint
 from trainer.group import Group, joined
 from trainer.learner import Learner
@@ -85,7 +96,7 @@ def be_worker(world: World, log: Path, settings: Settings) -> None:
         os.environ["RANK"] = os.environ["LOCAL_RANK"] = "1"
         with joined("cpu") as group:
             head = load_target_head(world.target, CPU, torch.float32)
-            work(group, settings.trainer, head, CPU)
+            work(group, settings.trainer, head, CPU, fingerprint=world.fingerprint)
             if settings.trainer.deepspeed.stage:  # it would ask for a GPU that is not seen
                 assert os.environ["LOCAL_RANK"] == "0"
             code = 0
@@ -192,6 +203,54 @@ torch.save(found, {str(tmp_path / "found")!r})
     again.step = alone.step
     resumed = losses_of(again, batches_of(world, again, 5))
     assert resumed == pytest.approx(losses_of(alone, batches[:5]), abs=2e-4)
+
+
+def losses_across_an_update(
+    world: World, other: World, run_dir: Path, group: Group | None = None
+) -> list[float]:
+    """Losses of a trainer whose target is replaced after its third update."""
+    write_traces(run_dir, world.traces)
+    settings = settings_for(run_dir, world.target, **SETTINGS, batch_tokens=256)
+    trainer = build_trainer(settings, threading.Event(), group=group)
+    losses = []
+    for at in range(10):
+        if at == 3:
+            run_target = RunTarget(world.fingerprint, str(world.target), ())
+            now = run_target.followed_by(other.fingerprint, str(other.target))
+            write_run_target(run_dir, now)
+            write_traces(run_dir, other.traces)
+        trainer.take_in_traces()
+        trainer.take_in_traces()
+        pieces = [piece for _, piece in trainer.memory.draw(trainer.random)]
+        losses += [report.loss for report in trainer.learner.update(pieces)]
+    assert trainer.intake.expected.target_fingerprint == other.fingerprint
+    trainer.learner.end()
+    return losses
+
+
+def test_all_processes_follow_a_target_that_is_replaced(world: World, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    model = save_target(folder, seed=1)
+    fingerprint = fingerprint_of(folder)
+    other = World(folder, model, fingerprint, make_traces(model, fingerprint, 40, first_seq=500))
+    expected = losses_across_an_update(world, other, tmp_path / "alone")
+
+    with with_worker(world, tmp_path / "worker", **SETTINGS) as (group, worker):
+        losses = losses_across_an_update(world, other, tmp_path / "two", group)
+        assert exit_code_of(worker) == 0, (tmp_path / "worker").read_text()
+
+    assert losses == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_process_with_another_target_is_refused(world: World, tmp_path: Path) -> None:
+    log, other = tmp_path / "worker", replace(world, fingerprint="0" * 64)
+    write_traces(tmp_path, world.traces)
+    settings = settings_for(tmp_path, world.target, **SETTINGS)
+    refused = pytest.raises(GroupError, match="other weights of the target")
+    with refused, with_worker(other, log, **SETTINGS) as (group, worker):
+        build_trainer(settings, threading.Event(), group=group).learner.end()
+        assert exit_code_of(worker) == 1
+        group.add_up(torch.zeros(1))
 
 
 def test_a_dead_process_ends_the_other_in_words(world: World, tmp_path: Path) -> None:

@@ -141,7 +141,8 @@ def test_two_processes_train_both_drafters_as_one_does(traffic, tmp_path):
     run(*alone)
 
     log = tmp_path / "worker"
-    with with_worker(SimpleNamespace(target=target), log, **trainer) as (group, worker):
+    world = SimpleNamespace(target=target, fingerprint=fingerprint_of(target))
+    with with_worker(world, log, **trainer) as (group, worker):
         settings = both(tmp_path / "two", target, **trainer)
         shared = build_trainers(settings, threading.Event(), group=group)
         run(*shared)

@@ -103,7 +103,10 @@ def test_what_sharing_a_device_costs_is_shown(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("state", "says"),
     [
-        ("training", "ended without a word, killed or out of memory, while training; start it"),
+        (
+            "training",
+            "ended without a word, killed, out of memory or on a full disk, while training",
+        ),
         ("stopped", "not running: stopped"),
         ("failed: OSError: full", "not running: failed: OSError: full"),
     ],
@@ -185,6 +188,88 @@ def test_logs_wait_for_a_trainer_that_is_just_starting(
     assert sum("gate at step 41: new" in line for line in said) == 2
     assert said[-1] == "no trainer runs in this folder (any more)"
     assert next(owners, "all asked") == "all asked"
+
+
+def test_logs_tell_of_all_drafters_in_the_order_of_time(tmp_path: Path) -> None:
+    gate = {"event": "gate", "reason": "no", "parent": 1}
+
+    def write(folder: Path, updates_ms: int, *gates_ms: int) -> None:
+        events: list[dict[str, Any]] = [
+            {"event": "update", "unix_ms": updates_ms + 5000 * at, **UPDATE} for at in range(3)
+        ]
+        events += [gate | {"unix_ms": at, "step": at % 100} for at in gates_ms]
+        folder.mkdir()
+        text = "".join(json.dumps(event) + "\n" for event in events)
+        (folder / "log.jsonl").write_text(text)
+
+    write(tmp_path / "trainer", 1_000_000, 1_010_001, 1_010_004)
+    write(tmp_path / "trainer" / "mtp", 999_000, 1_010_002, 1_010_003)
+
+    said = [line[20:] for line in ask("logs", tmp_path).stdout.splitlines()]
+
+    assert said == [
+        "mtp: step 40: 12 updates of 2700 rows in all, loss 0.5000",
+        "step 40: 12 updates of 2700 rows in all, loss 0.5000",
+        "gate at step 1: no; parent version 1",
+        "mtp: gate at step 2: no; parent version 1",
+        "mtp: gate at step 3: no; parent version 1",
+        "gate at step 4: no; parent version 1",
+    ]
+
+
+def test_whoever_follows_the_logs_hears_what_a_trainer_waits_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = ["waiting for traces: 0 of 16", "waiting for traces: 3 of 16", "training"]
+    states += ["waiting for fresh traces: 9 rows", "waiting for fresh traces: 9 rows"]
+    journal, ahead = Journal(tmp_path / "trainer"), iter(states)
+
+    def next_owner(folder: Path) -> Owner | None:
+        """The trainer lives as long as there are states."""
+        state = next(ahead, None)
+        if state is None:
+            return None
+        journal.status({**STATUS, "state": state})
+        return Owner(os.getpid(), "here")
+
+    monkeypatch.setattr(watch, "owner_of", next_owner)
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+    said = [line[20:] for line in watch.log_lines(tmp_path, follow=True)]
+    assert said[:-1] == ["waiting for traces: 0 of 16", "waiting for fresh traces: 9 rows"]
+
+    monkeypatch.setattr(watch, "LINE_EVERY_S", 0.0)
+    ahead = iter(states)
+    said = [line[20:] for line in watch.log_lines(tmp_path, follow=True)]
+    assert said[:-1] == [state for state in states if state != "training"]
+
+
+def test_what_another_trainer_waited_for_is_not_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Journal(tmp_path / "trainer").status({**STATUS, "state": "waiting for traces: 0 of 16"})
+    owners = iter([Owner(1, "here"), None])
+    monkeypatch.setattr(watch, "owner_of", lambda folder: next(owners))
+    monkeypatch.setattr(watch, "POLL_S", 0.0)
+
+    said = list(watch.log_lines(tmp_path, follow=True))
+
+    assert said == ["no trainer runs in this folder (any more)"]
+
+
+def test_whoever_follows_the_logs_may_come_before_the_trainer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
+    run = tmp_path / "run"
+    lines = watch.log_lines(run, follow=True)
+    assert next(lines) == f"no trainer was started in {run} yet; waiting 10 s for one"
+    journal_of(run)
+    assert next(lines)[20:] == "training begins from version 2"
+
+    monkeypatch.setattr(watch, "START_S", 0.0)
+    missing = ask("logs", tmp_path / "none", "-f")
+    assert (missing.exit_code, missing.stdout) == (2, "")
+    assert "no such run" in missing.stderr
 
 
 def _hold(run: Path, ends: bool, state: str = "stopped") -> int:

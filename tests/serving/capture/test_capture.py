@@ -24,7 +24,8 @@ from serving.capture.rounds import round_columns
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.loop import Engine, Listeners
-from serving.engine.sequence import NotedRounds, NotedStep, Sequence
+from serving.engine.noted_rounds import NotedRounds, NotedStep
+from serving.engine.sequence import Sequence
 from serving.requests import Request, SamplingParams
 
 PROMPT = list(range(30))

@@ -1,0 +1,344 @@
+"""The recorder's process as the engine's process sees it; it has the face of ``Recorder``.
+
+A finished request is sent by the engine's thread itself as long as the socket takes it: that costs
+less than waking another thread. What the socket does not take is left to a thread, up to a bound,
+behind which the oldest are dropped and counted. A recorder that dies takes with it what it had not
+written, which counts as dropped, and is started again.
+"""
+
+from __future__ import annotations
+
+import logging
+import select
+import socket
+import subprocess
+import threading
+import time
+from collections import Counter, deque
+from contextlib import suppress
+from dataclasses import dataclass
+
+from configs.schema import Settings
+from serving.border.messages import Frames
+from serving.capture.finished import Finished
+from serving.capture.messages import (
+    VERSION,
+    Begin,
+    End,
+    FromRecorder,
+    Opened,
+    Refused,
+    framed,
+)
+from serving.capture.recorder import DONE, num_waiting
+from serving.capture.shared_counts import SharedCounts, new_counts
+from serving.engine.capture_ring import Shared
+from serving.python_process import ending, start_python
+
+log = logging.getLogger(__name__)
+
+_OPENING_S = 60.0
+"""For a process to import what it needs and to open the buffer."""
+_LIVED_S = 1.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+MOST_DEATHS = 6
+"""Processes that may die at once in a row before traces are given up."""
+_MOST_WAITING_BYTES = 64 << 20
+_POLL_S = 0.05
+COMMAND = ["-P", "-m", "serving.capture"]
+"""Arguments of Python, before the number of the descriptor that it inherits."""
+
+
+@dataclass(frozen=True, slots=True)
+class Spawned:
+    """A process that imports what it needs and waits for ``Begin``."""
+
+    process: subprocess.Popen[bytes]
+    sock: socket.socket
+    """This side of the connection to it."""
+
+    def end(self) -> None:
+        """Make sure that it has ended."""
+        self.sock.close()
+        self.process.kill()
+        self.process.wait()
+
+
+def spawn() -> Spawned:
+    """Start a recorder's process. The sooner, the less its imports are waited for."""
+    own, other = socket.socketpair()
+    with other:
+        process = start_python([*COMMAND, str(other.fileno())], [other.fileno()])
+    log.debug("recorder's process %d started", process.pid)
+    return Spawned(process, own)
+
+
+class RecorderProcess:
+    """Sends finished requests to a recorder in another process."""
+
+    def __init__(
+        self, settings: Settings, ring: Shared, layer_ids: tuple[int, ...], first: Spawned
+    ) -> None:
+        """Let the process open the buffer.
+
+        Args:
+            first: it, from ``spawn``; taken over.
+
+        Raises:
+            ValueError: the settings contradict what is stored, such as another key.
+            RuntimeError: the process died or did not answer.
+        """
+        self._most_waiting = settings.capture.queue_traces
+        self._counts_memory = new_counts()
+        self._descriptors = ring.memory.descriptor, self._counts_memory
+        self._begin = framed(
+            Begin(VERSION, settings.model_dump_json(), ring.shape, ring.dtype, layer_ids)
+        )
+        self._shared = SharedCounts(self._counts_memory)
+        self._lock = threading.Lock()
+        """Guards what follows."""
+        self._num_queued = 0
+        self._former: Counter[str] = Counter()
+        """What became of traces that ended processes had, and of those that had no process."""
+        self._is_closing = False
+        self._line: _Line | None = None
+        self._process = first.process
+        self._line = self._opened(first)
+        self._keeper = threading.Thread(target=self._keep, name="recorder-keeper", daemon=True)
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return self._process.pid
+
+    @property
+    def num_lost_rows(self) -> int:
+        """Captured rows that the ring overwrote before they were read."""
+        with self._lock:
+            return self._former["lost_rows"] + self._shared.read()["lost_rows"]
+
+    def start(self) -> None:
+        """Begin to look after the process."""
+        self._keeper.start()
+
+    def put(self, finished: Finished) -> None:
+        """Send a finished request. Never waits; on the engine's thread."""
+        data = framed(finished)
+        with self._lock:
+            self._num_queued += 1
+            num_dropped = 1 if self._line is None else self._line.put(data)
+            self._former["dropped"] += num_dropped
+
+    def counts(self) -> dict[str, int]:
+        """See ``Recorder.counts``."""
+        with self._lock:
+            # What is done with had been queued, so it is read first.
+            own = Counter(self._shared.read()) + self._former
+            counts = {"queued": self._num_queued}
+        for name in (*DONE, "missing"):
+            counts[name] = own[name]
+        found = {name: own[name] for name in ("recovered", "unrecovered")}
+        return counts | found if any(found.values()) else counts
+
+    def close(self, timeout_s: float) -> None:
+        """Let the process write what it was sent, and end it, within ``timeout_s`` seconds and a
+        little. What is not written by then counts as dropped."""
+        with self._lock:
+            self._is_closing = True
+            line = self._line
+        deadline_s = time.monotonic() + timeout_s + 1.0
+        if line is not None:
+            line.put(framed(End(timeout_s)), is_last=True)
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(max(0.0, deadline_s - time.monotonic()))
+        self._process.kill()
+        self._process.wait()
+        if self._keeper.is_alive():
+            self._keeper.join(5.0)
+        if line is not None:
+            line.close()
+        if (left := num_waiting(self.counts())) > 0:
+            log.warning(
+                "%d traces were not written within %g s of the end: they are lost, and counted as "
+                "dropped",
+                left,
+                timeout_s,
+            )
+            with self._lock:
+                self._former["dropped"] += left
+
+    # ---- the process ---------------------------------------------------------------------------
+
+    def _opened(self, spawned: Spawned) -> _Line:
+        """Tell a new process what to do, and wait until it can.
+
+        Raises:
+            ValueError, RuntimeError: see ``__init__``. The process has ended.
+        """
+        try:
+            spawned.sock.settimeout(_OPENING_S)
+            socket.send_fds(spawned.sock, [self._begin[:1]], self._descriptors)
+            spawned.sock.sendall(self._begin[1:])
+            answer = _answer(spawned.sock)
+        except OSError as error:
+            spawned.end()
+            how = ending(spawned.process.returncode)
+            raise RuntimeError(
+                f"the recorder's process {how} before it could write traces ({error}); what it "
+                f"wrote to this log says why"
+            ) from error
+        if isinstance(answer, Refused):
+            spawned.end()
+            raise ValueError(answer.text)
+        spawned.sock.setblocking(False)
+        return _Line(spawned.sock, self._most_waiting)
+
+    def _keep(self) -> None:
+        """Start another process when one has died, until there is no sense in it."""
+        num_deaths, since_s = 0, time.monotonic()
+        while True:
+            code = self._process.wait()
+            if self._is_closing:
+                return
+            lived = time.monotonic() - since_s > _LIVED_S
+            num_deaths = 1 if lived else num_deaths + 1
+            lost = self._bury()
+            log.error(
+                "the recorder's process %d %s; %d traces are lost, and counted as dropped",
+                self._process.pid,
+                ending(code),
+                lost,
+            )
+            line = None
+            while line is None:
+                if num_deaths >= MOST_DEATHS:
+                    log.critical(
+                        "%d recorder's processes in a row died as soon as they were started: no "
+                        "more traces are written; serving continues, and all are counted",
+                        num_deaths,
+                    )
+                    return
+                time.sleep(min(_FIRST_PAUSE_S * 2 ** (num_deaths - 1), _LONGEST_PAUSE_S))
+                if self._is_closing:
+                    return
+                spawned = spawn()
+                try:
+                    line = self._opened(spawned)
+                except (RuntimeError, ValueError) as error:
+                    num_deaths += 1
+                    log.error("%s", error)
+            since_s = time.monotonic()
+            with self._lock:
+                self._process, self._line = spawned.process, line
+                is_late = self._is_closing
+            if is_late:
+                line.put(framed(End(0.0)), is_last=True)
+
+    def _bury(self) -> int:
+        """Count what a process that died leaves. Returns the number of traces lost."""
+        with self._lock:
+            line, self._line = self._line, None
+            self._former += Counter(self._shared.read())
+            self._shared.write({})
+            lost = self._num_queued - sum(self._former[name] for name in DONE)
+            self._former["dropped"] += lost
+        if line is not None:
+            line.close()
+        return lost
+
+
+def _answer(sock: socket.socket) -> Opened | Refused:
+    """
+    Raises:
+        OSError: the other side is gone, or does not answer.
+    """
+    frames = Frames[FromRecorder](FromRecorder)
+    while data := sock.recv(1 << 16):
+        for message in frames.feed(data):
+            return message
+    raise ConnectionError("it ended its connection")
+
+
+class _Line:
+    """Bytes on their way to the process."""
+
+    def __init__(self, sock: socket.socket, most_waiting: int) -> None:
+        """
+        Args:
+            sock: a stream socket that never blocks; taken over.
+            most_waiting: messages that may wait for the socket.
+        """
+        self._sock = sock
+        self._most_waiting = most_waiting
+        self._lock = threading.Lock()
+        """Guards what follows. Held for no longer than a call takes that does not wait."""
+        self._waiting: deque[memoryview] = deque()
+        """The first one may be the rest of a message."""
+        self._num_bytes = 0
+        self._is_closed = False
+        self._has_news = threading.Event()
+        self._thread = threading.Thread(target=self._send_rest, name="to-recorder", daemon=True)
+        self._thread.start()
+
+    def put(self, data: bytes, *, is_last: bool = False) -> int:
+        """Send a message, or as much of it as the socket takes; the rest follows.
+
+        Args:
+            is_last: nothing is dropped for it.
+
+        Returns:
+            How many messages were dropped. A socket that is broken takes all of them: whoever
+            waits for the process counts them.
+        """
+        with self._lock:
+            self._waiting.append(memoryview(data))
+            self._num_bytes += len(data)
+            if len(self._waiting) == 1:
+                self._send_some()
+            num_dropped = 0
+            while not is_last and len(self._waiting) > 1 and self._is_too_much():
+                self._num_bytes -= len(self._waiting[1])
+                del self._waiting[1]  # of the first, a part may have been sent
+                num_dropped += 1
+            if self._waiting:
+                self._has_news.set()
+            return num_dropped
+
+    def close(self) -> None:
+        """Send nothing more."""
+        with self._lock:
+            self._is_closed = True
+            self._has_news.set()
+        self._thread.join(5.0)
+        self._sock.close()
+
+    def _is_too_much(self) -> bool:
+        return len(self._waiting) > self._most_waiting or self._num_bytes > _MOST_WAITING_BYTES
+
+    def _send_some(self) -> None:
+        """Send what the socket takes. The lock is held."""
+        try:
+            while self._waiting:
+                taken = self._sock.send(self._waiting[0])
+                self._num_bytes -= taken
+                if taken < len(self._waiting[0]):
+                    self._waiting[0] = self._waiting[0][taken:]
+                else:
+                    self._waiting.popleft()
+        except BlockingIOError:
+            pass
+        except OSError:  # the process is gone, and so is all that it was sent
+            self._waiting.clear()
+            self._num_bytes = 0
+
+    def _send_rest(self) -> None:
+        room = select.poll()
+        room.register(self._sock, select.POLLOUT)
+        while not self._is_closed:
+            self._has_news.wait()
+            room.poll(_POLL_S * 1e3)
+            with self._lock:
+                if not self._is_closed:
+                    self._send_some()
+                if not self._waiting:
+                    self._has_news.clear()

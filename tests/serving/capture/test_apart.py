@@ -1,0 +1,331 @@
+"""A recorder in a process of its own makes the traces that one beside the engine makes, and its end
+harms nothing but what it had not written."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from buffer.backends import open_backend
+from buffer.traces import TraceReader
+from configs.schema import Settings
+from oracles.engines import Collected, request_of
+from serving.build import build_service
+from serving.capture import apart
+from serving.capture.apart import MOST_DEATHS, RecorderProcess, _Line, spawn
+from serving.capture.finished import Finished
+from serving.capture.messages import framed
+from serving.capture.recorder import num_waiting
+from serving.capture.shared_counts import SharedCounts, new_counts
+from serving.engine.capture_ring import CaptureRing
+from serving.engine.captured_rows import CapturedRows
+from serving.sampling import SamplingParams, trace_values
+
+PROMPT = [40, 41, 42, 43]
+SAMPLING = trace_values(SamplingParams())
+
+
+@pytest.fixture
+def serve(tiny_target_dir, tmp_path):
+    """Start a service with these settings of ``capture``."""
+    started = []
+
+    def start(name="run", url="log:", **capture):
+        settings = Settings.model_validate(
+            {
+                "target": str(tiny_target_dir),
+                "run_dir": tmp_path / name,
+                "device": "cpu",
+                "engine": {"max_batch": 2, "max_model_len": 100, "page_size": 4},
+                "policy": {"kind": "fixed", "draft_k": 2},
+                "buffer": {"sync_interval_s": 0.02, "url": url},
+                "capture": capture,
+            }
+        )
+        service = build_service(settings)
+        service.start()
+        started.append(service)
+        return service
+
+    yield start
+    for service in started:
+        service.stop()
+
+
+def ask(service, name, num_tokens=9):
+    collected, done = Collected(), threading.Event()
+
+    def take(output):
+        collected.take(output)
+        if output.finish_reason:
+            done.set()
+
+    service.inbox.submit(replace(request_of(name, PROMPT, num_tokens), tenant="acme"), take)
+    assert done.wait(60)
+
+
+def until(is_so, what):
+    deadline = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.005)
+
+
+def without_times(trace):
+    """What a trace says, but for what differs from one run to the other."""
+    return replace(
+        trace,
+        producer="",
+        epoch=0,
+        finished_unix_ms=0,
+        rounds=len(trace.rounds),
+        features=None,
+        token_ids=trace.token_ids.tolist(),
+        sampling=dict(trace.sampling.values),
+    )
+
+
+def traces_of(service, folder, names):
+    for name in names:
+        ask(service, name)
+    until(lambda: service.recorder.counts()["written"] == len(names), service.recorder.counts)
+    return TraceReader(open_backend("log:", folder)).read(99)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_its_traces_are_those_of_a_recorder_beside_the_engine(serve, tmp_path, dtype):
+    beside = traces_of(serve("beside", process=False, dtype=dtype), tmp_path / "beside", "abc")
+    service = serve("apart", process=True, dtype=dtype)
+    assert isinstance(service.recorder, RecorderProcess)
+    found = traces_of(service, tmp_path / "apart", "abc")
+
+    assert [without_times(t) for t in found] == [without_times(t) for t in beside]
+    for one, other in zip(found, beside, strict=True):
+        assert one.features.rows.tobytes() == other.features.rows.tobytes()
+        assert one.features.positions.tolist() == other.features.positions.tolist()
+        assert [(r.anchor, r.draft_ids, r.next_id, r.drafter, r.policy) for r in one.rounds] == [
+            (r.anchor, r.draft_ids, r.next_id, r.drafter, r.policy) for r in other.rounds
+        ]
+    assert service.figures().capture_rows_dropped == 0
+
+
+def test_rows_that_the_ring_has_overwritten_are_counted(serve, tmp_path):
+    """A ring that is smaller than one request: the rows that are left are used."""
+    service = serve(process=True, ring_rows=1)
+    capacity = service.engine.programs.ring._capacity
+    ask(service, "long", 90)
+    until(lambda: service.recorder.counts()["written"] == 1, service.recorder.counts)
+    (trace,) = TraceReader(open_backend("log:", tmp_path / "run")).read(9)
+    lost = 93 - len(trace.features.positions)
+    assert capacity < 9000 and service.figures().capture_rows_dropped == lost
+
+
+def test_a_recorder_that_is_killed_is_started_again_and_what_it_had_is_counted(serve, tmp_path):
+    service = serve(process=True)
+    recorder = service.recorder
+    ask(service, "first")
+    until(lambda: recorder.counts()["written"] == 1, recorder.counts)
+    former = recorder.pid
+    os.kill(former, signal.SIGSTOP)  # it reads nothing any more
+    for name in "abc":
+        ask(service, name)
+    assert num_waiting(recorder.counts()) == 3
+    os.kill(former, signal.SIGKILL)
+    until(lambda: recorder.pid != former, "another process")
+    until(lambda: num_waiting(recorder.counts()) == 0, recorder.counts)
+    until(lambda: recorder._line is not None, "a connection to it")
+    ask(service, "last")
+    until(lambda: recorder.counts()["written"] == 2, recorder.counts)
+
+    counts = recorder.counts()
+    assert (counts["queued"], counts["dropped"], num_waiting(counts)) == (5, 3, 0)
+    traces = TraceReader(open_backend("log:", tmp_path / "run")).read(9)
+    assert {(trace.request_id, trace.seq) for trace in traces} == {("first", 0), ("last", 4)}
+
+
+def test_processes_that_die_at_once_are_given_up(serve, monkeypatch, caplog):
+    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.0)
+    service = serve(process=True)
+    recorder = service.recorder
+    monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
+    os.kill(recorder.pid, signal.SIGKILL)
+    until(lambda: not recorder._keeper.is_alive(), "the end of trying")
+    ask(service, "after")
+
+    counts = recorder.counts()
+    assert (counts["queued"], counts["dropped"]) == (1, 1)
+    assert f"{MOST_DEATHS} recorder's processes in a row died" in caplog.text
+    assert "ended with exit code 3 before it could write traces" in caplog.text
+
+
+def test_settings_that_cannot_be_used_are_refused_before_serving(serve, tmp_path):
+    key = tmp_path / "key"
+    key.write_bytes(os.urandom(32))
+    serve("run", process=True)
+    until(lambda: (tmp_path / "run" / "traces").exists(), "a log")
+    with pytest.raises(ValueError, match="no_such_module"):
+        serve("other", process=True, redact="no_such_module:function")
+    with pytest.raises(ValueError, match="key"):
+        serve("run", url=f"log:?key_file={tmp_path / 'none'}", process=True)
+
+
+def test_a_function_that_redacts_runs_there(serve, tmp_path, monkeypatch):
+    (tmp_path / "hooks_apart.py").write_text(
+        "import os\n"
+        "from dataclasses import replace\n"
+        "def name(trace):\n"
+        "    return replace(trace, tenant=f'process {os.getpid()}')\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    service = serve(process=True, redact="hooks_apart:name")
+    (trace,) = traces_of(service, tmp_path / "run", "a")
+    assert trace.tenant == f"process {service.recorder.pid}"
+
+
+def test_stopping_writes_what_was_sent(serve, tmp_path):
+    service = serve(process=True)
+    os.kill(service.recorder.pid, signal.SIGSTOP)
+    for name in "abcd":
+        ask(service, name)
+    os.kill(service.recorder.pid, signal.SIGCONT)
+    service.stop()
+    assert service.recorder.counts()["written"] == 4
+    assert len(TraceReader(open_backend("log:", tmp_path / "run")).read(9)) == 4
+
+
+def test_what_a_process_that_hangs_has_not_written_is_counted(serve, caplog):
+    service = serve(process=True)
+    recorder = service.recorder
+    os.kill(recorder.pid, signal.SIGSTOP)
+    ask(service, "a")
+    began_s = time.monotonic()
+    recorder.close(0.2)
+    assert time.monotonic() - began_s < 20
+    assert recorder.counts()["dropped"] == 1 and "1 traces were not written" in caplog.text
+
+
+def test_when_the_server_is_gone_what_it_sent_is_written(tmp_path):
+    """A process that is killed closes its connections, and says nothing."""
+    ring = CaptureRing(64, 1, 16, is_shared=True)
+    settings = Settings.model_validate({"target": "none", "run_dir": tmp_path})
+    spawned = spawn()
+    recorder = RecorderProcess(settings, ring.shared, (1,), spawned)
+    os.kill(recorder.pid, signal.SIGSTOP)
+    for number in range(3):
+        recorder.put(finished(5, number))
+    spawned.sock.shutdown(socket.SHUT_RDWR)
+    os.kill(recorder.pid, signal.SIGCONT)
+    assert spawned.process.wait(60) == 0
+    assert recorder.counts()["written"] == 3
+    assert len(TraceReader(open_backend("log:", tmp_path)).read(9)) == 3
+    recorder.close(0.1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
+def test_a_ring_can_be_read_through_its_descriptor(device, dtype):
+    """Also by a process that has no torch; on a GPU programs write to pinned memory."""
+    ring = CaptureRing(50, 2, 16, device, dtype, is_shared=True)
+    shared = ring.shared
+    reader = CapturedRows.mapped(shared.memory.descriptor, shared.shape, shared.dtype)
+    luck = torch.Generator().manual_seed(0)
+    pieces = []
+    for position, count in ((0, 30), (30, 15), (45, 9)):
+        rows = torch.randn((count, 16), generator=luck).to(device)
+        twice = torch.stack([rows, rows * 2], dim=1)
+        one, none = torch.tensor([count], device=device), torch.zeros(1, device=device)
+        ring.append(twice, rows, one, none, none)
+        pieces += (position, ring.number([count])[0], count)
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+    (own, lost), (theirs, lost_there) = ring.read(pieces), reader.read(pieces)
+    assert lost == lost_there == 4 and len(own.rows) == 50
+    assert own.rows.tobytes() == theirs.rows.tobytes() and own.rows.any()
+    assert (own.scales is None) == (theirs.scales is None) == (dtype == "bfloat16")
+    assert own.scales is None or own.scales.tobytes() == theirs.scales.tobytes()
+    last = torch.from_numpy(theirs.rows[-1, -1])
+    bits = torch.bfloat16 if dtype == "bfloat16" else torch.float8_e4m3fn
+    scale = 1.0 if theirs.scales is None else float(theirs.scales[-1, -1])
+    torch.testing.assert_close(
+        last.view(bits).float() * scale, rows[-1].float().cpu(), atol=0.1, rtol=0.07
+    )
+
+
+def finished(size, seq=0):
+    return Finished(
+        "p", 1, "f" * 64, seq, 0, "r", "t", SAMPLING, 1, [1] * size, [], True, [], [], [], [], [], []
+    )  # fmt: skip
+
+
+def test_a_socket_that_is_full_delays_nobody_and_the_oldest_are_dropped():
+    own, other = socket.socketpair()
+    own.setblocking(False)
+    line = _Line(own, most_waiting=3)
+    data = [framed(finished(50_000 + number)) for number in range(40)]
+    began_s = time.monotonic()
+    dropped = sum(line.put(one) for one in data)
+    assert time.monotonic() - began_s < 5
+    assert 0 < dropped < 40
+    found = bytearray()
+    other.settimeout(20)
+    expected = sum(map(len, data[:1]))
+    while len(found) < expected:
+        found += other.recv(1 << 20)
+    left_s = time.monotonic() + 20
+    while line._waiting and time.monotonic() < left_s:
+        other.setblocking(False)
+        try:
+            found += other.recv(1 << 20)
+        except BlockingIOError:
+            time.sleep(0.001)
+    other.setblocking(False)
+    while True:
+        try:
+            found += other.recv(1 << 20)
+        except BlockingIOError:
+            break
+    messages, at = [], 0
+    while at < len(found):
+        size = 4 + int.from_bytes(found[at : at + 4], "big")
+        messages.append(bytes(found[at : at + size]))
+        at += size
+    assert len(messages) == 40 - dropped
+    assert [one for one in data if one in messages] == messages, "whole, and in order"
+    assert messages[-1] == data[-1], "the newest are kept"
+    line.close()
+    other.close()
+
+
+def test_counts_are_all_of_one_time():
+    """While they are written, and when the writer was killed in between."""
+    descriptor = new_counts()
+    counts, theirs = SharedCounts(descriptor), SharedCounts(descriptor)
+    stop = threading.Event()
+
+    def write():
+        number = 0
+        while not stop.is_set():
+            number += 1
+            theirs.write({"written": number, "lost_rows": number})
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    for _ in range(3000):
+        found = counts.read()
+        assert found["written"] == found["lost_rows"]
+    stop.set()
+    thread.join()
+    last = counts.read()
+    theirs._memory[0] |= 1
+    theirs._memory[1] = 0
+    assert counts.read() == last
+    counts.write({"written": 5})
+    assert theirs.read()["written"] == 5
