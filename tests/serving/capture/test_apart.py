@@ -261,7 +261,8 @@ def test_a_ring_can_be_read_through_its_descriptor(device, dtype):
 
 def finished(size, seq=0):
     return Finished(
-        "p", 1, "f" * 64, seq, 0, "r", "t", SAMPLING, 1, [1] * size, [], True, [], [], [], [], [], []
+        "p", 1, "f" * 64, seq, 0, "r", "t", SAMPLING, 1, [1] * size, [], True,
+        [], [], [], [], [], [],
     )  # fmt: skip
 
 
