@@ -24,13 +24,16 @@ from torch import Tensor, nn
 
 from drafters.eagle3.model import Attend, rope_theta
 from drafters.eagle3.paged import FusedPass, PagedEagle3
-from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_fused
+from drafters.fused_layers import FusedLayers, Parts, RowsAt, bias_in, norm_of, why_not_fused
 from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
+from specops.attention import AttendedParts
+from specops.best_ids import BestParts
 from specops.device import trained_gate
 from specops.rope import Heads, rope_table
+from specops.rows import Pair
 from targets.layers import Layer, columns_of
 
 TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
@@ -334,7 +337,8 @@ def supports(module: nn.Module, embed: nn.Module) -> str | None:
 
 class FusedMtp:
     """An ``Mtp`` run by our operations on the module's own weights, as ``FusedEagle3`` runs its
-    drafter: ten launches a pass with its logits, and attention."""
+    drafter: ten launches a pass with its logits, and attention; where neighbours are joined, eight
+    in all."""
 
     def __init__(
         self,
@@ -363,9 +367,8 @@ class FusedMtp:
         self._pair_norms = norm_of(module.embed_norm), norm_of(module.hidden_norm)
         self._target_norm, self._final_norm = norm_of(module.target_norm), norm_of(module.norm)
         weight = module.proj.weight.detach()
-        self._table = rope_table(
-            module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
-        )
+        frequency = module.inverse_frequency(weight.device)
+        self._table = rope_table(frequency, 1.0, num_positions, weight.dtype)
         parts = Parts((_fused_layer(module),), {"proj": weight})
         self.layers = FusedLayers(parts, alone=(head_DH,), **options)
 
@@ -375,8 +378,7 @@ class FusedMtp:
 
     def fuse(self, features: Tensor) -> Tensor:
         """See ``Mtp.fuse``; [T, H]."""
-        found: Tensor = self.layers.do.add_norm(features, None, self._target_norm, None)
-        return found
+        return self.layers.do.add_norm(features, None, self._target_norm, None)
 
     def forward(
         self,
@@ -384,39 +386,37 @@ class FusedMtp:
         hidden: Tensor,
         positions_T: Tensor,
         slots_T: Tensor,
-        attend: Callable[[Tensor], Tensor],
+        attend: Callable[[Tensor], Tensor | AttendedParts],
         keys: Tensor,
         values: Tensor,
+        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Run the layer like ``Mtp.forward``, and write its keys and values to the rows' slots.
-
-        Args:
-            ids_T, positions_T, slots_T: [T] int64 of the rows.
-            hidden: [T, H], see ``fuse``, or the output of the preceding row.
-            attend: see ``drafters.eagle3.fused``.
-            keys, values: [num_slots, Hkv, D] contiguous, written in place.
+        """``Mtp.forward``; arguments as of ``FusedEagle3.forward``.
 
         Returns:
             Outputs [T, H], behind the final norm, and ``None``.
         """
-        do, (heads,) = self.layers.do, self.layers.heads
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
-        pair = do.norm_pair(
-            ids_T, self._table_VH, hidden, *self._pair_norms, hidden_first=self._hidden_first
-        )
-        table = do.rope_rows(self._table, positions_T)
+        pair = Pair(ids_T, self._table_VH, hidden, *self._pair_norms, self._hidden_first, squares)
+        at = RowsAt(self._table, positions_T, slots_T, (keys,), (values,))
+        stream = self.layers.pair_product(pair, "proj")
+        return self.layers.forward(stream, None, at, lambda _, q: attend(q), self._final_norm)
 
-        def heads_of(_index: int, qkv: Tensor) -> Tensor:
-            q = do.rope_and_write(qkv, heads, table, positions_T, slots_T, keys, values)
-            return attend(q).flatten(1)
+    def takes_parts(self, num_rows: int) -> bool:
+        """See ``FusedLayers.takes_parts``."""
+        return self.layers.takes_parts(num_rows)
 
-        stream = self.layers.product(pair, "proj")
-        return self.layers.forward(stream, None, heads_of, self._final_norm)
+    def logits(
+        self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """See ``FusedEagle3.logits``; the outputs are behind the final norm."""
+        if out is not None:
+            return self.layers.do.few_row_linear(outputs, self._head_DH, out=out)
+        return self.layers.multiply(outputs, self._head_DH)
 
-    def logits(self, outputs: Tensor, squares: Tensor | None = None) -> Tensor:
-        """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
-        found: Tensor = self.layers.multiply(outputs, self._head_DH)
-        return found
+    def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
+        """The largest of ``logits``, which are not written."""
+        return self.layers.do.few_row_best(outputs, self._head_DH)
 
 
 def _fused_layer(module: Mtp) -> Layer:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from specops.attention import DecodePass
+from specops.best_ids import BestParts
 from specops.draft_sampling import VocabMap
 from specops.lanes import OpenedRound
 from specops.matches import TextDrafts
@@ -227,6 +228,29 @@ class ChoosesTogether(Protocol):
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         """Target ids [R, K] int64 of K positions, from contiguous logits [K, R, Vd]."""
+
+
+@runtime_checkable
+class ChoosesParts(Protocol):
+    """A ``choose`` of ``NeuralDrafter.propose`` that takes the most likely tokens, and needs no
+    more of the logits than the largest of each part."""
+
+    def of_parts(self, parts: BestParts, number: int) -> Tensor:
+        """Target ids [R] int64 of a drafted token, as from its logits."""
+
+
+@runtime_checkable
+class KeepsLogits(Protocol):
+    """A ``choose`` of ``NeuralDrafter.propose`` that keeps the logits of all positions together:
+    those that are written where it says need not be copied."""
+
+    def place(self, number: int, like_RD: Tensor) -> Tensor:
+        """[R, Vd] for the logits of a drafted token, whose rows need not be adjacent; to be passed
+        to ``choose`` once they are written.
+
+        Args:
+            like_RD: of their shape, dtype and device; only these are read.
+        """
 
 
 def choose_block(choose: Callable[[Tensor, int], Tensor], logits_KRV: Tensor) -> Tensor:

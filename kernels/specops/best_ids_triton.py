@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from specops.best_ids import BestParts
+from specops.draft_sampling import Instead
 from specops.overlap_triton import let_next_start, wait_for_previous
 from specops.verify_logits import UNSOUND
 
@@ -25,7 +27,7 @@ _UNSOUND = tl.constexpr(UNSOUND)
 
 
 @triton.jit
-def _best(tops, ids, axis: tl.constexpr):
+def best_of(tops, ids, axis: tl.constexpr):
     """The largest number and the lowest id that has it; NaN ranks above everything."""
     is_nan = tops != tops
     nan_id = tl.min(tl.where(is_nan, ids, _NONE), axis=axis)
@@ -57,17 +59,21 @@ def _best_of_part(
         is_better = (x > tops) | ((x != x) & (tops == tops))
         tops = tl.where(is_better, x, tops)
         ids = tl.where(is_better, id, ids)
-    top, best_id = _best(tops[None, :], ids[None, :], 1)
+    top, best_id = best_of(tops[None, :], ids[None, :], 1)
     slot = row * num_parts + part + tl.arange(0, 1)
     tl.store(tops_ptr + slot, top)
     tl.store(ids_ptr + slot, best_id)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+@triton.jit(
+    do_not_specialize=["num_rows", "num_parts", "token_stride", "taken_stride"],
+    do_not_specialize_on_alignment=["tokens_ptr", "is_taken_ptr"],
+)
 def _join_best(
-    tops_ptr, part_ids_ptr, d2t_ptr, ids_ptr, num_rows, num_parts,
+    tops_ptr, part_ids_ptr, d2t_ptr, tokens_ptr, is_taken_ptr, ids_ptr, num_rows, num_parts,
+    token_stride, taken_stride,
     ROWS: tl.constexpr, PARTS_UP: tl.constexpr, HAS_MAP: tl.constexpr, IS_TARGET: tl.constexpr,
-    OVERLAP: tl.constexpr,
+    HAS_TOKENS: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Combine the parts of ROWS rows and map the best id to the target's vocabulary."""
     if OVERLAP:
@@ -79,12 +85,16 @@ def _join_best(
     slot = row[:, None] * num_parts + part[None, :]
     tops = tl.load(tops_ptr + slot, mask=is_part, other=float("-inf"))
     part_ids = tl.load(part_ids_ptr + slot, mask=is_part, other=_NONE)
-    top, best_id = _best(tops, part_ids, 1)
+    top, best_id = best_of(tops, part_ids, 1)
     ids = best_id.to(tl.int64)
     if IS_TARGET:
         ids = tl.where(tl.abs(top) < float("inf"), ids, _UNSOUND)
     if HAS_MAP:
         ids += tl.load(d2t_ptr + ids, mask=row < num_rows, other=0)
+    if HAS_TOKENS:
+        is_taken = tl.load(is_taken_ptr + row * taken_stride, mask=row < num_rows, other=0)
+        token = tl.load(tokens_ptr + row * token_stride, mask=row < num_rows, other=0)
+        ids = tl.where(is_taken != 0, token, ids)
     tl.store(ids_ptr + row, ids, mask=row < num_rows)
 
 
@@ -130,10 +140,46 @@ def best_ids(
         SPAN=span, WIDE=tl.float64 if is_double else tl.float32, OVERLAP=overlap,
         num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
-    _join_best[(triton.cdiv(num_rows, 4),)](
-        tops, part_ids, d2t_D, ids, num_rows, parts,
-        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, IS_TARGET=is_target,
-        OVERLAP=overlap,
-        num_warps=4, launch_pdl=overlap,
-    )  # fmt: skip
+    _launch_join(BestParts(tops, part_ids), d2t_D, None, ids.view(-1), is_target, overlap)
     return ids
+
+
+def join_best(
+    parts: BestParts,
+    d2t_D: Tensor | None = None,
+    instead: Instead | None = None,
+    *,
+    overlap: bool = False,
+) -> Tensor:
+    """See ``specops.best_ids.join_best``. One launch.
+
+    Args:
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
+
+    Raises:
+        ValueError: the parts are not contiguous.
+    """
+    if not (parts.tops_MP.is_contiguous() and parts.ids_MP.is_contiguous()):
+        raise ValueError("parts must be contiguous")
+    ids = torch.empty(len(parts.tops_MP), dtype=torch.int64, device=parts.tops_MP.device)
+    _launch_join(parts, d2t_D, instead, ids, False, overlap)
+    return ids
+
+
+def _launch_join(
+    parts: BestParts, d2t_D: Tensor | None, instead: Instead | None, ids: Tensor, is_target: bool,
+    overlap: bool,
+) -> None:  # fmt: skip
+    num_rows, num_parts = parts.tops_MP.shape
+    rows = 4 if num_parts <= _MOST_PARTS else 1
+    _join_best[(triton.cdiv(num_rows, rows),)](
+        parts.tops_MP, parts.ids_MP, d2t_D,
+        None if instead is None else instead.tokens_M,
+        None if instead is None else instead.is_taken_M.view(torch.uint8),
+        ids, num_rows, num_parts,
+        0 if instead is None else instead.tokens_M.stride(0),
+        0 if instead is None else instead.is_taken_M.stride(0),
+        ROWS=rows, PARTS_UP=max(_MOST_PARTS, triton.next_power_of_2(num_parts)),
+        HAS_MAP=d2t_D is not None, IS_TARGET=is_target, HAS_TOKENS=instead is not None,
+        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+    )  # fmt: skip

@@ -42,6 +42,16 @@ def vocab_map(d2t_D: Tensor, vocab_size: int) -> VocabMap:
 
 
 @dataclass(frozen=True, slots=True)
+class Instead:
+    """Tokens that are taken in place of those that a drafter chooses, for M of its rows."""
+
+    tokens_M: Tensor
+    """[M] int64 target ids; need not be adjacent."""
+    is_taken_M: Tensor
+    """[M] bool: this one is; need not be adjacent."""
+
+
+@dataclass(frozen=True, slots=True)
 class RowLaws:
     """Parameters that turn logits l into a distribution: weight exp((l - top) / temperature) for
     logits above ``cut``, and for logits equal to ``cut`` with an id up to ``last``; all divided by
@@ -125,6 +135,8 @@ def sample_draft(
     numbering: Numbering,
     greedy_R: Tensor | None = None,
     vocab: VocabMap | None = None,
+    *,
+    instead: Instead | None = None,
 ) -> Drafted:
     """Sample a draft token for each request, or take the argmax (the lowest id wins ties). A row
     whose largest logit is NaN or infinite drafts its first token, and verification ends the draft
@@ -136,6 +148,7 @@ def sample_draft(
         numbering: ``positions_R`` is the draft token's position; stream DRAFT.
         greedy_R: [R] bool, rows that draft their argmax regardless of temperature.
         vocab: map of a reduced draft vocabulary; ``None``: the target's vocabulary.
+        instead: tokens that are returned in place of those drawn, whose log q and laws remain.
     """
     top_R, ids_R = logits_RD.max(dim=-1)  # the lowest id of ties, as ``argmax``
     is_sound_R = top_R.isfinite()
@@ -151,4 +164,7 @@ def sample_draft(
         ids_R.index_copy_(0, drawn, ids_A)
         logq_R.index_copy_(0, drawn, q_AD.gather(-1, ids_A[:, None])[:, 0].log().float())
     ids_R = torch.where(is_sound_R, ids_R, 0)
-    return Drafted(ids_R if vocab is None else vocab.to_target(ids_R), logq_R)
+    tokens_R = ids_R if vocab is None else vocab.to_target(ids_R)
+    if instead is not None:
+        tokens_R = torch.where(instead.is_taken_M, instead.tokens_M, tokens_R)
+    return Drafted(tokens_R, logq_R)

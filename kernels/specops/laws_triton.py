@@ -34,7 +34,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.draft_sampling import RowLaws
+from specops.draft_sampling import Instead, RowLaws
+from specops.overlap_triton import let_next_start, wait_for_previous
 from specops.rng import Numbering, Stream
 from specops.sampling import SamplingRows
 from specops.verify_logits import UNSOUND
@@ -194,10 +195,13 @@ def _split_rows(
     vocab, num_parts, per,
     EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr, STREAM: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr, PLAIN: tl.constexpr,
-    TRUNCATES: tl.constexpr, RACES: tl.constexpr,
+    TRUNCATES: tl.constexpr, RACES: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One part of one row: its largest logit, that logit's lowest id, the sum of weights, and the
     winner of its race if the row is raced and not truncated."""
+    if OVERLAP:
+        let_next_start()
+        wait_for_previous()
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
@@ -527,18 +531,27 @@ def draw_within(x, ids, top, cut, last, rate, portion, PART: tl.constexpr):
     return tl.sum(tl.where(tl.arange(0, PART) == inside, ids, 0), axis=0)
 
 
-@triton.jit(do_not_specialize=["per"], do_not_specialize_on_alignment=PER_REQUEST)
+@triton.jit(
+    do_not_specialize=["per", "given_stride", "is_given_stride"],
+    do_not_specialize_on_alignment=(*PER_REQUEST, "given_ptr", "is_given_ptr"),
+)
 def _join_rows(
     logits_ptr, request_stride, row_stride, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr,
     greedy_ptr, lens_ptr, rules_ptr, keys_ptr, nonces_ptr, positions_ptr,
     part_top_ptr, stretch_top_ptr, best_ptr, sum_ptr, plain_ptr, ratio_ptr, winner_ptr,
-    held_ptr, held_ids_ptr, law_ptr, last_ptr, own_ptr, stats_ptr, vocab, num_parts, per,
+    held_ptr, held_ids_ptr, law_ptr, last_ptr, own_ptr, stats_ptr, d2t_ptr, token_ptr, logq_ptr,
+    given_ptr, is_given_ptr, given_stride, is_given_stride, vocab, num_parts, per,
     EXTRA: tl.constexpr, PART: tl.constexpr, STRETCH: tl.constexpr,
     PARTS_UP: tl.constexpr, SWEEP: tl.constexpr, HELD: tl.constexpr, STREAM: tl.constexpr,
     HAS_GREEDY: tl.constexpr, HAS_LENS: tl.constexpr,
     PLAIN: tl.constexpr, TRUNCATES: tl.constexpr, RACES: tl.constexpr, DRAWS: tl.constexpr,
+    DRAFTS: tl.constexpr, HAS_MAP: tl.constexpr, HAS_GIVEN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """One row: its law, and a token sampled from it if one is needed."""
+    """One row: its law, and a token sampled from it if one is needed; with DRAFTS also the token's
+    target id and log q."""
+    if OVERLAP:
+        let_next_start()
+        wait_for_previous()
     row = tl.program_id(0).to(tl.int64)
     request, place = row // per, row % per
     if HAS_LENS:  # noqa: SIM102  (known when compiled; what is inside is not)
@@ -628,7 +641,35 @@ def _join_rows(
     tl.store(law_ptr + row * 3 + 1, cut)
     tl.store(law_ptr + row * 3 + 2, mass)
     tl.store(last_ptr + row, last)
-    tl.store(own_ptr + row, best)
+    if DRAFTS:
+        own = tl.maximum(best, 0).to(tl.int64)
+        temperature = tl.load(temperature_ptr + request).to(tl.float32)
+        x = tl.load(row_ptr + own).to(tl.float32)
+        gap = x - tl.where(has_law, top, 0.0)
+        logq = gap / tl.where(is_greedy, 1.0, temperature) - tl.log(mass)
+        tl.store(logq_ptr + row, tl.where(has_law, logq, 0.0))
+        if HAS_MAP:
+            own += tl.load(d2t_ptr + own)
+        if HAS_GIVEN:
+            is_given = tl.load(is_given_ptr + row * is_given_stride) != 0
+            own = tl.where(is_given, tl.load(given_ptr + row * given_stride), own)
+        tl.store(token_ptr + row, own)
+    else:
+        tl.store(own_ptr + row, best)
+
+
+@dataclass(frozen=True, slots=True)
+class DraftTokens:
+    """Where ``join_rows`` writes draft tokens."""
+
+    tokens_N: Tensor
+    """[N] int64 target ids; that of draft id 0 for rows without a law."""
+    logq_N: Tensor
+    """[N] float32, log q of the token; 0 for rows without a law."""
+    d2t_D: Tensor | None
+    """See ``draft_sampling.VocabMap``; ``None``: the draft vocabulary is the target's."""
+    instead: Instead | None = None
+    """Tokens that are taken in place of the drawn ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -637,8 +678,9 @@ class JoinedRows:
 
     laws: RowLaws
     """Laws of the N rows; rows beyond ``lens`` are not written."""
-    own_N: Tensor
-    """[N] int32: the argmax of greedy rows, the sampled token of others, or ``UNSOUND``."""
+    own_N: Tensor | None
+    """[N] int32: the argmax of greedy rows, the sampled token of others, or ``UNSOUND``; ``None``
+    for drafts, whose tokens go to ``DraftTokens``."""
     stats_N2: Tensor | None
     """[N, 2] float32: logsumexp, and the entropy in nats at temperature 1 without truncation; 0
     beyond ``lens``."""
@@ -681,6 +723,8 @@ def join_rows(
     extra: int,
     with_stats: bool,
     tiles: Tiles = TILES,
+    drafts: DraftTokens | None = None,
+    overlap: bool = False,
 ) -> JoinedRows:
     """The laws of N = R * ``per`` rows, and a token sampled from each if needed.
 
@@ -692,6 +736,8 @@ def join_rows(
         numbering: random numbers of the samples; ``None``: no sampling.
         extra: see ``lens_R``.
         with_stats: compute ``stats_N2``.
+        drafts: filled instead of ``own_N``.
+        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
 
     Raises:
         ValueError: the last dimension, or a tensor with one number per request, is not
@@ -720,8 +766,9 @@ def join_rows(
     held = scratch(tiles.held) if truncates else None
     held_ids = scratch(tiles.held, dtype=torch.int32) if truncates else None
     laws = RowLaws(scratch(3), scratch(dtype=torch.int32))
-    own = scratch(dtype=torch.int32)
+    own = scratch(dtype=torch.int32) if drafts is None else None
     stats = scratch(2) if with_stats else None
+    instead = None if drafts is None else drafts.instead
     if not num_rows:
         return JoinedRows(laws, own, stats)
     rows = (logits_RPV, logits_RPV.stride(0), logits_RPV.stride(1), sampling.temperature_R)
@@ -735,6 +782,8 @@ def join_rows(
         "TRUNCATES": truncates,
         "RACES": races,
         "STREAM": int(stream),
+        "OVERLAP": overlap,
+        "launch_pdl": overlap,
     }
     cuts = (sampling.top_k_R, sampling.top_p_R, sampling.min_p_R)
     numbers: tuple[Tensor | None, ...] = (None,) * 3
@@ -747,9 +796,16 @@ def join_rows(
     _join_rows[(num_rows,)](
         *rows, *cuts, greedy_R, lens_R, rules_R, *numbers,
         tops, stretch_tops, bests, sums, plain, ratios, winners, held, held_ids,
-        laws.tops_cuts_masses, laws.lasts, own, stats, vocab_size, parts, per,
+        laws.tops_cuts_masses, laws.lasts, own, stats,
+        *((None,) * 3 if drafts is None else (drafts.d2t_D, drafts.tokens_N, drafts.logq_N)),
+        *((None, None, 0, 0) if instead is None else (
+            instead.tokens_M, instead.is_taken_M.view(torch.uint8), instead.tokens_M.stride(0),
+            instead.is_taken_M.stride(0),
+        )),
+        vocab_size, parts, per,
         **kinds, PARTS_UP=triton.next_power_of_2(parts), SWEEP=tiles.sweep, HELD=tiles.held,
-        DRAWS=numbering is not None,
+        DRAWS=numbering is not None, DRAFTS=drafts is not None,
+        HAS_MAP=drafts is not None and drafts.d2t_D is not None, HAS_GIVEN=instead is not None,
         num_warps=tiles.sweep_warps if truncates else tiles.part_warps,
     )  # fmt: skip
     return JoinedRows(laws, own, stats)

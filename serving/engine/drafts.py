@@ -5,6 +5,7 @@ Shapes: R requests, K draft tokens.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -13,8 +14,9 @@ from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from specops.attention import DecodePass
-from specops.device import best_ids, confidence, sample_draft
-from specops.draft_sampling import Drafted, DraftLaw, join_laws
+from specops.best_ids import BestParts
+from specops.device import best_ids, confidence, join_best, sample_draft
+from specops.draft_sampling import Drafted, DraftLaw, Instead, VocabMap, join_laws
 from specops.lanes import ClosedRound, OpenedRound
 
 
@@ -53,6 +55,10 @@ class AfterText:
         """[R] or [R, P] the tokens at one place or at several, from the neural drafter's own."""
         return torch.where(self.is_text_RK[:, at], self.tokens_RK[:, at], own)
 
+    def at(self, number: int) -> Instead:
+        """What is taken in place of the neural drafter's own tokens at one place."""
+        return Instead(self.tokens_RK[:, number], self.is_text_RK[:, number])
+
     def whole(self, tokens_RP: Tensor) -> Tensor:
         """[R, K] the drafts, from the tokens at the places that the neural drafter drafts."""
         return torch.cat((tokens_RP, self.tokens_RK[:, self.num_passes :]), dim=1)
@@ -60,7 +66,8 @@ class AfterText:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether``."""
+    """Chooses the most likely tokens. ``drafters.protocol``'s ``ChoosesTogether`` and
+    ``ChoosesParts``."""
 
     d2t_D: Tensor | None
     """[D] int64, target id minus draft id, of a reduced vocabulary."""
@@ -70,9 +77,68 @@ class Best:
         best = best_ids(logits, self.d2t_D)
         return best if self.after is None else self.after.taken(number, best)
 
+    def of_parts(self, parts: BestParts, number: int) -> Tensor:
+        instead = None if self.after is None else self.after.at(number)
+        return join_best(parts, self.d2t_D, instead)
+
     def together(self, logits_KRV: Tensor) -> Tensor:
         best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()
         return best_RK if self.after is None else self.after.taken(slice(len(logits_KRV)), best_RK)
+
+
+class Draw:
+    """Draws tokens from distributions. ``drafters.protocol.KeepsLogits``."""
+
+    def __init__(
+        self,
+        opened: OpenedRound,
+        vocab: VocabMap | None,
+        num_draft: int,
+        after: AfterText | None,
+        figures: list[Tensor] | None,
+    ) -> None:
+        """
+        Args:
+            figures: gets the confidence in each position, if it is wanted.
+        """
+        self.sampling = opened.sampling()
+        self.drawn: list[Drafted] = []
+        self._opened, self._vocab, self._after, self._figures = opened, vocab, after, figures
+        self._kept: list[Tensor] = []
+        self._num_draft = num_draft
+        self._rows_RKD: Tensor | None = None
+        self._places: list[Tensor] = []
+
+    def __call__(self, logits: Tensor, number: int) -> Tensor:
+        opened, after = self._opened, self._after
+        self._kept.append(logits)
+        if self._figures is not None:
+            self._figures.append(confidence(logits))
+        self.drawn.append(
+            sample_draft(
+                logits, self.sampling, opened.numbering(number), opened.by_match_R, self._vocab,
+                instead=None if after is None else after.at(number),
+            )
+        )  # fmt: skip
+        return self.drawn[-1].tokens_R
+
+    def place(self, number: int, like_RD: Tensor) -> Tensor:
+        if self._rows_RKD is None:
+            num_requests, num_tokens = like_RD.shape
+            self._rows_RKD = like_RD.new_empty(num_requests, self._num_draft, num_tokens)
+        self._places.append(self._rows_RKD[:, number])
+        return self._places[-1]
+
+    def logits(self) -> Tensor:
+        """[R, K, D] those that tokens were drawn from; of further places, the last ones."""
+        kept, places, rows = self._kept, self._places, self._rows_RKD
+        num_further = self._num_draft - len(kept)
+        is_whole = len(kept) == len(places) and all(map(operator.is_, kept, places))
+        if rows is None or not is_whole:
+            return torch.stack(kept + kept[-1:] * num_further, 1)
+        if num_further:
+            rows[:, len(kept) :] = kept[-1][:, None]
+        return rows
 
 
 def given(opened: OpenedRound) -> Drafts:
@@ -115,24 +181,11 @@ def drafted(
         tokens = tokens if after is None else after.whole(tokens)
         return Drafts(tokens, None, None, figures_RK3=torch.stack(figures, 1) if figures else None)
 
-    sampling, by_match = opened.sampling(), opened.by_match_R
-    drawn: list[Drafted] = []
-    kept: list[Tensor] = []
-
-    def draw(logits: Tensor, number: int) -> Tensor:
-        here = opened.numbering(number)
-        kept.append(logits)
-        if tells:
-            figures.append(confidence(logits))
-        drawn.append(sample_draft(logits, sampling, here, by_match, drafter.vocab))
-        tokens_R = drawn[-1].tokens_R
-        return tokens_R if after is None else after.taken(number, tokens_R)
-
+    draw = Draw(opened, drafter.vocab, num_draft, after, figures if tells else None)
     tokens = drafter.propose(outputs_RH, ahead, num_passes, draw)
     # Nothing is drawn at further places, and what the law says of them is not looked at.
-    num_further = num_draft - num_passes
-    kept, drawn = kept + kept[-1:] * num_further, drawn + drawn[-1:] * num_further
-    law = DraftLaw(torch.stack(kept, 1), sampling, by_match, drafter.vocab, join_laws(drawn))
+    drawn = draw.drawn + draw.drawn[-1:] * (num_draft - num_passes)
+    law = DraftLaw(draw.logits(), draw.sampling, opened.by_match_R, drafter.vocab, join_laws(drawn))
     logq_RK = torch.stack([d.logq_R for d in drawn], 1)
     if after is not None:
         tokens = after.whole(tokens)

@@ -82,6 +82,9 @@ EXCEPTIONS: dict[str, str] = {
     "benchmarks/harness/side.py: spells the drafter kind 'suffix'": (
         "builds checkouts without a catalog too"
     ),
+    "benchmarks/ops/eagle_pass.py: spells the drafter kind 'eagle3'": (
+        "measures the kernels of one drafter"
+    ),
     "benchmarks/ops/drafter.py: spells the drafter kind 'eagle3'": (
         "measures the kernels of one drafter"
     ),

@@ -20,7 +20,6 @@ def test_one_kernel_serves_all_batch_sizes_and_draft_lengths():
         # drafting, verification, and drafts without laws
         "_split_rows": 3,
         "_join_rows": 3,
-        "_finish": 1,
         # delta drafts, dense drafts, and dense drafts of which some are certain
         "_judge": 3,
         "_stop": 3,

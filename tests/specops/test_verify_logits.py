@@ -10,7 +10,7 @@ import torch
 
 from specops import draft_sampling, draft_sampling_triton, verify, verify_logits
 from specops import verify_logits_triton as kernels
-from specops.draft_sampling import DraftLaw, vocab_map
+from specops.draft_sampling import DraftLaw, Instead, vocab_map
 from specops.laws_triton import TILES, Tiles
 from specops.rng import Numbering
 from specops.sampling import distribution, sampling_rows
@@ -528,3 +528,27 @@ def test_a_seeded_token_depends_on_its_row_and_numbers_alone(by):
     for num_draft in range(5):
         assert first_tokens(torch.arange(9), num_draft) == alone
         assert first_tokens(torch.tensor([8, 2, 5]), num_draft) == [alone[r] for r in (8, 2, 5)]
+
+
+def test_tokens_of_others_are_returned_in_place_of_drawn_ones():
+    """Their laws and log q stay those of the drawn tokens."""
+    logits = torch.randn(5, 50, generator=torch.Generator().manual_seed(3))
+    greedy = torch.zeros(5, dtype=torch.bool)
+    arguments = (logits, sampling(5, 50, False), numbering(5, 1), greedy, None)
+    tokens = 100 + torch.arange(10).view(5, 2)
+    is_taken = torch.tensor([[1, 0, 1, 0, 0], [0, 1, 0, 0, 1]]).t() > 0
+    instead = Instead(tokens[:, 1], is_taken[:, 0])  # rows that are not adjacent
+
+    alone = draft_sampling.sample_draft(*arguments)
+    want = draft_sampling.sample_draft(*arguments, instead=instead)
+
+    def by_kernels(*given):
+        *rest, other = given
+        return draft_sampling_triton.sample_draft(*rest, instead=other, tiles=SMALL)
+
+    got = by_kernel(by_kernels, *arguments, instead)
+
+    assert want.tokens_R.tolist() == [101, alone.tokens_R[1], 105, *alone.tokens_R[3:]]
+    assert got.tokens_R.tolist() == want.tokens_R.tolist()
+    assert torch.equal(want.logq_R, alone.logq_R)
+    torch.testing.assert_close(got.logq_R, want.logq_R, atol=5e-6, rtol=2e-6)

@@ -378,9 +378,9 @@ def drawn_and_verified(model, monkeypatch):
     drawn, pairs = [], []
     right_draw, right_rule = serving.engine.drafts.sample_draft, serving.engine.rounds.verify_logits
 
-    def note_draw(logits, sampling, numbering, greedy, vocab):
+    def note_draw(logits, sampling, numbering, greedy, vocab, **options):
         drawn.append((logits.clone(), sampling, greedy, vocab))
-        return right_draw(logits, sampling, numbering, greedy, vocab)
+        return right_draw(logits, sampling, numbering, greedy, vocab, **options)
 
     def note_rule(logits, sampling, draft, lens, rules, numbering, law):
         if law is not None:
