@@ -190,6 +190,19 @@ class Drafting:
         offered, free = (tuple(k for k in kinds if k not in mixed) for kinds in (names, free))
         return _Offer(names, offered, hosts, with_match, free, on_device, has_mixes)
 
+    def allowed(self, choice: frozenset[str] | None) -> tuple[str, ...]:
+        """Drafters, and mixes of them, that may draft for a batch.
+
+        Args:
+            choice: see the method of that name.
+        """
+        return self._offer(choice).kinds
+
+    def members(self, kind: str) -> frozenset[str]:
+        """Drafters that draft in a round of this one, or of this mix."""
+        found = self.on_device.get(kind)
+        return frozenset((kind,) if found is None else found.kinds)
+
     def _reading(self, sequence: Sequence) -> list[TextRows]:
         """Text drafters that may take drafts from a request's text, now or later."""
         offer = self._offer(sequence.request.drafters)

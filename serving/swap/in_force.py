@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 IGNORED_CALIBRATIONS = "ignored_calibrations"
 """Key of ``WeightsInForce.counts``: versions that came with a calibration that is malformed."""
+FAILED_POLICIES = "failed_policies"
+"""The same: swaps that the policy failed to take in."""
 
 
 class WeightsInForce:
@@ -132,4 +134,11 @@ class WeightsInForce:
 
     def _tell(self) -> None:
         self._neural.version = self.current.version
-        self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+        try:
+            self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+        except Exception:  # the weights are in force; a policy that fails must not end requests
+            self.counts[FAILED_POLICIES] += 1
+            log.exception(
+                "the policy failed when told of version %d of %s; it goes on with what it knew of "
+                "the weights before", self.current.version, self.kind,
+            )  # fmt: skip
