@@ -378,7 +378,7 @@ def main(
         settings = settings_of(folder, max(loads))
         service, _ = build(settings)
         generate(service, settings, loads, seconds)
-        steps = read_steps(settings.buffer.url, folder, 1_000_000)
+        steps, _ = read_steps(settings.buffer.url, folder, 1_000_000)
         log = log_of_run(steps, LEARNED, folder, "traces", settings.drafter.max_draft)
         fitted = learned(log)
         networks = {method: one.pop("network") for method, one in fitted.items()}

@@ -65,20 +65,22 @@ def evaluate_run(
         url, run_dir = located(run, settings)
         folder = run_dir / "policies" if out is None else out
         check_can_hold_files(folder)
-        steps = read_steps(url, run_dir, most_steps)
+        steps, counts = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
     try:
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         found = evaluate(log, settings.policy, seeds=range(seeds))
     except ValueError as error:
-        _refuse(str(error), exit_code(error))
+        _refuse("\n".join(filter(None, (str(error), counts.lost()))), exit_code(error))
     for line in table(found):
         typer.echo(line)
     if (doubts := time_doubts(log)) is not None:
         typer.echo(f"\n{doubts}")
     if mixed := num_mixed(steps):
         typer.echo(f"\nleft out: {mixed} steps in which several drafters drafted")
+    if (lost := counts.lost()) is not None:
+        typer.echo(f"\n{lost}")
     for one in predictions_of(steps):
         typer.echo(one.to_line())
     try:

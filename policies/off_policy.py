@@ -27,8 +27,16 @@ Floats = NDArray[np.float64]
 MAX_WEIGHT = 50.0
 """Larger weights are cut off: one step must not decide."""
 BLOCK_STEPS = 16
+LEAST_BLOCKS = 8
+"""With fewer nothing is estimated: resampling one block, or two, gives an interval without width,
+which is no certainty."""
 RESAMPLES = 400
 _NOTHING = 1e-12
+
+
+def block_steps(num_steps: int) -> int:
+    """Steps of a block that is resampled as one; fewer for a load that has few."""
+    return max(min(BLOCK_STEPS, num_steps // LEAST_BLOCKS), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,17 +131,17 @@ def by_position(
 
 
 def ips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """Inverse propensity scoring; ``None`` if no step counts."""
+    """Inverse propensity scoring; ``None`` if no step counts, or there are too few."""
     return _estimate(weights * reward.logged, np.ones_like(weights), weights, seed)
 
 
 def snips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """The self-normalised estimate; ``None`` if no step counts."""
+    """The self-normalised estimate; ``None`` if no step counts, or there are too few."""
     return _estimate(weights * reward.logged, weights, weights, seed)
 
 
 def doubly_robust(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts."""
+    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts, or there are too few."""
     return _estimate(_corrected(reward, weights), np.ones_like(weights), weights, seed)
 
 
@@ -157,8 +165,10 @@ def throughput(
             weight by its own. ``None``: ``tokens.logged``.
 
     Returns:
-        ``None`` if some load has no step that counts.
+        ``None`` if some load has no step that counts, or all of them are too few steps.
     """
+    if len(weights) < LEAST_BLOCKS * BLOCK_STEPS:
+        return None
     above, below = _corrected(tokens, weights), _corrected(seconds, weights)
     strata = np.zeros(len(weights), np.int64) if strata is None else strata
     total, times, resampled = 0.0, 0.0, np.zeros(RESAMPLES)
@@ -193,6 +203,8 @@ def _corrected(reward: Reward, weights: Floats) -> Floats:
 
 def _estimate(above: Floats, below: Floats, weights: Floats, seed: int) -> Estimate | None:
     """Quotient of two sums over steps."""
+    if len(weights) < LEAST_BLOCKS * BLOCK_STEPS:
+        return None
     found = _Sums.of(above, below, weights, seed)
     return None if found is None else _joined(found.value, found.resampled, weights)
 
@@ -212,11 +224,11 @@ class _Sums:
 
     @classmethod
     def of(cls, above: Floats, below: Floats, weights: Floats, seed: int) -> _Sums | None:
-        """``None`` if no step counts."""
+        """``None`` if no step counts. A load with few steps has shorter blocks."""
         if not weights.any() or below.sum() <= 0:
             return None
         value = float(above.sum() / below.sum())
-        starts = np.arange(0, len(above), BLOCK_STEPS)
+        starts = np.arange(0, len(above), block_steps(len(above)))
         blocks = np.add.reduceat(np.stack((above, below)), starts, axis=1)
         drawn = np.random.default_rng(seed).integers(0, len(starts), (RESAMPLES, len(starts)))
         sums = blocks[:, drawn].sum(axis=2)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from buffer.audit import audit
 from buffer.backends import open_backend
-from buffer.records import Trace
-from buffer.traces import TraceReader
+from buffer.traces import TraceCounts, TraceReader, traces_in
 from configs.choices import SettingsError
 from policies.costs import LEAST_STEPS, are_enough, profile_of, times_of
 from policies.interface import CostSample
@@ -22,29 +21,26 @@ Times = Literal["auto", "profile", "traces"]
 it has the drafter."""
 _DOUBT, _SHOWN = 0.2, 3
 """Difference of step times that is worth a warning, and how many it names."""
-_READ = 256
-"""Traces read at a time."""
 
 
-def read_steps(url: str, run_dir: Path, most_steps: int) -> list[LoggedStep]:
-    """The newest steps of a run; the access is noted.
+def read_steps(url: str, run_dir: Path, most_steps: int) -> tuple[list[LoggedStep], TraceCounts]:
+    """The newest steps of a run, and what became of its records; the access is noted.
 
     Raises:
         ValueError, OSError: the buffer cannot be read.
     """
-    return steps_of(read_traces(url, run_dir))[-most_steps:]
+    reader = open_traces(url, run_dir)
+    return steps_of(traces_in(reader))[-most_steps:], reader.counts
 
 
-def read_traces(url: str, run_dir: Path) -> Iterator[Trace]:
-    """The traces of a run; the access is noted.
+def open_traces(url: str, run_dir: Path) -> TraceReader:
+    """Reads the traces of a run; the access is noted.
 
     Raises:
         ValueError, OSError: the buffer cannot be read.
     """
     audit(run_dir, "policies", url)
-    reader = TraceReader(open_backend(url, run_dir))
-    while batch := reader.read(_READ):
-        yield from batch
+    return TraceReader(open_backend(url, run_dir))
 
 
 def log_of_run(

@@ -331,8 +331,8 @@ def vocabulary(
 
     from buffer.backends import open_backend
     from buffer.fingerprint import target_fingerprint
-    from buffer.traces import TraceReader
-    from trainer.vocabulary import count_generated, coverage, most_used, traces_in
+    from buffer.traces import TraceReader, traces_in
+    from trainer.vocabulary import count_generated, coverage, most_used
 
     try:
         folder = checked_folder(settings.target, settings.target_cache)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from policies.evaluation import best_ks, rate_of
 from policies.features import NUM_FEATURES, Features
 from policies.network import Network
-from policies.off_policy import BLOCK_STEPS
+from policies.off_policy import block_steps
 from policies.replay_environment import ReplayEnvironment
 from policies.replayed_log import ReplayedLog
 
@@ -417,7 +417,8 @@ def _lower_bound(log: ReplayedLog, ks: Ks, fixed: Ks) -> float:
     times = np.zeros((2, _RESAMPLES))
     for size in np.unique(log.sizes):
         rows = log.sizes == size
-        starts = np.arange(0, int(rows.sum()), BLOCK_STEPS)
+        num = int(rows.sum())
+        starts = np.arange(0, num, block_steps(num))
         drawn = rng.integers(0, len(starts), (_RESAMPLES, len(starts)))
         for which, chosen in enumerate((ks, fixed)):
             pair = np.stack((log.tokens[at, chosen][rows], log.seconds[at, chosen][rows]))

@@ -62,9 +62,11 @@ def fit_policy(
     settings = settings_from_cli(config, set_, False)
     try:
         url, run_dir = located(None, settings)
-        steps = read_steps(url, run_dir, most_steps)
+        steps, counts = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
+    if (lost := counts.lost()) is not None:
+        typer.echo(lost, err=True)
     steps, origin = _of_newest(steps, drafter)
     if method == "specdecpp":
         path = head_path(run_dir) if out is None else out

@@ -130,6 +130,16 @@ def test_positions_are_known_from_every_draft_that_reached_them(survival):
     assert found[loads == 1].mean() == pytest.approx(1.1, abs=0.02)
 
 
+def test_a_load_with_few_steps_is_not_taken_for_certain():
+    """Its steps in one block would add no width to the interval, however they scatter."""
+    loads = np.array([0] * 600 + [1] * 12)
+    seconds = np.where(loads == 1, np.where(np.arange(612) % 2, 1.0, 10.0), 1.0)
+
+    found = throughput(Reward(np.ones(612)), Reward(seconds), np.ones(612), loads)
+
+    assert found is not None and found.low < 0.99 * found.value < 1.01 * found.value < found.high
+
+
 def test_nothing_is_estimated_without_a_step_in_common():
     weights = importance_weights(np.zeros(4, np.bool_), np.full(4, 0.5))
     assert ips(Reward(np.ones(4)), weights) is None
