@@ -117,7 +117,8 @@ def live_rate(steps: Sequence[LoggedStep], k: int) -> Estimate | None:
     kept = [step for step in steps if step.is_timed and step.draft_k == k]
     tokens = np.array([step.tokens for step in kept])
     seconds = np.array([step.step_s for step in kept])
-    return throughput(Reward(tokens), Reward(seconds), np.ones(len(kept)))
+    found = throughput(Reward(tokens), Reward(seconds), np.ones(len(kept)))
+    return None if found is None else found.estimate()
 
 
 def estimates(steps: Sequence[LoggedStep], max_draft: int) -> dict[int, Estimate | None]:

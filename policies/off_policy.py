@@ -141,8 +141,34 @@ def snips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
 
 
 def doubly_robust(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts, or there are too few."""
+    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts, or there
+    are too few."""
     return _estimate(_corrected(reward, weights), np.ones_like(weights), weights, seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """An estimate, and the same of resampled steps."""
+
+    value: float
+    resampled: Floats
+    """[B]"""
+    weights: Floats
+    """[S] of the steps."""
+
+    def estimate(self) -> Estimate:
+        """With its interval."""
+        low, high = np.percentile(self.resampled, (2.5, 97.5)).tolist()
+        effective = float(self.weights.sum() ** 2 / (self.weights**2).sum())
+        return Estimate(self.value, low, high, effective)
+
+    def over(self, other: Sampled) -> Estimate:
+        """Quotient of two estimates from the same steps, whose resamples are the same blocks."""
+        quotient = Sampled(
+            self.value / other.value, self.resampled / other.resampled, self.weights
+        ).estimate()
+        fewer = min(quotient.effective_steps, other.estimate().effective_steps)
+        return Estimate(quotient.value, quotient.low, quotient.high, fewer)
 
 
 def throughput(
@@ -153,7 +179,7 @@ def throughput(
     seed: int = 0,
     *,
     work: Floats | None = None,
-) -> Estimate | None:
+) -> Sampled | None:
     """Tokens per second; doubly robust in those of the two that have a model.
 
     Args:
@@ -181,7 +207,7 @@ def throughput(
         total += own
         times += own / found.value
         resampled += own / found.resampled
-    return _joined(total / times, total / resampled, weights)
+    return Sampled(total / times, total / resampled, weights)
 
 
 def mean_of(estimates: Sequence[Estimate | None]) -> Estimate | None:
@@ -206,12 +232,7 @@ def _estimate(above: Floats, below: Floats, weights: Floats, seed: int) -> Estim
     if len(weights) < LEAST_BLOCKS * BLOCK_STEPS:
         return None
     found = _Sums.of(above, below, weights, seed)
-    return None if found is None else _joined(found.value, found.resampled, weights)
-
-
-def _joined(value: float, resampled: Floats, weights: Floats) -> Estimate:
-    low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
-    return Estimate(value, low, high, float(weights.sum() ** 2 / (weights**2).sum()))
+    return None if found is None else Sampled(found.value, found.resampled, weights).estimate()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -178,7 +178,7 @@ class Deciding:
         if conduct.num_late >= _MOST_LATE:
             conduct.num_late = 0
             what = (
-                f"took more than {_LATE_S:g} s in {_MOST_LATE} steps in a row, lastly {seconds:.2f}"
+                f"took {seconds:.2f} s, the last of {_MOST_LATE} steps in a row above {_LATE_S:g}"
             )
             self._failed(policy, what, None)
 

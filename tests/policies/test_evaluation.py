@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from configs.schema import PolicySettings
 from policies.cli import app
-from policies.evaluation import best_ks, evaluate, off_policy_rate, rate_of
+from policies.evaluation import best_ks, evaluate, off_policy_gain, off_policy_rate, rate_of
 from policies.replayed_log import ReplayedLog
 from policies.run_log import log_of_run, num_mixed, read_steps, time_doubts
 from tests.policies.logs import (
@@ -297,6 +297,25 @@ def test_all_figures_of_a_policy_that_draws_are_means_over_its_seeds():
         assert getattr(found[0], name) == pytest.approx(np.mean(values)), name
     values = [one.off_policy.value for one in alone]
     assert found[0].off_policy.value == pytest.approx(np.mean(values))
+
+
+def test_the_gain_of_one_policy_over_another_shares_what_the_log_has_of_chance():
+    """Steps that are slow for both widen the interval of either speed, not that of the quotient."""
+    steps = [
+        replace(step, step_s=step.step_s * (3.0 if (at // 64) % 2 else 1.0))
+        for at, step in enumerate(log(4000, any_k, (4,), noise=0.0))
+    ]
+    judged = replayed(steps)
+    ours, theirs = (np.full(len(steps), k, np.int64) for k in (3, 1))
+    truth = expected_tokens(3) / step_s(3, 4) / (expected_tokens(1) / step_s(1, 4))
+
+    gain = off_policy_gain(judged, ours, theirs)
+    alone, other = off_policy_rate(judged, ours), off_policy_rate(judged, theirs)
+
+    assert gain is not None and alone is not None and other is not None
+    assert gain.low < truth < gain.high
+    assert gain.high / gain.low < (alone.high / alone.low) * (other.high / other.low)
+    assert off_policy_gain(judged.rows(np.arange(4000) < 40), ours[:40], theirs[:40]) is None
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])
