@@ -2,11 +2,11 @@
 
 A round that verified v tokens and kept A says exactly what any K up to v would have brought, and,
 where a token was rejected or the request could not use more, what any longer K would have, too.
-Only where all v tokens were kept and the step's K was v is a longer K unknown (right-censored). Then
-the drafter can be replayed along the target's text (``trainer.replayed_drafts``), which says how
-likely each further position is to be kept. Where nobody has replayed it, the expected tokens follow
-from the Kaplan-Meier hazards of all rounds of the log, or from the figures of a draft that the
-device cut, and are counted as extrapolated.
+Only where all v tokens were kept and the step's K was v is a longer K unknown (right-censored).
+Then the drafter can be replayed along the target's text (``trainer.replayed_drafts``), which says
+how likely each further position is to be kept. Where nobody has done that, the expected tokens
+follow from the Kaplan-Meier hazards of all rounds of the log, or from the figures of a draft that
+the device cut, and are counted as extrapolated.
 
 Rounds whose drafts the device could cut keep the figures by which that was decided. Steps that
 might cut are left out of the hazards as long as there are others, because a draft that was not cut
@@ -121,7 +121,7 @@ class LoggedStep:
 
 
 Replayed = Mapping[tuple[str, int, int, int], tuple[float, ...]]
-"""See ``LoggedRow.replayed``, by producer, epoch and number of the trace, and the round's anchor."""
+"""``LoggedRow.replayed`` by producer, epoch and number of the trace, and the round's anchor."""
 
 
 def steps_of(traces: Iterable[Trace], replayed: Replayed | None = None) -> list[LoggedStep]:

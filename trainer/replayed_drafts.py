@@ -1,10 +1,10 @@
 """What longer drafts would have kept: the drafter, replayed along the target's text.
 
-A round whose whole draft was kept does not say what a longer one would have brought. The trace does:
-its hidden rows are what the drafter drafts from, and its text is what the target wrote there. So
-the version that drafted drafts again, K tokens along the text, and ``drafters.kept`` says how likely
-verification is to keep each of them, given the text. The first v of them are the ones that were
-kept, so the others continue the very draft that ran.
+A round whose whole draft was kept does not say what a longer one would have brought. The trace
+does: its hidden rows are what the drafter drafts from, and its text is what the target wrote there.
+So the version that drafted drafts again, K tokens along the text, and ``drafters.kept`` says how
+likely verification is to keep each of them, given the text. The first v of them are the ones that
+were kept, so the others continue the very draft that ran.
 
 Nothing of the target is computed but its lm_head. Rounds of versions that are no longer stored, of
 drafters that do not learn, at the ends of texts and without captured rows are not replayed.
@@ -36,8 +36,8 @@ from drafters.several import line_of
 from drafters.trainable import learning_kinds, trainable
 from targets.device import pick_device
 from targets.head import TargetHead, load_target_head
-from trainer.dataset import Expected, Refusal, sample_of
 from trainer.build import expected_of
+from trainer.dataset import Expected, Refusal, sample_of
 from trainer.packing import pack
 from trainer.rows import PAGE, RowStore, pages_of
 from trainer.run_target import target_of_run

@@ -177,9 +177,7 @@ class Deciding:
         conduct.num_late += 1
         if conduct.num_late >= _MOST_LATE:
             conduct.num_late = 0
-            what = (
-                f"took {seconds:.2f} s, the last of {_MOST_LATE} steps in a row above {_LATE_S:g}"
-            )
+            what = f"took {seconds:.2f} s, the last of {_MOST_LATE} in a row above {_LATE_S:g} s"
             self._failed(policy, what, None)
 
     def report(self, policy: DraftPolicy, outcome: Outcome) -> None:
