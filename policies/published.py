@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, parse_header
-from policies.weight_file import WeightFile
+from policies.weight_file import WeightFile, weights_of
 
 T = TypeVar("T")
 
@@ -47,6 +48,41 @@ class Origin:
         if not (oldest.isdecimal() and newest.isdecimal()):
             raise ValueError(f"versions must be numbers, got {oldest!r} and {newest!r}")
         return cls(drafter, int(oldest), int(newest))
+
+
+def _read(from_bytes: Callable[[bytes], T], blob: bytes, drafter: str | None) -> T:
+    """
+    Raises:
+        ValueError: the file is damaged, or was fitted to drafts of another drafter than this one.
+    """
+    network, origin = from_bytes(blob), Origin.of_blob(blob)
+    if drafter is not None and origin is not None and origin.drafter != drafter:
+        raise ValueError(
+            f"it was fitted to drafts of {origin.drafter!r}, and this policy drafts with "
+            f"{drafter!r}"
+        )
+    return network
+
+
+def network_of_file(
+    setting: str,
+    path: Path | None,
+    from_bytes: Callable[[bytes], T],
+    max_bytes: int,
+    command: str,
+    drafter: str | None = None,
+) -> T | None:
+    """The network in the file that a setting names; ``None`` if it names none.
+
+    Args: as ``weights_of`` has them, and
+        drafter: kind that the policy drafts with; ``None``: not known yet, any will do.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    return weights_of(
+        setting, path, lambda blob: _read(from_bytes, blob, drafter), max_bytes, command
+    )
 
 
 class Published(Generic[T]):
@@ -85,12 +121,8 @@ class Published(Generic[T]):
             return
         try:
             blob = self._file.blob_of(calibration[self._key])
-            network, origin = self._from_bytes(blob), Origin.of_blob(blob)
-            if origin is not None and origin.drafter != self._drafter:
-                raise ValueError(
-                    f"it was fitted to drafts of {origin.drafter!r}, and this policy drafts with "
-                    f"{self._drafter!r}"
-                )
+            network = _read(self._from_bytes, blob, self._drafter)
+            origin = Origin.of_blob(blob)
         except ValueError as error:
             self._problem = str(error)
             return
