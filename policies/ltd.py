@@ -119,6 +119,10 @@ class LtdPolicy(LengthPolicy):
         self._features.forget(Calibration.of(calibration).acceptance)
         self._published.on_swap(calibration)
 
+    def refused(self, drafter: str) -> str | None:
+        """See ``TakesPublished``."""
+        return self._published.problem if drafter == self.drafter else None
+
     def state(self) -> dict[str, Any]:
         """Whether there is a network, how old it is, and why the version's own was refused."""
         return self._published.figures(self.version)

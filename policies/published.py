@@ -108,7 +108,7 @@ class Published(Generic[T]):
         self._key, self._file, self._from_bytes = key, file, from_bytes
         self._drafter, self._takes_published = drafter, takes_published
         self._origin: Origin | None = None
-        self._problem: str | None = None
+        self.problem: str | None = None
         """Why the network of the version in force was refused."""
 
     def on_swap(self, calibration: Mapping[str, Any]) -> None:
@@ -116,7 +116,7 @@ class Published(Generic[T]):
         to another drafter, is none, and ``figures`` says why."""
         if not self._takes_published:
             return
-        self.network = self._origin = self._problem = None
+        self.network = self._origin = self.problem = None
         if self._key not in calibration:
             return
         try:
@@ -124,7 +124,7 @@ class Published(Generic[T]):
             network = _read(self._from_bytes, blob, self._drafter)
             origin = Origin.of_blob(blob)
         except ValueError as error:
-            self._problem = str(error)
+            self.problem = str(error)
             return
         self.network, self._origin = network, origin
 
@@ -137,7 +137,7 @@ class Published(Generic[T]):
         newest = None if self._origin is None else self._origin.newest
         return {
             "has_weights": self.network is not None,
-            "problem": self._problem,
+            "problem": self.problem,
             "fitted_to_version": newest,
             "versions_since": None if newest is None or version is None else version - newest,
         }

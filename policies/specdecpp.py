@@ -96,6 +96,10 @@ class SpecDecPpPolicy(CuttingPolicy):
         super().forget(calibration)
         self._published.on_swap(calibration)
 
+    def refused(self, drafter: str) -> str | None:
+        """See ``TakesPublished``."""
+        return self._published.problem if drafter == self.drafter else None
+
     def state(self) -> dict[str, Any]:
         """Also whether there is a head, how old it is, and why the version's own was refused."""
         return {**super().state(), **self._published.figures(self.version)}

@@ -18,7 +18,7 @@ from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
 from policies.calibration import Calibration
-from policies.interface import DraftPolicy
+from policies.interface import DraftPolicy, TakesPublished
 from serving.swap.flat_weights import FlatWeights, Staged
 
 log = logging.getLogger(__name__)
@@ -115,7 +115,10 @@ class WeightsInForce:
 
     def _note_calibration(self) -> None:
         """Say what policies ignore of the calibration that came with the current version."""
-        problems = Calibration.of(self.current.policy).problems
+        problems = list(Calibration.of(self.current.policy).problems)
+        policy = self._policy
+        if isinstance(policy, TakesPublished) and (refused := policy.refused(self.kind)):
+            problems.append(f"what was fitted for the policy cannot be used ({refused})")
         if problems:
             self.counts[IGNORED_CALIBRATIONS] += 1
             log.warning(

@@ -104,6 +104,24 @@ def test_a_malformed_calibration_is_ignored_counted_and_named_and_its_weights_se
     assert "version 1" in said and "acceptance must be a list" in said and "parent must" in said
 
 
+def test_a_network_that_came_with_a_version_and_is_refused_is_named_and_counted(
+    tiny_target_dir, tmp_path, caplog
+):
+    """The policy decodes plainly then, and nobody would know why."""
+    settings = settings_for(tiny_target_dir, tmp_path)
+    policy = settings.policy.model_copy(update={"kind": "ltd"})
+    service = build_service(settings.model_copy(update={"policy": policy}))
+    service.start()
+    publish_next(tmp_path / "weights", noisy, policy={"ltd": "no base64"})
+    wait_until(lambda: service.figures().swaps["swapped"] == 1)
+
+    assert service.figures().ignored_calibrations == 1
+    [said] = [line for line in caplog.messages if "calibration" in line]
+    assert "version 1 of eagle3" in said and "must be base64" in said
+    assert ask(service, "after").last.stats.drafter_version == 1
+    service.stop()
+
+
 def test_a_policy_that_fails_in_a_swap_does_not_stop_it(tiny_target_dir, tmp_path, caplog):
     """It is from anybody, and the weights are in force: requests go on with them."""
 
