@@ -198,6 +198,9 @@ def main(
                         "{estimated:.3f}, {difference:+.3f} (scatter {spread:.3f})".format(**row)
                     )
         service.engine.stop()
+    if not rows:
+        say("too few live steps to compare: ask for more --steps")
+        raise typer.Exit(code=1)
     write_result(out, {"steps": steps, "batches": loads, "rows": rows})
     write_rows("off_policy", rows_of(rows), "python -m benchmarks.off_policy", out.parent)
     say(f"written: {out}")
