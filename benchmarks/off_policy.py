@@ -177,7 +177,7 @@ def rows_of(rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=64, help="steps of the log at each load")] = 2000,
+    steps: Annotated[int, typer.Option(min=1000, help="steps of the log at each load")] = 2000,
     batches: Annotated[list[int] | None, typer.Option(help="loads")] = None,
     out: Out = RESULTS / "off_policy.json",
 ) -> None:

@@ -155,10 +155,12 @@ class Deciding:
             return f"propensity must be in (0, 1], got {decision.propensity!r}"
         if picks is not None and len(picks) != num_requests:
             return f"picks must be for {num_requests} requests, got {len(picks)}"
-        if picks and not {pick.drafter for pick in picks} <= self._drafting.members(drafter):
-            return f"picks must be drafters of {drafter!r}, got {picks[0].drafter!r} and others"
-        if picks and not all(_is_probability(pick.propensity) for pick in picks):
-            return "propensities of picks must be in (0, 1]"
+        if picks:
+            drafters, chances, _ = zip(*picks, strict=True)  # by columns: 5 us for 256 requests
+            if not self._drafting.members(drafter).issuperset(drafters):
+                return f"picks must be drafters of {drafter!r}, got {sorted(set(drafters))}"
+            if not all(map(_is_probability, set(chances))):
+                return "propensities of picks must be in (0, 1]"
         if not _is_usable(decision.allocation):
             return "the numbers of an allocation must be finite, and the score 'head' needs a head"
         for name, value in decision.columns().items():
