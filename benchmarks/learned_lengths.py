@@ -71,7 +71,7 @@ def alone(traces: Iterable[Trace]) -> list[LoggedStep]:
     return [
         LoggedStep(
             LEARNED, rng.randint(1, MAX_DRAFT), 1, 1.0, "", one.version, PLAIN_S,
-            (LoggedRow(len(one.draft_ids), one.num_accepted),),
+            (LoggedRow(len(one.draft_ids), one.num_accepted),), is_timed=False,
         )
         for trace in traces for one in trace.rounds if len(one.draft_ids) == MAX_DRAFT
     ]  # fmt: skip

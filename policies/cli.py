@@ -21,7 +21,14 @@ from policies.catalog import policy_class
 from policies.evaluation import Evaluation, Judged, evaluate
 from policies.picture import picture
 from policies.predictions import predictions_of
-from policies.run_log import Times, log_of_run, num_mixed, read_steps, time_doubts
+from policies.run_log import (
+    Times,
+    log_of_run,
+    num_mixed,
+    read_steps,
+    replays,
+    time_doubts,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
@@ -56,8 +63,9 @@ def evaluate_run(
 ) -> None:
     """Regret of every policy on the traces of a run, as a table, JSON and a picture.
 
-    Every K up to the one that ran is scored exactly; longer ones by the hazards of the run, which
-    the table shows as a share. The settings are those of each policy that is judged.
+    Every K up to the one that ran is scored exactly; longer ones by what `trainer policy` has
+    replayed, or by the hazards of the run, which the table shows as a share. The settings are those
+    of each policy that is judged.
     """
     settings = settings_from_cli(config, set_, False)
     try:
@@ -75,6 +83,8 @@ def evaluate_run(
         _refuse("\n".join(filter(None, (str(error), counts.lost()))), exit_code(error))
     for line in table(found):
         typer.echo(line)
+    if (told := replays(log)) is not None:
+        typer.echo(f"\n{told}")
     if (doubts := time_doubts(log)) is not None:
         typer.echo(f"\n{doubts}")
     if mixed := num_mixed(steps):

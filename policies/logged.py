@@ -62,8 +62,8 @@ class LoggedRow:
     """Of the request, see ``policies.groups``."""
     replayed: tuple[float, ...] = ()
     """Probability that each position of a longer draft would have been kept, given those before it:
-    the drafter's, replayed along the target's text. Only of drafts that were kept whole; empty
-    where nobody has replayed."""
+    the drafter's, replayed along the target's text. Only of plain rounds and of drafts that were
+    kept whole; empty where nobody has replayed."""
 
     def longest(self, draft_k: int) -> int | None:
         """The longest draft that the request could use; ``None``: as long as any.

@@ -14,6 +14,7 @@ from configs.choices import SettingsError
 from policies.costs import LEAST_STEPS, are_enough, profile_of, times_of
 from policies.interface import CostSample
 from policies.logged import LoggedStep, drafters_of, steps_of
+from policies.replayed_file import read_replayed
 from policies.replayed_log import ReplayedLog
 
 Times = Literal["auto", "profile", "traces"]
@@ -24,13 +25,15 @@ _DOUBT, _SHOWN = 0.2, 3
 
 
 def read_steps(url: str, run_dir: Path, most_steps: int) -> tuple[list[LoggedStep], TraceCounts]:
-    """The newest steps of a run, and what became of its records; the access is noted.
+    """The newest steps of a run, with what was replayed of them, and what became of its records;
+    the access is noted.
 
     Raises:
-        ValueError, OSError: the buffer cannot be read.
+        ValueError, OSError: the buffer, or the file of what was replayed, cannot be read.
     """
+    replayed = read_replayed(run_dir)
     reader = open_traces(url, run_dir)
-    return steps_of(traces_in(reader))[-most_steps:], reader.counts
+    return steps_of(traces_in(reader), replayed)[-most_steps:], reader.counts
 
 
 def open_traces(url: str, run_dir: Path) -> TraceReader:
@@ -100,6 +103,23 @@ def time_doubts(log: ReplayedLog) -> str | None:
 def num_mixed(steps: Sequence[LoggedStep]) -> int:
     """Steps of several drafters, which say nothing about any one of them."""
     return sum(step.is_mixed for step in steps)
+
+
+def replays(log: ReplayedLog) -> str | None:
+    """How far longer drafts are scored by a replay, as one line; ``None``: not at all."""
+    unknown = [
+        row
+        for step in log.steps
+        for row in step.rows
+        if row.num_accepted == row.num_verified and row.longest(step.draft_k) is None
+    ]
+    num = sum(bool(row.replayed) for row in unknown)
+    if not num:
+        return None
+    return (
+        f"{num} of {len(unknown)} rounds that do not say what a longer draft keeps are scored by a "
+        f"replay of the drafter along the text, the others by hazards"
+    )
 
 
 def _times(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -16,6 +17,7 @@ from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
 from configs.schema import Settings
 from policies.logged import LoggedStep, Replayed, drafters_of, of_newest_versions, steps_of
 from policies.published import Origin
+from policies.replayed_file import write_replayed
 from policies.run_log import Times, log_of_run, open_traces, time_doubts
 from trainer.fitted_policy import head_path, policy_path
 
@@ -84,7 +86,7 @@ def fit_policy(
         _fit_head(steps, drafter, held_out, settings.seed, ungated, path, origin)
         return
     if replay and origin is not None:
-        chances = _replayed(settings, origin, traces)
+        chances = _replayed(settings.model_copy(update={"run_dir": run_dir}), origin, traces)
         steps, _ = _newest(steps_of(traces, chances)[-most_steps:], origin.drafter)
     # --help and whoever was refused skip this import of torch.
     from trainer.ltd import (
@@ -130,6 +132,9 @@ def _replayed(settings: Settings, origin: Origin, traces: Sequence[Trace]) -> Re
         typer.echo(f"nothing was replayed: {error}", err=True)
         return {}
     typer.echo(found.to_line())
+    if found.chances:
+        with contextlib.suppress(OSError):  # whatever is wrong with the folder is said later
+            write_replayed(settings.run_dir, found.chances)
     return found.chances
 
 

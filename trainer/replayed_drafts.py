@@ -1,10 +1,11 @@
 """What longer drafts would have kept: the drafter, replayed along the target's text.
 
-A round whose whole draft was kept does not say what a longer one would have brought. The trace
-does: its hidden rows are what the drafter drafts from, and its text is what the target wrote there.
-So the version that drafted drafts again, K tokens along the text, and ``drafters.kept`` says how
-likely verification is to keep each of them, given the text. The first v of them are the ones that
-were kept, so the others continue the very draft that ran.
+A round that decoded plainly, or whose whole draft was kept, does not say what a longer draft would
+have brought. The trace does: its hidden rows are what the drafter drafts from, and its text is what
+the target wrote there. So the version in use drafts again, K tokens along the text, and
+``drafters.kept`` says how likely verification is to keep each of them, given the text. The first v
+of them are the ones that were kept, so the others continue the very draft that ran; v is 0 for a
+plain round.
 
 Nothing of the target is computed but its lm_head. Rounds of versions that are no longer stored, of
 drafters that do not learn, at the ends of texts and without captured rows are not replayed.
@@ -60,21 +61,21 @@ class ReplayedDrafts:
 
     chances: dict[Place, tuple[float, ...]] = field(default_factory=dict)
     """[K] of each round that was replayed, see ``policies.logged.LoggedRow.replayed``."""
-    num_whole: int = 0
-    """Rounds whose whole draft was kept, and whose request could have used a longer one."""
+    num_open: int = 0
+    """Rounds that do not say what a longer draft would have kept."""
 
     def to_line(self) -> str:
         """For the terminal."""
         return (
-            f"{len(self.chances)} of {self.num_whole} drafts that were kept whole were replayed "
-            f"along the text; longer ones of the others follow the hazards of the log"
+            f"{len(self.chances)} of {self.num_open} rounds that do not say what a longer draft "
+            f"keeps were replayed along the text; the others follow the hazards of the log"
         )
 
 
 def replayed_drafts(
     settings: Settings, kind: str, traces: Sequence[Trace], versions: range
 ) -> ReplayedDrafts:
-    """Replay the rounds of some versions of a drafter whose drafts were kept whole.
+    """Replay the rounds of some versions of a drafter that do not say what longer drafts keep.
 
     Args:
         kind: of the drafter; nothing is replayed of one that does not learn.
@@ -85,12 +86,15 @@ def replayed_drafts(
     """
     found = ReplayedDrafts()
     wanted: dict[int, list[Trace]] = defaultdict(list)
+    if kind not in learning_kinds():
+        return found
+    kinds = (kind, "none") if not line_of(settings, kind) else (kind,)
     for trace in traces:
-        own = list(_whole(trace, kind))
-        found.num_whole += sum(one.version in versions for one in own)
+        own = list(_open(trace, kinds))
+        found.num_open += sum(one.version in versions for one in own)
         for version in {one.version for one in own if one.version in versions}:
             wanted[version].append(trace)
-    if not wanted or kind not in learning_kinds():
+    if not wanted:
         return found
     device = pick_device(settings.trainer.device, setting="trainer.device")
     place = target_of_run(settings)
@@ -109,18 +113,21 @@ def replayed_drafts(
         model = trainable(kind).load_model(
             bundle.manifest.drafter_config, load(bundle.files[TENSORS])
         )
-        replay = _Replay(settings, kind, version, model.to(device), head)
+        replay = _Replay(settings, kinds, version, model.to(device), head)
         expected = expected_of(bundle.manifest, head)
         for group in _groups(own_traces, expected, settings.trainer.max_sequence):
             found.chances.update(replay.of(group))
     return found
 
 
-def _whole(trace: Trace, kind: str) -> Iterator[Round]:
-    """Rounds of a drafter that do not say what a longer draft would have kept."""
+def _open(trace: Trace, kinds: tuple[str, ...]) -> Iterator[Round]:
+    """Rounds of a drafter that do not say what a longer draft would have kept.
+
+    Args:
+        kinds: the drafter's, and ``none`` if the version of plain rounds is its own.
+    """
     for one in trace.rounds:
-        num = len(one.draft_ids)
-        if one.drafter == kind and num and one.num_accepted == num >= one.draft_k:
+        if one.drafter in kinds and one.num_accepted == len(one.draft_ids) >= one.draft_k:
             yield one
 
 
@@ -149,7 +156,8 @@ class _Replay:
     """One version of a drafter."""
 
     settings: Settings
-    kind: str
+    kinds: tuple[str, ...]
+    """Of the drafter, and see ``_open``."""
     version: int
     model: nn.Module
     head: TargetHead
@@ -164,7 +172,7 @@ class _Replay:
         places = np.repeat(np.arange(len(held)), [len(one.pieces) for one in held])
         packed = pack([piece for one in held for piece in one.pieces], None)
         batch = store.batch(packed, batch_dtype(device))
-        learns: Any = trainable(self.kind)
+        learns: Any = trainable(self.kinds[0])
         chains = learns.acceptance(
             self.model, self.head, batch, self.settings.drafter.max_draft,
             block=self.settings.engine.verification == "block",
@@ -180,7 +188,7 @@ class _Replay:
         }
         found = {}
         for number, (trace, _) in enumerate(group):
-            for one in _whole(trace, self.kind):
+            for one in _open(trace, self.kinds):
                 row = row_of.get((number, one.anchor))
                 if row is not None and one.version == self.version:
                     place = trace.producer, trace.epoch, trace.seq, one.anchor
