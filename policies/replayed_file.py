@@ -10,8 +10,10 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from buffer.files import read_regular, write_atomically
 from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
@@ -43,7 +45,7 @@ def write_replayed(run_dir: Path, chances: Replayed) -> None:
         chances = {**own, **chances}
     names = {name: at for at, name in enumerate(sorted({name for name, *_ in chances}))}
     places = [(names[name], *numbers) for name, *numbers in chances]
-    tensors = {
+    tensors: dict[str, tuple[str, NDArray[Any]]] = {
         _PLACE: ("I64", np.array(places, np.int64).reshape(len(places), 4)),
         _KEPT: ("F32", np.array(list(chances.values()), np.float32).reshape(len(places), -1)),
     }
@@ -75,7 +77,7 @@ def _parsed(blob: bytes) -> Replayed:
     if header.metadata.get("schema") != _SCHEMA:
         raise ValueError(f"schema is {header.metadata.get('schema')!r}, expected {_SCHEMA!r}")
     producers = json.loads(header.metadata["producers"])
-    columns = []
+    columns: list[NDArray[Any]] = []
     for name, tag, dtype in ((_PLACE, "I64", np.int64), (_KEPT, "F32", np.float32)):
         info = header.tensors[name]
         if info.dtype != tag or len(info.shape) != 2:
