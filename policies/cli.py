@@ -81,12 +81,12 @@ def evaluate_run(
         found = evaluate(log, settings.policy, seeds=range(seeds))
     except ValueError as error:
         _refuse("\n".join(filter(None, (str(error), counts.lost()))), exit_code(error))
+    if (doubts := time_doubts(log)) is not None:
+        typer.echo(f"{doubts}\n")  # first: whoever has read the table has believed it
     for line in table(found):
         typer.echo(line)
     if (told := replays(log)) is not None:
         typer.echo(f"\n{told}")
-    if (doubts := time_doubts(log)) is not None:
-        typer.echo(f"\n{doubts}")
     if mixed := num_mixed(steps):
         typer.echo(f"\nleft out: {mixed} steps in which several drafters drafted")
     if (lost := counts.lost()) is not None:

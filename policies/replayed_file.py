@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from buffer.files import read_regular, write_atomically
+from buffer.files import OWNER_FILE, read_regular, write_atomically
 from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
 from policies.logged import Replayed
 
@@ -52,7 +52,7 @@ def write_replayed(run_dir: Path, chances: Replayed) -> None:
     about = {"schema": _SCHEMA, "producers": json.dumps(list(names))}
     path = replayed_path(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, join_tensors(tensors, about))
+    write_atomically(path, join_tensors(tensors, about), OWNER_FILE)  # it holds names of traces
 
 
 def read_replayed(run_dir: Path) -> Replayed:

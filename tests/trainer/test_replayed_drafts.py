@@ -201,6 +201,7 @@ def test_the_command_replays_unless_it_is_told_not_to(tmp_path):
     assert len(kept) == sum(bool(row.replayed) for step in steps for row in step.rows) > 20
     assert f"{len(kept)} of " in (replays(log) or "")
 
+    assert replayed_path(run_dir).stat().st_mode & 0o777 == 0o600, "it names traces"
     place = next(iter(kept))
     write_replayed(run_dir, {place: (0.25,) * MOST})
     assert read_replayed(run_dir) == {**kept, place: (0.25,) * MOST}
