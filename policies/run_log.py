@@ -42,8 +42,9 @@ def open_traces(url: str, run_dir: Path) -> TraceReader:
     Raises:
         ValueError, OSError: the buffer cannot be read.
     """
-    audit(run_dir, "policies", url)
-    return TraceReader(open_backend(url, run_dir))
+    reader = TraceReader(open_backend(url, run_dir))
+    audit(run_dir, "policies", url)  # of what is there: a run that is not must not be made
+    return reader
 
 
 def log_of_run(

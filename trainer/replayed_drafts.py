@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -98,6 +98,12 @@ def replayed_drafts(
         return found
     device = pick_device(settings.trainer.device, setting="trainer.device")
     place = target_of_run(settings)
+    known = {trace.target_fingerprint for own_traces in wanted.values() for trace in own_traces}
+    if place.fingerprint not in known:
+        raise ValueError(
+            f"the traces are of target {min(known)[:12]}, and the settings name "
+            f"{place.fingerprint[:12]}; name the run's own with --set target=..."
+        )
     head = load_target_head(place.folder, device, batch_dtype(device))
     store = open_weights(
         open_backend(settings.buffer.url, settings.run_dir),
@@ -114,7 +120,8 @@ def replayed_drafts(
             bundle.manifest.drafter_config, load(bundle.files[TENSORS])
         )
         replay = _Replay(settings, kinds, version, model.to(device), head)
-        expected = expected_of(bundle.manifest, head)
+        # The lm_head at hand says nothing of traces of other weights, whatever the version's are.
+        expected = replace(expected_of(bundle.manifest, head), target_fingerprint=place.fingerprint)
         for group in _groups(own_traces, expected, settings.trainer.max_sequence):
             found.chances.update(replay.of(group))
     return found

@@ -173,6 +173,13 @@ def test_wrong_usage_says_what_is_wrong_before_the_work(
     assert (result.exit_code, message in result.output) == (code, True), result.output
 
 
+def test_a_run_that_is_not_there_is_refused_and_not_made(tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", "--set", f"run_dir={tmp_path / 'typo'}"])
+
+    assert (result.exit_code, "typo" in result.output) == (2, True), result.output
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_damaged_profile_is_no_lack_of_traces(tmp_path):
     write_run(tmp_path, log(20, any_k, (1,)))
     (tmp_path / "step_times.json").write_text('{"samples": [{"drafter": 3}]}')

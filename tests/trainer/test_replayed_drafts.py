@@ -175,6 +175,19 @@ def test_nothing_is_replayed_without_the_version_or_of_another_drafter(tmp_path,
     assert not replayed_drafts(run.settings, "eagle3", run.traces, range(1, 9)).num_open
 
 
+def test_traces_of_another_target_are_not_replayed_with_this_ones_head(tmp_path):
+    run = served(tmp_path, Rule.BLOCK, {"temperature": 2.5}, num=6)
+    others = [replace(trace, target_fingerprint="ab" * 32) for trace in run.traces]
+
+    with pytest.raises(ValueError, match=r"of target abababababab.*--set target="):
+        replayed_drafts(run.settings, "eagle3", others, ALL)
+
+    both = [*run.traces[:3], *others[3:]]
+    found = replayed_drafts(run.settings, "eagle3", both, ALL)
+    replayed = {seq for _, _, seq, _ in found.chances}
+    assert replayed <= {trace.seq for trace in run.traces[:3]} and replayed
+
+
 def test_the_command_replays_unless_it_is_told_not_to(tmp_path):
     run = served(tmp_path, Rule.BLOCK, {"temperature": 2.5}, num=40)
     limits = TraceLimits(segment_bytes=1 << 22, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0)
