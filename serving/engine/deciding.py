@@ -146,9 +146,8 @@ class Deciding:
         k, drafter, picks = decision.draft_k, decision.drafter, decision.picks
         if not isinstance(k, int) or not 0 <= k <= most:
             return f"draft_k must be an int in 0..{most}, got {k!r}"
-        allowed = self._drafting.allowed(choice)
-        if k and drafter not in allowed:
-            return f"drafter must be one of {', '.join(allowed) or 'none'}, got {drafter!r}"
+        if k and not self._drafting.can_draft(drafter, choice):
+            return f"no drafter {drafter!r} can draft for this batch"
         if not k and drafter != "none":
             return f"drafter must be 'none' where draft_k is 0, got {drafter!r}"
         if not _is_probability(decision.propensity):

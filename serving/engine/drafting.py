@@ -108,7 +108,6 @@ class Drafting:
         self.on_request = frozenset(on_request)
         kinds = {*self.hosts, *self.neural, *self.texts}
         self._ordinary = self._offer_of(kinds - self.on_request)
-        self._runnable = tuple(dict.fromkeys((*self._ordinary.kinds, *self.on_device)))
         self._offers: dict[frozenset[str], _Offer] = {}
         self._ranking = _Ranking(hosts)
         self.grouping = Grouping()
@@ -191,14 +190,15 @@ class Drafting:
         offered, free = (tuple(k for k in kinds if k not in mixed) for kinds in (names, free))
         return _Offer(names, offered, hosts, with_match, free, on_device, has_mixes)
 
-    def allowed(self, choice: frozenset[str] | None) -> tuple[str, ...]:
-        """Drafters, and mixes of them, that can draft for a batch. Where no request chooses, also
-        those on the device that draft on request only: the profile of step times runs them.
+    def can_draft(self, kind: object, choice: frozenset[str] | None) -> bool:
+        """Whether a drafter, or a mix, can draft for a batch. Where no request chooses, also one on
+        the device that drafts on request only: the profile of step times runs them.
 
         Args:
             choice: see the method of that name.
         """
-        return self._runnable if choice is None else self._offer(choice).kinds
+        is_offered = kind in self._offer(choice).kinds
+        return is_offered or (choice is None and kind in self.on_device)
 
     def members(self, kind: str) -> frozenset[str]:
         """Drafters that draft in a round of this one, or of this mix."""
