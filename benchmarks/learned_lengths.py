@@ -31,13 +31,14 @@ from benchmarks.harness.engines import DEMO, build
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from benchmarks.policies import generate
 from buffer.records import Trace
+from buffer.traces import traces_in
 from configs.load import load_settings
 from configs.schema import Settings
 from policies.evaluation import best_ks, rate_of
 from policies.interface import CostSample
 from policies.logged import LoggedRow, LoggedStep
 from policies.replayed_log import ReplayedLog
-from policies.run_log import read_traces
+from policies.run_log import open_traces
 from trainer.ltd import FullInformation, fit_full_information, judge_network, split
 
 SOURCE = "python -m benchmarks.learned_lengths"
@@ -70,7 +71,7 @@ def alone(traces: Iterable[Trace]) -> list[LoggedStep]:
     return [
         LoggedStep(
             LEARNED, rng.randint(1, MAX_DRAFT), 1, 1.0, "", one.version, PLAIN_S,
-            (LoggedRow(len(one.draft_ids), one.num_accepted),),
+            (LoggedRow(len(one.draft_ids), one.num_accepted),), is_timed=False,
         )
         for trace in traces for one in trace.rounds if len(one.draft_ids) == MAX_DRAFT
     ]  # fmt: skip
@@ -127,7 +128,7 @@ def main(
         service, _ = build(settings)
         generate(service, settings, [BATCH], seconds)
         service.engine.stop()
-    steps = alone(read_traces(settings.buffer.url, run_dir))
+    steps = alone(traces_in(open_traces(settings.buffer.url, run_dir)))
     say(f"{len(steps)} rounds")
     found = {name: judged(steps, *times, seeds) for name, times in TIMES.items()}
     write_result(out, {"num_rounds": len(steps), "times": found})

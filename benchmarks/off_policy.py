@@ -117,7 +117,8 @@ def live_rate(steps: Sequence[LoggedStep], k: int) -> Estimate | None:
     kept = [step for step in steps if step.is_timed and step.draft_k == k]
     tokens = np.array([step.tokens for step in kept])
     seconds = np.array([step.step_s for step in kept])
-    return throughput(Reward(tokens), Reward(seconds), np.ones(len(kept)))
+    found = throughput(Reward(tokens), Reward(seconds), np.ones(len(kept)))
+    return None if found is None else found.estimate()
 
 
 def estimates(steps: Sequence[LoggedStep], max_draft: int) -> dict[int, Estimate | None]:
@@ -176,7 +177,7 @@ def rows_of(rows: Sequence[dict[str, Any]]) -> Iterator[Row]:
 
 
 def main(
-    steps: Annotated[int, typer.Option(min=64, help="steps of the log at each load")] = 2000,
+    steps: Annotated[int, typer.Option(min=1000, help="steps of the log at each load")] = 2000,
     batches: Annotated[list[int] | None, typer.Option(help="loads")] = None,
     out: Out = RESULTS / "off_policy.json",
 ) -> None:
@@ -197,6 +198,9 @@ def main(
                         "{estimated:.3f}, {difference:+.3f} (scatter {spread:.3f})".format(**row)
                     )
         service.engine.stop()
+    if not rows:
+        say("too few live steps to compare: ask for more --steps")
+        raise typer.Exit(code=1)
     write_result(out, {"steps": steps, "batches": loads, "rows": rows})
     write_rows("off_policy", rows_of(rows), "python -m benchmarks.off_policy", out.parent)
     say(f"written: {out}")

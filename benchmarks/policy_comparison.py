@@ -108,7 +108,7 @@ def measure(
     samples = profile_steps(service.engine.parts, PROFILE_REPEATS, PROFILE_CONTEXT)
     generate(service, settings, batches, seconds)
     service.engine.stop()
-    steps = read_steps(settings.buffer.url, folder, 1_000_000)
+    steps, _ = read_steps(settings.buffer.url, folder, 1_000_000)
     log = ReplayedLog.of(steps, LEARNED, samples, MAX_DRAFT)
     rules = fitted(log, folder)
     found = {

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ from buffer.seen import Identity, SeenTraces
 log = logging.getLogger(__name__)
 
 _RECORDS_AT_ONCE = 8
+_TRACES_AT_ONCE = 256
 _EXPIRE_EVERY_S = 60.0
 
 
@@ -53,6 +54,16 @@ class TraceCounts:
     """See ``codec.Reason``."""
     deleted: int = 0
     """Deleted with their tenant."""
+
+    def lost(self) -> str | None:
+        """What was written and cannot be read, as one line; ``None``: nothing."""
+        parts = (
+            (self.damaged, "damaged records"),
+            (self.quarantined, "unreadable records"),
+            (self.torn, "torn ends of segments"),
+        )
+        found = ", ".join(f"{number} {what}" for number, what in parts if number)
+        return f"left out: {found}; `buffer inspect` says more" if found else None
 
 
 class TraceReader:
@@ -229,6 +240,19 @@ class TraceReader:
         self._reasons[error.reason] += 1
         name = f"{error.reason}-{record.writer}-{record.location}"
         self._backend.keep_unreadable(name, record.payload)
+
+
+def traces_in(reader: TraceReader) -> Iterator[Trace]:
+    """All traces up to the end of the log."""
+    before = -1
+    while (seen := _num_seen(reader)) != before:  # a read of unreadable records returns nothing
+        before = seen
+        yield from reader.read(_TRACES_AT_ONCE)
+
+
+def _num_seen(reader: TraceReader) -> int:
+    counts = reader.counts
+    return counts.read + counts.duplicate + counts.quarantined + counts.deleted
 
 
 def _identity_of(trace: Trace) -> Identity:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ipaddress
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 
-from configs.schema import DrafterSettings, Settings
+from configs.schema import DrafterSettings, PolicySettings, Settings
 from configs.urls import MASK, file_place_problem
 
 ENV_PREFIX = "SLIPSTREAM_"
@@ -21,6 +22,7 @@ def check_settings(settings: Settings) -> list[str]:
         *_paths(settings),
         *_server(settings),
         *_drafting(settings),
+        *_tables(settings.policy),
         *_sizes(settings),
         *_capture(settings),
         *_training(settings),
@@ -83,6 +85,24 @@ def _drafting(settings: Settings) -> Iterator[str]:
             f"drafter.suffix.min_match {suffix.min_match} is above drafter.suffix.max_match "
             f"{suffix.max_match}"
         )
+
+
+def _tables(policy: PolicySettings) -> Iterator[str]:
+    """Tables by batch size: one entry for each size, and tiers in rising order."""
+    tables = {
+        "policy.table.lengths": [batch for batch, _ in policy.table.lengths],
+        "policy.ema_tiers.tiers": [batch for batch, _ in policy.ema_tiers.tiers],
+    }
+    for key, batches in tables.items():
+        twice = next((one for one in batches if batches.count(one) > 1), None)
+        if twice is not None:
+            yield f"{key} has two entries for batch {twice}; take one out"
+    for batch, tiers in policy.ema_tiers.tiers:
+        if any(one >= following for one, following in pairwise(tiers)):
+            yield (
+                f"policy.ema_tiers.tiers: K for batch {batch} must rise, got "
+                f"{', '.join(map(str, tiers))}"
+            )
 
 
 def _beside(drafter: DrafterSettings) -> Iterator[str]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from policies.interface import CostSample, DraftPolicy, LearnsTimes
+from policies.interface import CostSample, DraftPolicy, LearnsTimes, TakesPublished
 
 MAX_ARMS = 16
 """Arms that are remembered; beyond it the one that was not asked for longest is forgotten."""
@@ -59,6 +59,11 @@ class ArmPolicies:
         """
         self._in_force[drafter] = version, calibration
         self.ordinary.on_swap(drafter, version, calibration)
+
+    def refused(self, drafter: str) -> str | None:
+        """As the ordinary policy says, if networks are published for it."""
+        policy = self.ordinary
+        return policy.refused(drafter) if isinstance(policy, TakesPublished) else None
 
     def of(self, drafters: frozenset[str]) -> DraftPolicy:
         """The policy of the arm with these kinds of drafters and the versions in force."""

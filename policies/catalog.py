@@ -49,6 +49,18 @@ def policy_class(settings: PolicySettings) -> Any:
     return pkgutil.resolve_name(CATALOG[settings.kind])
 
 
+def check_policy(settings: PolicySettings) -> None:
+    """Check what the configured kind reads besides its settings, such as files of weights, by the
+    classmethod ``check`` of its class if it has one: before a target is loaded for it.
+
+    Raises:
+        SettingsError: it cannot be used.
+    """
+    check = getattr(policy_class(settings), "check", None)
+    if check is not None:
+        check(settings)
+
+
 def cuts_of(settings: PolicySettings) -> tuple[Cut, ...]:
     """Ways in which the configured kind lets the device cut drafts, for which programs are made at
     start-up: ``device_cuts`` of its class; none for most.

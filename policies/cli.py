@@ -21,7 +21,14 @@ from policies.catalog import policy_class
 from policies.evaluation import Evaluation, Judged, evaluate
 from policies.picture import picture
 from policies.predictions import predictions_of
-from policies.run_log import Times, log_of_run, num_mixed, read_steps, time_doubts
+from policies.run_log import (
+    Times,
+    log_of_run,
+    num_mixed,
+    read_steps,
+    replays,
+    time_doubts,
+)
 
 app = typer.Typer(
     no_args_is_help=True, help=__doc__, add_completion=False, pretty_exceptions_enable=False
@@ -56,8 +63,9 @@ def evaluate_run(
 ) -> None:
     """Regret of every policy on the traces of a run, as a table, JSON and a picture.
 
-    Every K up to the one that ran is scored exactly; longer ones by the hazards of the run, which
-    the table shows as a share. The settings are those of each policy that is judged.
+    Every K up to the one that ran is scored exactly; longer ones by what `trainer policy` has
+    replayed, or by the hazards of the run, which the table shows as a share. The settings are those
+    of each policy that is judged.
     """
     settings = settings_from_cli(config, set_, False)
     try:
@@ -65,20 +73,24 @@ def evaluate_run(
         url, run_dir = located(run, settings)
         folder = run_dir / "policies" if out is None else out
         check_can_hold_files(folder)
-        steps = read_steps(url, run_dir, most_steps)
+        steps, counts = read_steps(url, run_dir, most_steps)
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
     try:
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         found = evaluate(log, settings.policy, seeds=range(seeds))
     except ValueError as error:
-        _refuse(str(error), exit_code(error))
+        _refuse("\n".join(filter(None, (str(error), counts.lost()))), exit_code(error))
+    if (doubts := time_doubts(log)) is not None:
+        typer.echo(f"{doubts}\n")  # first: whoever has read the table has believed it
     for line in table(found):
         typer.echo(line)
-    if (doubts := time_doubts(log)) is not None:
-        typer.echo(f"\n{doubts}")
+    if (told := replays(log)) is not None:
+        typer.echo(f"\n{told}")
     if mixed := num_mixed(steps):
         typer.echo(f"\nleft out: {mixed} steps in which several drafters drafted")
+    if (lost := counts.lost()) is not None:
+        typer.echo(f"\n{lost}")
     for one in predictions_of(steps):
         typer.echo(one.to_line())
     try:

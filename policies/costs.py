@@ -7,6 +7,7 @@ Fixed tables for judging policies after the fact. A policy that serves follows t
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import median
@@ -138,8 +139,8 @@ def profile_of(run_dir: Path) -> list[CostSample]:
     try:
         stored: Any = json.loads(read_regular(path, _MOST_BYTES, follow=True))
         samples = [CostSample(**sample) for sample in stored["samples"]]
-        if not all(sample.step_s > 0 for sample in samples):
-            raise ValueError("a step takes no time")
+        if not all(0 < sample.step_s < math.inf for sample in samples):
+            raise ValueError("a step takes no time, or forever")
     except FileNotFoundError:
         return []
     except (TypeError, KeyError, ValueError) as error:

@@ -27,6 +27,7 @@ from policies.logged import Floats
 from policies.off_policy import (
     Estimate,
     Reward,
+    Sampled,
     by_position,
     importance_weights,
     mean_of,
@@ -287,6 +288,19 @@ class _Bench:
 
 
 def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
+    """Tokens per second of these decisions, see ``_sampled_rate``; ``None`` if the log has no step
+    in common with them, or too few."""
+    found = _sampled_rate(log, ks)
+    return None if found is None else found.estimate()
+
+
+def off_policy_gain(log: ReplayedLog, ks: Ks, others: Ks) -> Estimate | None:
+    """Speed of some decisions over that of others; ``None`` if that of one of them is not known."""
+    ours, theirs = _sampled_rate(log, ks), _sampled_rate(log, others)
+    return None if ours is None or theirs is None else ours.over(theirs)
+
+
+def _sampled_rate(log: ReplayedLog, ks: Ks) -> Sampled | None:
     """Doubly robust tokens per second of these decisions. The model is the replayed log without a
     step's outcome, so it knows loads and hazards alone.
 
@@ -296,7 +310,7 @@ def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
     the drafter must catch up first, as it never must where K stays the same.
 
     Returns:
-        ``None`` if the log has no step in common with the decisions.
+        ``None`` if the log has no step in common with the decisions, or too few steps.
     """
     taken = np.array([step.draft_k for step in log.steps])
     # What a cut draft brought says nothing of its K.

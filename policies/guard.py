@@ -34,6 +34,7 @@ from policies.interface import (
     Outcome,
     PolicyContext,
     StepObs,
+    TakesPublished,
     ValuesMatches,
 )
 from policies.lengths import drafter_for
@@ -229,6 +230,11 @@ class Guard:
     @property
     def _kind(self) -> str:
         return str(getattr(self.inner, "kind", type(self.inner).__name__))
+
+    def refused(self, drafter: str) -> str | None:
+        """As the policy says, if networks are published for it."""
+        inner = self.inner
+        return inner.refused(drafter) if isinstance(inner, TakesPublished) else None
 
     def figures(self) -> dict[str, Any]:
         """The policy's, and under ``guard`` its own. JSON-ready."""

@@ -323,7 +323,7 @@ class DraftPolicy(Protocol):
         ...
 
     def figures(self) -> dict[str, Any]:
-        """JSON-ready state for /admin and the dashboard."""
+        """JSON-ready state for the dashboard, and ``policy`` of ``GET /dashboard/data``."""
         ...
 
 
@@ -337,6 +337,19 @@ class LearnsTimes(Protocol):
 
         Args:
             other: of the same class, settings and drafters.
+        """
+        ...
+
+
+@runtime_checkable
+class TakesPublished(Protocol):
+    """A policy for which networks come with a drafter's versions."""
+
+    def refused(self, drafter: str) -> str | None:
+        """Why what came for it with this drafter's version in force cannot be used.
+
+        Returns:
+            ``None``: it is used, or nothing came.
         """
         ...
 

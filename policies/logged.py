@@ -2,9 +2,11 @@
 
 A round that verified v tokens and kept A says exactly what any K up to v would have brought, and,
 where a token was rejected or the request could not use more, what any longer K would have, too.
-Only where all v tokens were kept and the step's K was v is a longer K unknown (right-censored): its
-expected tokens follow from the Kaplan-Meier hazards of all rounds of the log, or from the figures
-of a draft that the device cut, and are counted as extrapolated.
+Only where all v tokens were kept and the step's K was v is a longer K unknown (right-censored).
+Then the drafter can be replayed along the target's text (``trainer.replayed_drafts``), which says
+how likely each further position is to be kept. Where nobody has done that, the expected tokens
+follow from the Kaplan-Meier hazards of all rounds of the log, or from the figures of a draft that
+the device cut, and are counted as extrapolated.
 
 Rounds whose drafts the device could cut keep the figures by which that was decided. Steps that
 might cut are left out of the hazards as long as there are others, because a draft that was not cut
@@ -20,7 +22,7 @@ Shapes: S steps, R rounds, K the largest draft length that is asked for.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +60,10 @@ class LoggedRow:
     """Of the request, where ``considered`` is noted."""
     group: int = 0
     """Of the request, see ``policies.groups``."""
+    replayed: tuple[float, ...] = ()
+    """Probability that each position of a longer draft would have been kept, given those before it:
+    the drafter's, replayed along the target's text. Only of plain rounds and of drafts that were
+    kept whole; empty where nobody has replayed."""
 
     def longest(self, draft_k: int) -> int | None:
         """The longest draft that the request could use; ``None``: as long as any.
@@ -114,7 +120,11 @@ class LoggedStep:
         return self.batch * (1 + kept / len(self.rows))
 
 
-def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
+Replayed = Mapping[tuple[str, int, int, int], tuple[float, ...]]
+"""``LoggedRow.replayed`` by producer, epoch and number of the trace, and the round's anchor."""
+
+
+def steps_of(traces: Iterable[Trace], replayed: Replayed | None = None) -> list[LoggedStep]:
     """The steps of some traces, in order.
 
     Rounds of traces that do not number steps are put together by all that a step has in common, its
@@ -135,7 +145,9 @@ def steps_of(traces: Iterable[Trace]) -> list[LoggedStep]:
                 found[key] = []
                 if is_numbered:
                     numbered.append(key)
-            found[key].append(_Noted(one, temperature, group))
+            place = trace.producer, trace.epoch, trace.seq, one.anchor
+            beyond = replayed.get(place, ()) if replayed else ()
+            found[key].append(_Noted(one, temperature, group, beyond))
     numbers = {key: at for at, key in enumerate(sorted(numbered))}
     keys = sorted(found, key=lambda key: numbers.get(key, -1))
     return [_step_of(found[key]) for key in keys]
@@ -147,6 +159,7 @@ class _Noted(NamedTuple):
     round: Round
     temperature: float
     group: int
+    replayed: tuple[float, ...]
 
 
 def _tenants(traces: Iterable[Trace]) -> dict[tuple[str, str], int]:
@@ -158,7 +171,7 @@ def _tenants(traces: Iterable[Trace]) -> dict[tuple[str, str], int]:
 
 
 def _step_of(rounds: Sequence[_Noted]) -> LoggedStep:
-    drafting = [r for r, _, _ in rounds if r.draft_ids or r.considered is not None]
+    drafting = [r for r, *_ in rounds if r.draft_ids or r.considered is not None]
     drafters = sorted({r.drafter for r in drafting} - {"none"})
     one = drafting[0] if drafting else rounds[0].round
     return LoggedStep(
@@ -170,14 +183,16 @@ def _step_of(rounds: Sequence[_Noted]) -> LoggedStep:
         version=one.version,
         step_s=one.step_s,
         rows=tuple(
-            LoggedRow(len(r.draft_ids), r.num_accepted, group=group)
+            LoggedRow(len(r.draft_ids), r.num_accepted, group=group, replayed=beyond)
             if r.considered is None
-            else LoggedRow(len(r.draft_ids), r.num_accepted, r.considered, temperature, group)
-            for r, temperature, group in rounds
+            else LoggedRow(
+                len(r.draft_ids), r.num_accepted, r.considered, temperature, group, beyond
+            )
+            for r, temperature, group, beyond in rounds
         ),
-        may_cut=any(r.considered is not None and r.considered.may_cut for r, _, _ in rounds),
-        is_timed=all(r.is_timed for r, _, _ in rounds),
-        context=sum(r.anchor + 1 for r, _, _ in rounds) // len(rounds),
+        may_cut=any(r.considered is not None and r.considered.may_cut for r, *_ in rounds),
+        is_timed=all(r.is_timed for r, *_ in rounds),
+        context=sum(r.anchor + 1 for r, *_ in rounds) // len(rounds),
         notes=one.notes,
         is_mixed=len(drafters) > 1 or (one.batch > 1 and one.reason in PICK_REASONS),
     )
@@ -298,22 +313,26 @@ class Continuations:
         return cls(hazards, edges, (sums + _PRIOR * np.mean(kept)) / (counts + _PRIOR))
 
     def probabilities(self, row: LoggedRow) -> Floats:
-        """[K] of one draft."""
-        if row.considered is None or not len(self.rates):
-            return self.hazards
-        tops = row.considered.confidence[::FIGURES][: len(self.hazards)]
-        found = self.hazards.copy()
-        found[: len(tops)] = self.rates[np.searchsorted(self.edges, tops)]
+        """[K] of one draft. Where the drafter was replayed along the text, that tells."""
+        found = self.hazards
+        if row.considered is not None and len(self.rates):
+            tops = row.considered.confidence[::FIGURES][: len(self.hazards)]
+            found = self.hazards.copy()
+            found[: len(tops)] = self.rates[np.searchsorted(self.edges, tops)]
+        if row.replayed:
+            own = row.replayed[: len(found)]
+            found = np.concatenate((own, found[len(own) :]))
         return found
 
-    def of_row(self, row: LoggedRow) -> Floats:
+    def of_row(self, row: LoggedRow) -> tuple[Floats, Floats]:
         """[K + 1] expected tokens of a draft of k tokens beyond those that were verified, had all
-        of these been kept; 0 up to there."""
+        of these been kept, 0 up to there; and [K + 1] those of them that nobody has replayed."""
         size = len(self.hazards) + 1
         verified = min(row.num_verified, size - 1)
-        found = np.zeros(size)
-        found[verified + 1 :] = np.cumprod(self.probabilities(row)[verified:]).cumsum()
-        return found
+        each = np.zeros(size)
+        each[verified + 1 :] = np.cumprod(self.probabilities(row)[verified:])
+        guessed = np.where(np.arange(size) > len(row.replayed), each, 0.0)
+        return each.cumsum(), guessed.cumsum()
 
 
 @dataclass(frozen=True, slots=True)
@@ -341,14 +360,15 @@ def scores_of(
     usable = np.minimum(ks, longest[:, None])
     censored = (accepted == verified)[:, None] & (usable > verified[:, None])
     unseen = np.where(censored, _by_hazards(hazards)[verified[:, None], usable], 0.0)
+    guessed = unseen.copy()
     if beyond is not None:
         rows = (row for step in steps for row in step.rows)
         for r, row in enumerate(rows):
-            if row.considered is not None and censored[r].any():
-                unseen[r] = beyond.of_row(row)[usable[r]]
+            if (row.considered is not None or row.replayed) and censored[r].any():
+                unseen[r], guessed[r] = (one[usable[r]] for one in beyond.of_row(row))
     tokens, extrapolated = np.zeros((2, len(steps), len(ks)))
     np.add.at(tokens, at, exact + unseen)
-    np.add.at(extrapolated, at, unseen)
+    np.add.at(extrapolated, at, guessed)
     scale = np.array([step.batch / len(step.rows) for step in steps])[:, None]
     return Scores(tokens * scale, extrapolated * scale)
 
@@ -366,9 +386,11 @@ def cut_score(
     for row, length in zip(step.rows, lengths, strict=True):
         tokens += 1 + min(row.num_accepted, row.num_verified, length)
         if row.num_accepted == row.num_verified < length:
-            extrapolated += float(beyond.of_row(row)[length])
+            unseen, guessed = (float(one[length]) for one in beyond.of_row(row))
+            tokens += unseen
+            extrapolated += guessed
     scale = step.batch / len(step.rows)
-    return scale * (tokens + extrapolated), scale * extrapolated
+    return scale * tokens, scale * extrapolated
 
 
 def _columns(

@@ -21,10 +21,9 @@ from configs.schema import PolicySettings
 from policies.calibration import Calibration
 from policies.features import Features
 from policies.interface import Decision, Outcome, PolicyContext, StepObs
-from policies.lengths import LengthPolicy, spread
+from policies.lengths import LengthPolicy, drafter_for, spread
 from policies.network import FILE, MAX_BYTES, Network
-from policies.published import Published
-from policies.weight_file import weights_of
+from policies.published import Published, network_of_file
 
 CALIBRATION_KEY = "ltd"
 """Of the network, in the calibration that comes with a version."""
@@ -66,13 +65,26 @@ class LtdPolicy(LengthPolicy):
         Raises:
             SettingsError: ``policy.ltd.weights`` cannot be used.
         """
-        path = settings.ltd.weights
-        network = weights_of(
-            "policy.ltd.weights", path, Network.from_bytes, MAX_BYTES, "trainer policy"
-        )
+        network = cls.check(settings, drafter_for(settings.drafter, context))
         return cls(
-            context, settings.drafter, network, settings.random_share, takes_published=path is None
-        )
+            context, settings.drafter, network, settings.random_share,
+            takes_published=settings.ltd.weights is None,
+        )  # fmt: skip
+
+    @classmethod
+    def check(cls, settings: PolicySettings, drafter: str | None = None) -> Network | None:
+        """The network that ``policy.ltd.weights`` names; ``None``: it names none.
+
+        Args:
+            drafter: kind that the policy drafts with, if it is known.
+
+        Raises:
+            SettingsError: it cannot be used.
+        """
+        return network_of_file(
+            "policy.ltd.weights", settings.ltd.weights, Network.from_bytes, MAX_BYTES,
+            "trainer policy", drafter,
+        )  # fmt: skip
 
     def plan(self, obs: StepObs) -> Decision:
         """Draw K from the law for these requests."""
@@ -106,6 +118,10 @@ class LtdPolicy(LengthPolicy):
         comes with it, if any."""
         self._features.forget(Calibration.of(calibration).acceptance)
         self._published.on_swap(calibration)
+
+    def refused(self, drafter: str) -> str | None:
+        """See ``TakesPublished``."""
+        return self._published.problem if drafter == self.drafter else None
 
     def state(self) -> dict[str, Any]:
         """Whether there is a network, how old it is, and why the version's own was refused."""

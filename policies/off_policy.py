@@ -27,8 +27,16 @@ Floats = NDArray[np.float64]
 MAX_WEIGHT = 50.0
 """Larger weights are cut off: one step must not decide."""
 BLOCK_STEPS = 16
+LEAST_BLOCKS = 8
+"""With fewer nothing is estimated: resampling one block, or two, gives an interval without width,
+which is no certainty."""
 RESAMPLES = 400
 _NOTHING = 1e-12
+
+
+def block_steps(num_steps: int) -> int:
+    """Steps of a block that is resampled as one; fewer for a load that has few."""
+    return max(min(BLOCK_STEPS, num_steps // LEAST_BLOCKS), 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +131,44 @@ def by_position(
 
 
 def ips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """Inverse propensity scoring; ``None`` if no step counts."""
+    """Inverse propensity scoring; ``None`` if no step counts, or there are too few."""
     return _estimate(weights * reward.logged, np.ones_like(weights), weights, seed)
 
 
 def snips(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """The self-normalised estimate; ``None`` if no step counts."""
+    """The self-normalised estimate; ``None`` if no step counts, or there are too few."""
     return _estimate(weights * reward.logged, weights, weights, seed)
 
 
 def doubly_robust(reward: Reward, weights: Floats, seed: int = 0) -> Estimate | None:
-    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts."""
+    """The doubly robust estimate of a reward that has a model; ``None`` if no step counts, or there
+    are too few."""
     return _estimate(_corrected(reward, weights), np.ones_like(weights), weights, seed)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sampled:
+    """An estimate, and the same of resampled steps."""
+
+    value: float
+    resampled: Floats
+    """[B]"""
+    weights: Floats
+    """[S] of the steps."""
+
+    def estimate(self) -> Estimate:
+        """With its interval."""
+        low, high = np.percentile(self.resampled, (2.5, 97.5)).tolist()
+        effective = float(self.weights.sum() ** 2 / (self.weights**2).sum())
+        return Estimate(self.value, low, high, effective)
+
+    def over(self, other: Sampled) -> Estimate:
+        """Quotient of two estimates from the same steps, whose resamples are the same blocks."""
+        quotient = Sampled(
+            self.value / other.value, self.resampled / other.resampled, self.weights
+        ).estimate()
+        fewer = min(quotient.effective_steps, other.estimate().effective_steps)
+        return Estimate(quotient.value, quotient.low, quotient.high, fewer)
 
 
 def throughput(
@@ -145,7 +179,7 @@ def throughput(
     seed: int = 0,
     *,
     work: Floats | None = None,
-) -> Estimate | None:
+) -> Sampled | None:
     """Tokens per second; doubly robust in those of the two that have a model.
 
     Args:
@@ -157,8 +191,10 @@ def throughput(
             weight by its own. ``None``: ``tokens.logged``.
 
     Returns:
-        ``None`` if some load has no step that counts.
+        ``None`` if some load has no step that counts, or all of them are too few steps.
     """
+    if len(weights) < LEAST_BLOCKS * BLOCK_STEPS:
+        return None
     above, below = _corrected(tokens, weights), _corrected(seconds, weights)
     strata = np.zeros(len(weights), np.int64) if strata is None else strata
     total, times, resampled = 0.0, 0.0, np.zeros(RESAMPLES)
@@ -171,7 +207,7 @@ def throughput(
         total += own
         times += own / found.value
         resampled += own / found.resampled
-    return _joined(total / times, total / resampled, weights)
+    return Sampled(total / times, total / resampled, weights)
 
 
 def mean_of(estimates: Sequence[Estimate | None]) -> Estimate | None:
@@ -193,13 +229,10 @@ def _corrected(reward: Reward, weights: Floats) -> Floats:
 
 def _estimate(above: Floats, below: Floats, weights: Floats, seed: int) -> Estimate | None:
     """Quotient of two sums over steps."""
+    if len(weights) < LEAST_BLOCKS * BLOCK_STEPS:
+        return None
     found = _Sums.of(above, below, weights, seed)
-    return None if found is None else _joined(found.value, found.resampled, weights)
-
-
-def _joined(value: float, resampled: Floats, weights: Floats) -> Estimate:
-    low, high = np.percentile(resampled, (2.5, 97.5)).tolist()
-    return Estimate(value, low, high, float(weights.sum() ** 2 / (weights**2).sum()))
+    return None if found is None else Sampled(found.value, found.resampled, weights).estimate()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -212,11 +245,11 @@ class _Sums:
 
     @classmethod
     def of(cls, above: Floats, below: Floats, weights: Floats, seed: int) -> _Sums | None:
-        """``None`` if no step counts."""
+        """``None`` if no step counts. A load with few steps has shorter blocks."""
         if not weights.any() or below.sum() <= 0:
             return None
         value = float(above.sum() / below.sum())
-        starts = np.arange(0, len(above), BLOCK_STEPS)
+        starts = np.arange(0, len(above), block_steps(len(above)))
         blocks = np.add.reduceat(np.stack((above, below)), starts, axis=1)
         drawn = np.random.default_rng(seed).integers(0, len(starts), (RESAMPLES, len(starts)))
         sums = blocks[:, drawn].sum(axis=2)

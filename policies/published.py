@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
 from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, parse_header
-from policies.weight_file import WeightFile
+from policies.weight_file import WeightFile, weights_of
 
 T = TypeVar("T")
 
@@ -49,6 +50,41 @@ class Origin:
         return cls(drafter, int(oldest), int(newest))
 
 
+def _read(from_bytes: Callable[[bytes], T], blob: bytes, drafter: str | None) -> T:
+    """
+    Raises:
+        ValueError: the file is damaged, or was fitted to drafts of another drafter than this one.
+    """
+    network, origin = from_bytes(blob), Origin.of_blob(blob)
+    if drafter is not None and origin is not None and origin.drafter != drafter:
+        raise ValueError(
+            f"it was fitted to drafts of {origin.drafter!r}, and this policy drafts with "
+            f"{drafter!r}"
+        )
+    return network
+
+
+def network_of_file(
+    setting: str,
+    path: Path | None,
+    from_bytes: Callable[[bytes], T],
+    max_bytes: int,
+    command: str,
+    drafter: str | None = None,
+) -> T | None:
+    """The network in the file that a setting names; ``None`` if it names none.
+
+    Args: as ``weights_of`` has them, and
+        drafter: kind that the policy drafts with; ``None``: not known yet, any will do.
+
+    Raises:
+        SettingsError: the file cannot be used.
+    """
+    return weights_of(
+        setting, path, lambda blob: _read(from_bytes, blob, drafter), max_bytes, command
+    )
+
+
 class Published(Generic[T]):
     """Holds the network in force."""
 
@@ -72,7 +108,7 @@ class Published(Generic[T]):
         self._key, self._file, self._from_bytes = key, file, from_bytes
         self._drafter, self._takes_published = drafter, takes_published
         self._origin: Origin | None = None
-        self._problem: str | None = None
+        self.problem: str | None = None
         """Why the network of the version in force was refused."""
 
     def on_swap(self, calibration: Mapping[str, Any]) -> None:
@@ -80,19 +116,15 @@ class Published(Generic[T]):
         to another drafter, is none, and ``figures`` says why."""
         if not self._takes_published:
             return
-        self.network = self._origin = self._problem = None
+        self.network = self._origin = self.problem = None
         if self._key not in calibration:
             return
         try:
             blob = self._file.blob_of(calibration[self._key])
-            network, origin = self._from_bytes(blob), Origin.of_blob(blob)
-            if origin is not None and origin.drafter != self._drafter:
-                raise ValueError(
-                    f"it was fitted to drafts of {origin.drafter!r}, and this policy drafts with "
-                    f"{self._drafter!r}"
-                )
+            network = _read(self._from_bytes, blob, self._drafter)
+            origin = Origin.of_blob(blob)
         except ValueError as error:
-            self._problem = str(error)
+            self.problem = str(error)
             return
         self.network, self._origin = network, origin
 
@@ -105,7 +137,7 @@ class Published(Generic[T]):
         newest = None if self._origin is None else self._origin.newest
         return {
             "has_weights": self.network is not None,
-            "problem": self._problem,
+            "problem": self.problem,
             "fitted_to_version": newest,
             "versions_since": None if newest is None or version is None else version - newest,
         }

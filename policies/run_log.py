@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
 from buffer.audit import audit
 from buffer.backends import open_backend
-from buffer.records import Trace
-from buffer.traces import TraceReader
+from buffer.traces import TraceCounts, TraceReader, traces_in
 from configs.choices import SettingsError
 from policies.costs import LEAST_STEPS, are_enough, profile_of, times_of
 from policies.interface import CostSample
 from policies.logged import LoggedStep, drafters_of, steps_of
+from policies.replayed_file import read_replayed
 from policies.replayed_log import ReplayedLog
 
 Times = Literal["auto", "profile", "traces"]
@@ -22,29 +22,29 @@ Times = Literal["auto", "profile", "traces"]
 it has the drafter."""
 _DOUBT, _SHOWN = 0.2, 3
 """Difference of step times that is worth a warning, and how many it names."""
-_READ = 256
-"""Traces read at a time."""
 
 
-def read_steps(url: str, run_dir: Path, most_steps: int) -> list[LoggedStep]:
-    """The newest steps of a run; the access is noted.
+def read_steps(url: str, run_dir: Path, most_steps: int) -> tuple[list[LoggedStep], TraceCounts]:
+    """The newest steps of a run, with what was replayed of them, and what became of its records;
+    the access is noted.
+
+    Raises:
+        ValueError, OSError: the buffer, or the file of what was replayed, cannot be read.
+    """
+    replayed = read_replayed(run_dir)
+    reader = open_traces(url, run_dir)
+    return steps_of(traces_in(reader), replayed)[-most_steps:], reader.counts
+
+
+def open_traces(url: str, run_dir: Path) -> TraceReader:
+    """Reads the traces of a run; the access is noted.
 
     Raises:
         ValueError, OSError: the buffer cannot be read.
     """
-    return steps_of(read_traces(url, run_dir))[-most_steps:]
-
-
-def read_traces(url: str, run_dir: Path) -> Iterator[Trace]:
-    """The traces of a run; the access is noted.
-
-    Raises:
-        ValueError, OSError: the buffer cannot be read.
-    """
-    audit(run_dir, "policies", url)
     reader = TraceReader(open_backend(url, run_dir))
-    while batch := reader.read(_READ):
-        yield from batch
+    audit(run_dir, "policies", url)  # of what is there: a run that is not must not be made
+    return reader
 
 
 def log_of_run(
@@ -104,6 +104,23 @@ def time_doubts(log: ReplayedLog) -> str | None:
 def num_mixed(steps: Sequence[LoggedStep]) -> int:
     """Steps of several drafters, which say nothing about any one of them."""
     return sum(step.is_mixed for step in steps)
+
+
+def replays(log: ReplayedLog) -> str | None:
+    """How far longer drafts are scored by a replay, as one line; ``None``: not at all."""
+    unknown = [
+        row
+        for step in log.steps
+        for row in step.rows
+        if row.num_accepted == row.num_verified and row.longest(step.draft_k) is None
+    ]
+    num = sum(bool(row.replayed) for row in unknown)
+    if not num:
+        return None
+    return (
+        f"{num} of {len(unknown)} rounds that do not say what a longer draft keeps are scored by a "
+        f"replay of the drafter along the text, the others by hazards"
+    )
 
 
 def _times(

@@ -19,8 +19,8 @@ from policies.allocation import Allocation, Cut
 from policies.confidence_head import FILE, MAX_BYTES, Head
 from policies.cutting import CuttingPolicy
 from policies.interface import PolicyContext
-from policies.published import Published
-from policies.weight_file import weights_of
+from policies.lengths import drafter_for
+from policies.published import Published, network_of_file
 
 CALIBRATION_KEY = "specdecpp"
 """Of the head, in the calibration that comes with a version."""
@@ -64,14 +64,26 @@ class SpecDecPpPolicy(CuttingPolicy):
         Raises:
             SettingsError: ``policy.specdecpp.weights`` cannot be used.
         """
-        path = settings.specdecpp.weights
-        head = weights_of(
-            "policy.specdecpp.weights", path, Head.from_bytes, MAX_BYTES,
-            "trainer policy --method specdecpp",
-        )  # fmt: skip
+        head = cls.check(settings, drafter_for(settings.drafter, context))
         return cls(
             context, settings.drafter, settings.draft_k, settings.random_share, settings.cutting,
-            settings.specdecpp.most_risk, head, takes_published=path is None,
+            settings.specdecpp.most_risk, head,
+            takes_published=settings.specdecpp.weights is None,
+        )  # fmt: skip
+
+    @classmethod
+    def check(cls, settings: PolicySettings, drafter: str | None = None) -> Head | None:
+        """The head that ``policy.specdecpp.weights`` names; ``None``: it names none.
+
+        Args:
+            drafter: kind that the policy drafts with, if it is known.
+
+        Raises:
+            SettingsError: it cannot be used.
+        """
+        return network_of_file(
+            "policy.specdecpp.weights", settings.specdecpp.weights, Head.from_bytes, MAX_BYTES,
+            "trainer policy --method specdecpp", drafter,
         )  # fmt: skip
 
     def allocation(self) -> Allocation | None:
@@ -83,6 +95,10 @@ class SpecDecPpPolicy(CuttingPolicy):
         """Take the head that comes with the version, if any."""
         super().forget(calibration)
         self._published.on_swap(calibration)
+
+    def refused(self, drafter: str) -> str | None:
+        """See ``TakesPublished``."""
+        return self._published.problem if drafter == self.drafter else None
 
     def state(self) -> dict[str, Any]:
         """Also whether there is a head, how old it is, and why the version's own was refused."""

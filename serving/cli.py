@@ -22,6 +22,7 @@ from buffer.backends import open_backend
 from buffer.files import forbid_core_dumps
 from buffer.signed_weights import check_keys
 from configs.ahead import Ahead
+from configs.choices import known
 from configs.cli import (
     Commands,
     ConfigOption,
@@ -35,8 +36,9 @@ from configs.logs import set_up_logging
 from configs.options import ANYTHING
 from configs.phases import seconds_of_life, timed, took, uncollected
 from configs.schema import Settings
+from drafters.catalog import CATALOG as DRAFTERS
 from drafters.catalog import chosen
-from policies.catalog import policy_class
+from policies.catalog import check_policy, policy_class
 from reporting.catalog import check_writers
 from serving.capture.redaction import load_redact
 from serving.disk import warn_without_disk
@@ -204,6 +206,7 @@ def _check_names(settings: Settings) -> None:
     """
     chosen(settings.drafter)
     policy_class(settings.policy)
+    known("policy.drafter", settings.policy.drafter, DRAFTERS)
 
 
 def _check_kinds(settings: Settings) -> None:
@@ -215,6 +218,7 @@ def _check_kinds(settings: Settings) -> None:
     try:
         open_backend(settings.buffer.url, settings.run_dir)
         check_keys(settings.swap.public_key)
+        check_policy(settings.policy)
         if settings.capture.redact is not None:
             load_redact(settings.capture.redact)
         check_writers(settings)

@@ -200,6 +200,8 @@ class EngineFigures:
     capture_rows_dropped: int
     num_corrupted: int = 0
     """Requests whose target computed NaN or infinity."""
+    policy_failures: int = 0
+    """Decisions that a policy failed to make, and outcomes that it failed to take in."""
     num_request_steps: int = 0
     """Target passes that emitted tokens, counted once for each request in them."""
     refusals: dict[str, int] = field(default_factory=dict)

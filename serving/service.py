@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -20,6 +21,8 @@ from serving.requests import EngineFigures
 from serving.served_model import ServedModel
 from serving.swap.swapper import Swapper
 from serving.swap.target_update import TargetUpdates
+
+log = logging.getLogger(__name__)
 
 _FULL_COLLECTION = 1000
 """Collections of the middle generation between two full collections: a quarter of an hour at full
@@ -90,6 +93,16 @@ class Service:
         """The engine's policy, with those of arms if it has any."""
         return self.engine.policy if self._policies is None else self._policies
 
+    def policy_figures(self) -> dict[str, Any]:
+        """What the policy shows of itself, for the dashboard; where that fails, only that."""
+        try:
+            figures = self.policy.figures()
+        except Exception as error:  # of a policy from anybody, and about figures alone
+            log.exception("the policy's figures cannot be shown")
+            figures = {"kind": type(self.engine.policy).__name__, "error": repr(error)}
+        failures = self.figures().policy_failures
+        return figures | ({"failures": failures} if failures else {})
+
     def complaint(self) -> str | None:
         """Why this server should get no requests; ``None`` if it is ready."""
         return self.engine.complaint()
@@ -129,14 +142,14 @@ class Service:
 
     def figures(self) -> EngineFigures:
         """The engine's figures with those of swaps and traces."""
+        found, swappers = self.engine.figures(), self.swappers.values()
         return replace(
-            self.engine.figures(),
-            swaps=_sums(one.counts() for one in self.swappers.values()),
-            refusals=_sums(one.refusals() for one in self.swappers.values()),
-            ignored_calibrations=sum(
-                one.num_ignored_calibrations for one in self.swappers.values()
-            ),
-            swap_seconds=sum((one.swap_seconds for one in self.swappers.values()), 0.0),
+            found,
+            policy_failures=found.policy_failures + sum(x.num_failed_policies for x in swappers),
+            swaps=_sums(one.counts() for one in swappers),
+            refusals=_sums(one.refusals() for one in swappers),
+            ignored_calibrations=sum(one.num_ignored_calibrations for one in swappers),
+            swap_seconds=sum((one.swap_seconds for one in swappers), 0.0),
             traces=self.recorder.counts() if self.recorder else {},
             capture_rows_dropped=self._num_lost_rows(),
             target_version=self.target.version if self.target else 0,

@@ -27,10 +27,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from policies.evaluation import best_ks, rate_of
+from policies.evaluation import best_ks, off_policy_gain, rate_of
 from policies.features import NUM_FEATURES, Features
+from policies.logged import LoggedRow
 from policies.network import Network
-from policies.off_policy import BLOCK_STEPS
+from policies.off_policy import Estimate, block_steps
 from policies.replay_environment import ReplayEnvironment
 from policies.replayed_log import ReplayedLog
 
@@ -126,11 +127,24 @@ class _Steps(NamedTuple):
             for row in step.rows:
                 reached[at, : min(row.num_accepted + 1, row.num_verified)] += 1
                 kept[at, : row.num_accepted] += 1
+                if row.replayed and row.num_accepted == row.num_verified:
+                    reached[at] += _chances(row, log.max_draft, before=True)
+                    kept[at] += _chances(row, log.max_draft, before=False)
         seconds = torch.from_numpy(log.seconds).float() / batches
         return cls(torch.from_numpy(log.sizes), seconds, reached, kept)
 
     def times(self, num: int) -> Self:
         return type(self)(*(one.repeat(num, *[1] * (one.dim() - 1)) for one in self))
+
+
+def _chances(row: LoggedRow, most: int, *, before: bool) -> Tensor:
+    """[most] probability that a draft that was kept whole, had it been longer, would have reached
+    each further position, or kept it, as far as it was replayed."""
+    start, stop = min(row.num_verified, most), min(len(row.replayed), most)
+    kept = torch.tensor(row.replayed[start:stop]).cumprod(0)
+    found = torch.zeros(most)
+    found[start:stop] = torch.cat((torch.ones(1), kept))[:-1] if before else kept
+    return found
 
 
 def _fitted(
@@ -365,6 +379,9 @@ class PolicyGate:
     """and of the K that were best on the steps that it was fitted on."""
     low: float
     """Lower bound of rate / fixed_rate at 95 %, by resampling blocks of steps."""
+    off_policy: Estimate | None
+    """The same quotient from the steps in which the log did what either would do, with the times
+    that these took; ``None`` if there are too few."""
     distinct_ks: int
     """Number of K that it plays in at least one step in a hundred: 1 is a constant."""
 
@@ -374,13 +391,23 @@ class PolicyGate:
 
     @property
     def passed(self) -> bool:
-        return self.low > 1
+        """It is faster on the replayed steps, and what the log itself took does not speak against
+        that."""
+        is_refuted = self.off_policy is not None and self.off_policy.high < 1
+        return self.low > 1 and not is_refuted
 
     def to_line(self) -> str:
-        verdict = "passed" if self.passed else "failed"
+        verdict, own = "passed" if self.passed else "failed", self.off_policy
+        estimate = (
+            "too few steps for an off-policy estimate"
+            if own is None
+            else f"off-policy {100 * (own.value - 1):+.2f} % ({100 * (own.low - 1):+.2f} to "
+            f"{100 * (own.high - 1):+.2f})"
+        )
         return (
             f"gate {verdict}: {100 * self.gain:+.2f} % over the best fixed K of each load on held-"
-            f"out steps, at least {100 * (self.low - 1):+.2f} % (95 %); plays {self.distinct_ks} K"
+            f"out steps, at least {100 * (self.low - 1):+.2f} % (95 %); {estimate}; plays "
+            f"{self.distinct_ks} K"
         )
 
 
@@ -405,6 +432,7 @@ def judge_network(network: Network, log: ReplayedLog, rows: Rows) -> PolicyGate:
         rate=rate_of(held_out, ks),
         fixed_rate=rate_of(held_out, fixed),
         low=_lower_bound(held_out, ks, fixed),
+        off_policy=off_policy_gain(held_out, ks, fixed),
         distinct_ks=int((counts >= 0.01 * len(ks)).sum()),
     )
 
@@ -417,7 +445,8 @@ def _lower_bound(log: ReplayedLog, ks: Ks, fixed: Ks) -> float:
     times = np.zeros((2, _RESAMPLES))
     for size in np.unique(log.sizes):
         rows = log.sizes == size
-        starts = np.arange(0, int(rows.sum()), BLOCK_STEPS)
+        num = int(rows.sum())
+        starts = np.arange(0, num, block_steps(num))
         drawn = rng.integers(0, len(starts), (_RESAMPLES, len(starts)))
         for which, chosen in enumerate((ks, fixed)):
             pair = np.stack((log.tokens[at, chosen][rows], log.seconds[at, chosen][rows]))

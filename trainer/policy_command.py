@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
@@ -10,10 +11,14 @@ import typer
 
 from buffer.command_line import located
 from buffer.files import write_atomically
+from buffer.records import Trace
+from buffer.traces import traces_in
 from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
-from policies.logged import LoggedStep, drafters_of, of_newest_versions
+from configs.schema import Settings
+from policies.logged import LoggedStep, Replayed, drafters_of, of_newest_versions, steps_of
 from policies.published import Origin
-from policies.run_log import Times, log_of_run, read_steps, time_doubts
+from policies.replayed_file import write_replayed
+from policies.run_log import Times, log_of_run, open_traces, time_doubts
 from trainer.fitted_policy import head_path, policy_path
 
 Method = Literal["full", "ppo", "specdecpp"]
@@ -39,6 +44,13 @@ def fit_policy(
     held_out: Annotated[
         float, typer.Option(min=0.05, max=0.5, help="share of steps that judge the policy")
     ] = 0.25,
+    replay: Annotated[
+        bool,
+        typer.Option(
+            help="score longer drafts than those that ran by replaying the drafter along the text; "
+            "otherwise, and where that cannot be done, by the hazards of the log"
+        ),
+    ] = True,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="write it even if its gate refuses it")
     ] = False,
@@ -62,14 +74,20 @@ def fit_policy(
     settings = settings_from_cli(config, set_, False)
     try:
         url, run_dir = located(None, settings)
-        steps = read_steps(url, run_dir, most_steps)
+        reader = open_traces(url, run_dir)
+        traces = list(traces_in(reader))
     except (ValueError, OSError) as error:
         _refuse(str(error), 2)
-    steps, origin = _of_newest(steps, drafter)
+    if (lost := reader.counts.lost()) is not None:
+        typer.echo(lost, err=True)
+    steps, origin = _of_newest(steps_of(traces)[-most_steps:], drafter)
     if method == "specdecpp":
         path = head_path(run_dir) if out is None else out
         _fit_head(steps, drafter, held_out, settings.seed, ungated, path, origin)
         return
+    if replay and origin is not None:
+        chances = _replayed(settings.model_copy(update={"run_dir": run_dir}), origin, traces)
+        steps, _ = _newest(steps_of(traces, chances)[-most_steps:], origin.drafter)
     # --help and whoever was refused skip this import of torch.
     from trainer.ltd import (
         FullInformation,
@@ -101,6 +119,23 @@ def fit_policy(
     about = {"method": method, "gain": f"{gate.gain:.4f}", "at_least": f"{gate.low - 1:.4f}"}
     write_atomically(path, network.to_bytes(about | _metadata(origin)))
     typer.echo(f"written: {path}")
+
+
+def _replayed(settings: Settings, origin: Origin, traces: Sequence[Trace]) -> Replayed:
+    """Replay the drafter, and say how far that went."""
+    from trainer.replayed_drafts import replayed_drafts
+
+    versions = range(origin.oldest, origin.newest + 1)
+    try:
+        found = replayed_drafts(settings, origin.drafter, traces, versions)
+    except (ValueError, OSError) as error:
+        typer.echo(f"nothing was replayed: {error}", err=True)
+        return {}
+    typer.echo(found.to_line())
+    if found.chances:
+        with contextlib.suppress(OSError):  # whatever is wrong with the folder is said later
+            write_replayed(settings.run_dir, found.chances)
+    return found.chances
 
 
 def _fit_head(
@@ -139,7 +174,7 @@ def _of_newest(
     chosen = drafter if drafter is not None else next(iter(known), None)
     if chosen is None or chosen not in known:
         return steps, None
-    kept, (oldest, newest) = of_newest_versions(steps, chosen, _LEAST_STEPS)
+    kept, (oldest, newest) = _newest(steps, chosen)
     if oldest == newest:
         typer.echo(f"fitted to version {newest} of {chosen}")
     else:
@@ -148,6 +183,10 @@ def _of_newest(
             f"drafted fewer than {_LEAST_STEPS} steps"
         )
     return kept, Origin(chosen, oldest, newest)
+
+
+def _newest(steps: Sequence[LoggedStep], drafter: str) -> tuple[list[LoggedStep], tuple[int, int]]:
+    return of_newest_versions(steps, drafter, _LEAST_STEPS)
 
 
 def _metadata(origin: Origin | None) -> dict[str, str]:

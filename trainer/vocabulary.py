@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
 
 from buffer.records import Trace
-from buffer.traces import TraceReader
 
 Counts = npt.NDArray[np.int64]
-_TRACES_AT_ONCE = 64
-
-
-def traces_in(reader: TraceReader) -> Iterator[Trace]:
-    """All traces up to the end of the log."""
-    before = -1
-    while (seen := _num_seen(reader)) != before:  # a read of damaged records returns nothing
-        before = seen
-        yield from reader.read(_TRACES_AT_ONCE)
-
-
-def _num_seen(reader: TraceReader) -> int:
-    counts = reader.counts
-    return counts.read + counts.duplicate + counts.quarantined
 
 
 def count_generated(traces: Iterable[Trace], vocab_size: int, fingerprint: str) -> Counts:

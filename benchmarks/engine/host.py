@@ -72,7 +72,7 @@ _DEVICE = "device"
 PARTS = {
     "inbox": ("_take_orders", "_admit"),
     "schedule": ("scheduler.plan", "_undecided"),
-    "plan": ("_plan",),
+    "plan": ("deciding.decide",),
     "observe": ("drafting.observe",),
     "policy": ("policy.rest", "policy.wants_matches", "policy.plan"),
     "propose": ("drafting.from_host",),

@@ -68,7 +68,7 @@ class Desk:
         return self._service.figures()
 
     def policy_figures(self) -> dict[str, Any]:
-        return self._service.policy.figures()
+        return self._service.policy_figures()
 
     def history(self, since_unix_s: float) -> list[list[float]]:
         return self._history.rows(since_unix_s)

@@ -190,6 +190,21 @@ class Drafting:
         offered, free = (tuple(k for k in kinds if k not in mixed) for kinds in (names, free))
         return _Offer(names, offered, hosts, with_match, free, on_device, has_mixes)
 
+    def can_draft(self, kind: object, choice: frozenset[str] | None) -> bool:
+        """Whether a drafter, or a mix, can draft for a batch. Where no request chooses, also one on
+        the device that drafts on request only: the profile of step times runs them.
+
+        Args:
+            choice: see the method of that name.
+        """
+        is_offered = kind in self._offer(choice).kinds
+        return is_offered or (choice is None and kind in self.on_device)
+
+    def members(self, kind: str) -> frozenset[str]:
+        """Drafters that draft in a round of this one, or of this mix."""
+        found = self.on_device.get(kind)
+        return frozenset((kind,) if found is None else found.kinds)
+
     def _reading(self, sequence: Sequence) -> list[TextRows]:
         """Text drafters that may take drafts from a request's text, now or later."""
         offer = self._offer(sequence.request.drafters)

@@ -17,7 +17,8 @@ import torch
 
 from policies.interface import Decision, DraftPolicy, Outcome
 from serving.engine.commit import Commits, emitted_by
-from serving.engine.in_flight import Arrival, Matches, PlannedRound, RoundClock
+from serving.engine.deciding import Deciding
+from serving.engine.in_flight import Arrival, PlannedRound, RoundClock
 from serving.engine.inbox import Inbox
 from serving.engine.outputs import Outputs
 from serving.engine.prefill import Prefilled
@@ -28,8 +29,6 @@ from serving.engine.sequence import Sequence
 from serving.requests import EngineFigures, Output
 
 log = logging.getLogger(__name__)
-
-PLAIN = Decision("none", 0, 1.0, False, "plain")
 
 
 def _ignore(*_: object) -> None:
@@ -99,11 +98,11 @@ class Engine:
         """
         self.parts = parts
         self.policy = policy
-        self._policy_of = policy_of
         self.inbox = parts.inbox
         self.scheduler = parts.scheduler
         self.programs = parts.programs
         self.drafting = parts.programs.drafting
+        self.deciding = Deciding(self.drafting, parts.programs.rounds, policy_of)
         self._listeners = listeners or Listeners()
         self._commits = Commits(self.drafting)
         self._outputs = Outputs(
@@ -154,6 +153,7 @@ class Engine:
             kv_usage=1 - pages.num_available / pages.num_usable,
             drafter_version=self.drafting.version,
             versions=self.drafting.versions(),
+            policy_failures=self.deciding.num_failures,
         )
 
     # ---- the loop ------------------------------------------------------------------------------
@@ -279,8 +279,11 @@ class Engine:
     def _decode(self, batch: list[Sequence]) -> None:
         """Plan and launch a round, and commit the one before it."""
         started_s = time.perf_counter()
-        policy, decision, matches = self._plan(batch)
-        self._clock.plan_s += time.perf_counter() - started_s
+        step = self._commits.counters.num_steps
+        policy, decision, matches = self.deciding.decide(self.policy, batch, step)
+        planned_s = time.perf_counter() - started_s
+        self.deciding.took(policy, planned_s)
+        self._clock.plan_s += planned_s
         drafter, num_draft, given = decision.drafter, decision.draft_k, None
         picks = decision.picks
         on_host = num_draft > 0 and self.drafting.asks_host(drafter, picks)
@@ -319,31 +322,6 @@ class Engine:
             launched, matches, policy, decision, versions, started_s, before_s,
             self.drafting.grouping.of(batch), follows_swap,
         )  # fmt: skip
-
-    def _plan(self, batch: list[Sequence]) -> tuple[DraftPolicy, Decision, Matches]:
-        """The policy in charge, its decision, and the kind of the match observed for each
-        request."""
-        policy = self.policy
-        if not any(s.request.max_draft != 0 for s in batch):
-            return policy, PLAIN, None
-        choice = self.drafting.choice(batch)
-        if choice is not None and self._policy_of is not None:
-            policy = self._policy_of(choice)
-        resting = policy.rest()
-        if resting is not None and not resting.draft_k:
-            return policy, resting, None
-        most = self.programs.rounds.most_draft(batch)
-        if resting is not None:
-            return policy, self.drafting.held(resting, batch, most), None
-        step, look = self._commits.counters.num_steps, policy.wants_matches()
-        if look:
-            self.drafting.rank_matches(policy)
-        obs = self.drafting.observe(batch, step, most, choice, look=look)
-        if obs is None:
-            return policy, PLAIN, None
-        decision = policy.plan(obs)
-        assert 0 <= decision.draft_k <= most, f"policy planned K={decision.draft_k}"
-        return policy, decision, obs.matches
 
     def _may_overtake(self, batch: list[Sequence], decision: Decision) -> bool:
         """Whether a round can be launched before the one under way is committed: a neural drafter
@@ -405,7 +383,7 @@ class Engine:
 
     def _report(self, planned: PlannedRound, outcome: Outcome, proposed: Proposed | None) -> None:
         """Report a round to its policy and, for each drafter that learns, to ``on_rounds``."""
-        planned.policy.observe(outcome)
+        self.deciding.report(planned.policy, outcome)
         self._listeners.on_outcome(outcome)
         if proposed is None:
             return

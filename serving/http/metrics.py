@@ -215,6 +215,11 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
         ("drafter", "draft_k"),
         {(drafter, str(k)): n for (drafter, k), n in figures.steps_by_arm.items()},
     )
+    yield counter(
+        "policy_failures",
+        "Steps decoded plainly, or not learned from, because the policy failed.",
+        figures.policy_failures,
+    )
     yield counters(
         "drafter_rounds",
         "Rounds of requests in which each drafter proposed.",

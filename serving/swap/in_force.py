@@ -18,13 +18,15 @@ from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
 from policies.calibration import Calibration
-from policies.interface import DraftPolicy
+from policies.interface import DraftPolicy, TakesPublished
 from serving.swap.flat_weights import FlatWeights, Staged
 
 log = logging.getLogger(__name__)
 
 IGNORED_CALIBRATIONS = "ignored_calibrations"
 """Key of ``WeightsInForce.counts``: versions that came with a calibration that is malformed."""
+FAILED_POLICIES = "failed_policies"
+"""The same: swaps that the policy failed to take in."""
 
 
 class WeightsInForce:
@@ -113,7 +115,10 @@ class WeightsInForce:
 
     def _note_calibration(self) -> None:
         """Say what policies ignore of the calibration that came with the current version."""
-        problems = Calibration.of(self.current.policy).problems
+        problems = list(Calibration.of(self.current.policy).problems)
+        policy = self._policy
+        if isinstance(policy, TakesPublished) and (refused := policy.refused(self.kind)):
+            problems.append(f"what was fitted for the policy cannot be used ({refused})")
         if problems:
             self.counts[IGNORED_CALIBRATIONS] += 1
             log.warning(
@@ -132,4 +137,11 @@ class WeightsInForce:
 
     def _tell(self) -> None:
         self._neural.version = self.current.version
-        self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+        try:
+            self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+        except Exception:  # the weights are in force; a policy that fails must not end requests
+            self.counts[FAILED_POLICIES] += 1
+            log.exception(
+                "the policy failed when told of version %d of %s; it goes on with what it knew of "
+                "the weights before", self.current.version, self.kind,
+            )  # fmt: skip

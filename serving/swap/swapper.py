@@ -19,7 +19,7 @@ from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
 from policies.rollback import Action, DraftingShare, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
-from serving.swap.in_force import IGNORED_CALIBRATIONS, WeightsInForce
+from serving.swap.in_force import FAILED_POLICIES, IGNORED_CALIBRATIONS, WeightsInForce
 
 log = logging.getLogger(__name__)
 
@@ -229,6 +229,11 @@ class Swapper:
     def num_ignored_calibrations(self) -> int:
         """Versions in use, now or before, whose calibration is malformed."""
         return self._force.counts[IGNORED_CALIBRATIONS]
+
+    @property
+    def num_failed_policies(self) -> int:
+        """Swaps that the policy failed to take in."""
+        return self._force.counts[FAILED_POLICIES]
 
     @property
     def swap_seconds(self) -> float:

@@ -8,11 +8,21 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.harness.allocate_times import allocate_times
-from benchmarks.policies import allocate_rows, publish_allocate
+from benchmarks.policies import (
+    allocate_rows,
+    calibration_error,
+    headroom,
+    publish_allocate,
+    rows_of,
+)
 from benchmarks.policy_comparison import RULES
 from benchmarks.policy_simulation import claims, shift_claims, steps_to_plain
 from benchmarks.real import choosing
+from configs.schema import PolicySettings
 from policies.catalog import CATALOG
+from policies.evaluation import evaluate
+from policies.replayed_log import ReplayedLog
+from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile
 from tests.policies.simulated import World
 
 STEADY = World(eagle=(0.6,) * 8, has_index=False, verify_per_token_s=2e-6)
@@ -35,6 +45,27 @@ def test_cuts_and_what_belongs_to_them_are_measured_and_written(tmp_path):
     beside = [us for ones in written["beside"].values() for us in ones.values()]
     assert [row["value"] for row in rows] == [*times.values(), *beside]
     assert len(beside) == 2 and min(beside) > 1
+
+
+def test_small_batches_and_the_headroom_at_batch_1_are_held_to_their_goals():
+    judged = ReplayedLog.of(log(300, any_k, (1, 4)), DRAFTER, profile(), MAX_DRAFT)
+    closed = headroom(judged, PolicySettings())
+    results = {
+        "batches": [1, 4, 8],
+        "ltd": {"PPO": {"gain": 0.05, "small": {"gain": 0.01}}},
+        "headroom": closed | {"ltd": 0.4},
+        "plan": {},
+        "calibration_error": calibration_error(judged),
+    }
+
+    rows = {row.row: row for row in rows_of(evaluate(judged, PolicySettings(), (), (0,)), results)}
+
+    where = "bundled target, temperature 0.7, batch "
+    assert rows[f"{where}1, 4, 8: ltd by PPO, held-out steps"].holds
+    assert not rows[f"{where}1 to 4: ltd by PPO, held-out steps"].holds
+    assert rows[f"{where}1: ltd, replayed"].holds
+    assert rows[f"{where}1: goodput, replayed"].value == closed["goodput"]
+    assert calibration_error(judged) is None, "a thousand rounds are needed before"
 
 
 def test_every_policy_that_decides_is_in_the_comparison_with_its_origin():

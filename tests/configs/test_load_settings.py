@@ -251,6 +251,18 @@ def test_an_open_address_needs_a_key():
         ),
         (("buffer.max_bytes=8192",), "buffer.max_bytes 8192 holds less than two segments"),
         ((f"server.api_key={MASK}",), "server.api_key is the mask"),
+        (
+            ("policy.table.lengths=[[8, 3], [1, 5], [8, 1]]",),
+            "policy.table.lengths has two entries for batch 8",
+        ),
+        (
+            ("policy.ema_tiers.tiers=[[1, [0, 3]], [1, [1]]]",),
+            "policy.ema_tiers.tiers has two entries for batch 1",
+        ),
+        (
+            ("policy.ema_tiers.tiers=[[1, [1, 3]], [4, [3, 1]]]",),
+            "policy.ema_tiers.tiers: K for batch 4 must rise, got 3, 1",
+        ),
     ],
 )
 def test_contradictions_between_keys_are_reported(overrides, said):

@@ -53,6 +53,14 @@ def test_what_a_command_would_refuse_is_not_printed_either(room):
     assert result.stderr.startswith("drafter.kind 'eagle' is unknown; known: ")
 
 
+def test_a_drafter_of_a_policy_that_no_catalog_has_is_refused():
+    """Another one would draft in its place, and nobody would know."""
+    command = ["launch", "--set", "policy.kind=ucb", "--set", "policy.drafter=eagle"]
+    result = CliRunner().invoke(serving.cli.app, command)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("policy.drafter 'eagle' is unknown; known: ")
+
+
 def test_a_mistake_is_printed_to_stderr_with_exit_code_2():
     result = CliRunner().invoke(app, ["--set", "engine.max_batc=1"])
     assert result.exit_code == 2

@@ -18,6 +18,7 @@ from policies.groups import group_of
 from policies.interface import CostSample
 from policies.logged import LoggedRow, LoggedStep
 
+_LIMITS = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0)
 DRAFTER = "eagle3"
 HAZARDS = (0.8, 0.7, 0.6, 0.55, 0.5, 0.5, 0.45, 0.4)
 MAX_DRAFT = len(HAZARDS)
@@ -135,10 +136,16 @@ def traces_of(steps: Sequence[LoggedStep], num_steps_each: int = 50) -> list[Tra
     return traces
 
 
+def append_unreadable(run_dir: Path, number: int) -> None:
+    """Append so many records that are no traces."""
+    with open_backend("log:", run_dir).open_trace_writer(_LIMITS) as writer:
+        for _ in range(number):
+            writer.append(b"no trace")
+
+
 def write_run(run_dir: Path, steps: Sequence[LoggedStep]) -> None:
     """A run folder with these steps, and a profile of step times."""
-    limits = TraceLimits(segment_bytes=1 << 20, max_bytes=1 << 26, ttl_s=1e6, sync_interval_s=0.0)
-    with open_backend("log:", run_dir).open_trace_writer(limits) as writer:
+    with open_backend("log:", run_dir).open_trace_writer(_LIMITS) as writer:
         for trace in traces_of(steps):
             writer.append(encode_trace(trace))
     samples = [asdict(sample) for sample in profile()]

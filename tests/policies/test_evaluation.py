@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -13,14 +14,15 @@ from typer.testing import CliRunner
 
 from configs.schema import PolicySettings
 from policies.cli import app
-from policies.evaluation import best_ks, evaluate, off_policy_rate, rate_of
+from policies.evaluation import best_ks, evaluate, off_policy_gain, off_policy_rate, rate_of
 from policies.replayed_log import ReplayedLog
-from policies.run_log import log_of_run, num_mixed, time_doubts
+from policies.run_log import log_of_run, num_mixed, read_steps, time_doubts
 from tests.policies.logs import (
     DRAFTER,
     MAX_DRAFT,
     always,
     any_k,
+    append_unreadable,
     expected_tokens,
     log,
     profile,
@@ -171,6 +173,13 @@ def test_wrong_usage_says_what_is_wrong_before_the_work(
     assert (result.exit_code, message in result.output) == (code, True), result.output
 
 
+def test_a_run_that_is_not_there_is_refused_and_not_made(tmp_path):
+    result = CliRunner().invoke(app, ["evaluate", "--set", f"run_dir={tmp_path / 'typo'}"])
+
+    assert (result.exit_code, "typo" in result.output) == (2, True), result.output
+    assert not (tmp_path / "typo").exists()
+
+
 def test_a_damaged_profile_is_no_lack_of_traces(tmp_path):
     write_run(tmp_path, log(20, any_k, (1,)))
     (tmp_path / "step_times.json").write_text('{"samples": [{"drafter": 3}]}')
@@ -195,6 +204,53 @@ def test_a_profile_that_the_traces_contradict_is_reported(factor, is_doubted):
     if found is not None:
         assert "K = 0 at batch 4" in found and "--times traces" in found
         assert "at batch 1:" not in found
+
+
+def test_a_profile_with_a_step_that_never_ends_is_damaged(tmp_path):
+    write_run(tmp_path, log(20, any_k, (1,)))
+    file = tmp_path / "step_times.json"
+    stored = json.loads(file.read_text())
+    stored["samples"][0]["step_s"] = float("inf")
+    file.write_text(json.dumps(stored))
+
+    result = CliRunner().invoke(app, ["evaluate", str(tmp_path)])
+
+    assert (result.exit_code, "is no profile" in result.output) == (2, True), result.output
+
+
+def test_damaged_records_are_counted_and_no_lack_of_drafts(tmp_path):
+    write_run(tmp_path, log(240, any_k, (1, 2)))
+    [segment] = (tmp_path / "traces").rglob("*.seg")
+    whole = segment.read_bytes()
+    segment.write_bytes(whole[:-200] + bytes(100) + whole[-100:])
+    some = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--seeds", "1"])
+    segment.write_bytes(random.Random(0).randbytes(len(whole)))
+    none = CliRunner().invoke(app, ["evaluate", str(tmp_path), "--seeds", "1"])
+
+    assert some.exit_code == 0, some.output
+    assert "left out: 1 damaged records; `buffer inspect`" in some.output
+    assert none.exit_code == 1 and "left out: 1 torn ends of segments" in none.output
+
+
+def test_traces_behind_many_unreadable_records_are_read(tmp_path):
+    """A read of nothing but such records returns no trace, and is not the end."""
+    append_unreadable(tmp_path, 300)
+    write_run(tmp_path, log(60, any_k, (1,)))
+
+    steps, counts = read_steps("log:", tmp_path, 1000)
+
+    assert (len(steps), counts.quarantined) == (60, 300)
+
+
+@pytest.mark.parametrize("num_steps", [3, 100])
+def test_few_steps_have_no_interval(num_steps):
+    """Resampling one or two blocks would give one without width."""
+    [*_, plain] = (
+        one
+        for one in evaluate(replayed(log(num_steps, any_k)), PolicySettings(), (), (0,)).policies
+        if one.name == "fixed, K = 0"
+    )
+    assert plain.off_policy is None
 
 
 def test_a_run_without_drafts_is_refused(tmp_path):
@@ -248,6 +304,25 @@ def test_all_figures_of_a_policy_that_draws_are_means_over_its_seeds():
         assert getattr(found[0], name) == pytest.approx(np.mean(values)), name
     values = [one.off_policy.value for one in alone]
     assert found[0].off_policy.value == pytest.approx(np.mean(values))
+
+
+def test_the_gain_of_one_policy_over_another_shares_what_the_log_has_of_chance():
+    """Steps that are slow for both widen the interval of either speed, not that of the quotient."""
+    steps = [
+        replace(step, step_s=step.step_s * (3.0 if (at // 64) % 2 else 1.0))
+        for at, step in enumerate(log(4000, any_k, (4,), noise=0.0))
+    ]
+    judged = replayed(steps)
+    ours, theirs = (np.full(len(steps), k, np.int64) for k in (3, 1))
+    truth = expected_tokens(3) / step_s(3, 4) / (expected_tokens(1) / step_s(1, 4))
+
+    gain = off_policy_gain(judged, ours, theirs)
+    alone, other = off_policy_rate(judged, ours), off_policy_rate(judged, theirs)
+
+    assert gain is not None and alone is not None and other is not None
+    assert gain.low < truth < gain.high
+    assert gain.high / gain.low < (alone.high / alone.low) * (other.high / other.low)
+    assert off_policy_gain(judged.rows(np.arange(4000) < 40), ours[:40], theirs[:40]) is None
 
 
 @pytest.mark.parametrize("k", [1, 4, 8])

@@ -14,7 +14,7 @@ import pytest
 from configs.choices import SettingsError
 from configs.policies import LtdSettings
 from configs.schema import PolicySettings
-from policies.catalog import build_policy
+from policies.catalog import build_policy, check_policy
 from policies.features import NUM_FEATURES
 from policies.interface import Outcome, RowOutcomes, StepObs
 from policies.network import Network
@@ -256,6 +256,30 @@ def test_a_server_says_how_old_the_fit_of_its_network_is():
     assert (found["fitted_to_version"], found["versions_since"]) == (6, 3)
     policy.on_swap(DRAFTER, 10, {"ltd": network(3).to_text()})
     assert policy.figures()["versions_since"] is None, "files of before do not tell"
+
+
+@pytest.mark.parametrize("kind", ["ltd", "specdecpp"])
+def test_files_of_networks_are_checked_before_anything_is_loaded(kind, tmp_path):
+    check_policy(PolicySettings(kind=kind))
+    check_policy(PolicySettings(kind="goodput"))
+    file = tmp_path / "weights"
+    file.write_bytes(b"junk")
+    settings = PolicySettings.model_validate({"kind": kind, kind: {"weights": file}})
+
+    with pytest.raises(SettingsError, match=rf"policy\.{kind}\.weights: .*cannot be used"):
+        check_policy(settings)
+
+
+def test_a_file_that_was_fitted_to_another_drafter_is_refused(tmp_path):
+    """Named by the settings, it would cut or lengthen drafts that it knows nothing of."""
+    file = tmp_path / "ltd.safetensors"
+    origin = {"oldest_version": "4", "newest_version": "6"}
+    file.write_bytes(network(3).to_bytes({"drafter": "another", **origin}))
+    with pytest.raises(SettingsError, match=f"of 'another'.* drafts with '{DRAFTER}'"):
+        build("ltd", ltd=LtdSettings(weights=file))
+
+    file.write_bytes(network(3).to_bytes({"drafter": DRAFTER, **origin}))
+    assert build("ltd", ltd=LtdSettings(weights=file)).figures()["has_weights"]
 
 
 def test_a_network_that_was_fitted_to_another_drafter_is_refused():

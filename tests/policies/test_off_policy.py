@@ -103,6 +103,7 @@ def test_throughput_joins_loads_by_the_tokens_that_they_have():
 
     found = throughput(Reward(tokens), Reward(seconds), weights, loads)
 
+    assert found is not None
     assert found.value == pytest.approx(16)
     assert throughput(Reward(tokens), Reward(seconds), (loads == 0).astype(float), loads) is None
 
@@ -128,6 +129,18 @@ def test_positions_are_known_from_every_draft_that_reached_them(survival):
     )
     assert found[loads == 0].mean() == pytest.approx(0.6, abs=0.02)
     assert found[loads == 1].mean() == pytest.approx(1.1, abs=0.02)
+
+
+def test_a_load_with_few_steps_is_not_taken_for_certain():
+    """Its steps in one block would add no width to the interval, however they scatter."""
+    loads = np.array([0] * 600 + [1] * 12)
+    seconds = np.where(loads == 1, np.where(np.arange(612) % 2, 1.0, 10.0), 1.0)
+
+    sampled = throughput(Reward(np.ones(612)), Reward(seconds), np.ones(612), loads)
+
+    assert sampled is not None
+    found = sampled.estimate()
+    assert found.low < 0.99 * found.value < 1.01 * found.value < found.high
 
 
 def test_nothing_is_estimated_without_a_step_in_common():

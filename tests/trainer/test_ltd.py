@@ -15,6 +15,7 @@ from policies.features import NAMES, NUM_FEATURES, Features
 from policies.groups import group_of
 from policies.ltd import CALIBRATION_KEY
 from policies.network import Network
+from policies.off_policy import Estimate
 from policies.published import Origin
 from policies.replayed_log import ReplayedLog, play
 from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile, write_run
@@ -23,6 +24,7 @@ from trainer.cli import app
 from trainer.fitted_policy import fitted_policy, policy_path
 from trainer.ltd import (
     FullInformation,
+    PolicyGate,
     Ppo,
     fit_full_information,
     fit_ppo,
@@ -52,6 +54,8 @@ def test_full_information_follows_moods_that_a_fixed_k_cannot():
 
     assert gate.passed and gate.gain > 0.02, gate.to_line()
     assert gate.distinct_ks >= 2
+    # Replayed by the hazards of easy and hard text together, which is too little for easy text.
+    assert gate.off_policy is not None and gate.off_policy.high > 1 + gate.gain
 
 
 @pytest.mark.parametrize("is_told", [True, False])
@@ -95,6 +99,16 @@ def test_where_all_text_is_alike_nothing_passes_the_gate():
 
     assert not gate.passed, gate.to_line()
     assert gate.gain > -0.05, "it is no worse than the best fixed K either"
+
+
+@pytest.mark.parametrize(("high", "passes"), [(0.99, False), (1.2, True), (None, True)])
+def test_a_gain_that_the_log_itself_refutes_does_not_pass(high, passes):
+    """The replay knows times by a table; the off-policy estimate has those of the steps."""
+    own = None if high is None else Estimate(0.9, 0.8, high, 500.0)
+    gate = PolicyGate(110.0, 100.0, 1.04, own, 3)
+
+    assert gate.passed is passes
+    assert gate.to_line().startswith("gate passed" if passes else "gate failed")
 
 
 def test_ppo_learns_from_what_it_tries():

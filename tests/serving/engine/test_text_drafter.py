@@ -24,7 +24,8 @@ from policies.fixed import FixedPolicy
 from policies.interface import Decision, Pick
 from serving.capture.rounds import round_columns
 from serving.engine import text_mix
-from serving.engine.loop import PLAIN, Listeners
+from serving.engine.deciding import PLAIN
+from serving.engine.loop import Listeners
 from specops.matches import BLOCK, END, Bounds, TextDrafts
 from specops.text_first import NEURAL_ALONE, TEXT, TEXT_ALONE, TEXT_FIRST, Begun
 from specops.verify_logits import Rule

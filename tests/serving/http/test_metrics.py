@@ -29,6 +29,7 @@ FIGURES = EngineFigures(
     traces={"queued": 9, "written": 8, "dropped": 1, "rejected": 0},
     capture_rows_dropped=11,
     ignored_calibrations=3,
+    policy_failures=4,
     num_corrupted=1,
     extra={"suffix_tokens": 12.0},
 )
@@ -70,6 +71,7 @@ COMMON = ("model_name", "engine")
         ("spec_decode_num_draft_tokens_total", {}, 150),
         ("spec_decode_num_accepted_tokens_total", {}, 90),
         ("spec_decode_num_accepted_tokens_per_pos_total", {"position": "2"}, 15),
+        ("policy_failures_total", {}, 4),
         ("policy_arm_steps_total", {"drafter": "eagle3", "draft_k": "3"}, 50),
         ("drafter_version", {}, 7),
         ("weight_swaps_total", {"result": "rolled_back"}, 2),

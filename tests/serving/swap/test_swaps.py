@@ -16,6 +16,7 @@ from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from configs.schema import Settings
 from oracles.engines import Collected, request_of
+from policies.fixed import FixedPolicy
 from serving.build import build_service
 
 PROMPT = [40, 41, 42, 43]
@@ -101,6 +102,53 @@ def test_a_malformed_calibration_is_ignored_counted_and_named_and_its_weights_se
     assert ask(service, "after").last.stats.drafter_version == 1
     [said] = [line for line in caplog.messages if "calibration" in line]
     assert "version 1" in said and "acceptance must be a list" in said and "parent must" in said
+
+
+def test_a_network_that_came_with_a_version_and_is_refused_is_named_and_counted(
+    tiny_target_dir, tmp_path, caplog
+):
+    """The policy decodes plainly then, and nobody would know why."""
+    settings = settings_for(tiny_target_dir, tmp_path)
+    policy = settings.policy.model_copy(update={"kind": "ltd"})
+    service = build_service(settings.model_copy(update={"policy": policy}))
+    service.start()
+    publish_next(tmp_path / "weights", noisy, policy={"ltd": "no base64"})
+    wait_until(lambda: service.figures().swaps["swapped"] == 1)
+
+    assert service.figures().ignored_calibrations == 1
+    [said] = [line for line in caplog.messages if "calibration" in line]
+    assert "version 1 of eagle3" in said and "must be base64" in said
+    assert ask(service, "after").last.stats.drafter_version == 1
+    service.stop()
+
+
+def test_a_policy_that_fails_in_a_swap_does_not_stop_it(tiny_target_dir, tmp_path, caplog):
+    """It is from anybody, and the weights are in force: requests go on with them."""
+
+    class Failing(FixedPolicy):
+        def on_swap(self, drafter, version, calibration):
+            if version:
+                raise RuntimeError("cannot take it in")
+
+        def figures(self):
+            raise RuntimeError("nothing to show")
+
+    settings = settings_for(tiny_target_dir, tmp_path)
+    service = build_service(settings, wrap=lambda _: Failing("eagle3", 3, needs_match=False))
+    service.start()
+    before = ask(service, "before")
+    publish_next(tmp_path / "weights", noisy)
+    wait_until(lambda: service.figures().swaps["swapped"] == 1)
+
+    after = ask(service, "after")
+
+    assert (after.token_ids, after.last.stats.drafter_version) == (before.token_ids, 1)
+    assert service.figures().policy_failures == 1
+    assert "version 1 of eagle3" in next(x for x in caplog.messages if "policy failed" in x)
+    shown = service.policy_figures()
+    assert (shown["kind"], shown["failures"]) == ("Failing", 1)
+    assert "nothing to show" in shown["error"]
+    service.stop()
 
 
 def test_copies_of_weights_follow_a_swap_and_the_way_back(service, tmp_path):
