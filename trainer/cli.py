@@ -329,14 +329,9 @@ def vocabulary(
     audit(settings.run_dir, "vocabulary", settings.buffer.url)
     from buffer.backends import open_backend
     from buffer.fingerprint import target_fingerprint
-<<<<<<< HEAD
-    from buffer.traces import TraceReader
-    from targets.config import load_config
-    from trainer.vocabulary import count_generated, coverage, most_used, traces_in
-=======
     from buffer.traces import TraceReader, traces_in
+    from targets.config import load_config
     from trainer.vocabulary import count_generated, coverage, most_used
->>>>>>> a19
 
     try:
         folder = checked_folder(settings.target, settings.target_cache)
