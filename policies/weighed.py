@@ -110,9 +110,6 @@ class Steps:
         """What the last plans with and without a look were for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
-        self.untried: dict[str, float] = {}
-        """Neural drafters whose weights changed, and that have not drafted since; with the time
-        when they did."""
         self.clock_s = 0.0
         """Time of all steps."""
         self.like = NOBODY
