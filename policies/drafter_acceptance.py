@@ -93,6 +93,9 @@ class DrafterAcceptance:
             ValueError: the drafter has neither one prior nor one for each bucket.
         """
         self._priors = traits.prior_acceptance
+        """Of the first position, by row if there is no pool; of a mix by position, once its members
+        are known."""
+        has_pool = len(self._priors) == 1
         num_rows = shape[0] + 1
         if len(self._priors) not in (1, shape[0]):
             raise ValueError(
@@ -102,11 +105,11 @@ class DrafterAcceptance:
         self._is_silent = traits.needs_match
         self._half_life_rounds = half_life_rounds
         floors = np.full(num_rows, _FLOOR_WEIGHT)
-        if self._has_pool:
+        if has_pool:
             floors[:POOL] = _POOLED_FLOOR
         self._floors = floors[:, None]
         self._since = Since(num_rows)
-        own = (num_rows - 1,) if self._has_pool else range(num_rows - 1)
+        own = (num_rows - 1,) if has_pool else range(num_rows - 1)
         self._regimes = {row: Regimes(shape[1]) for row in own}
         """Of the rows whose lasting evidence is a prior."""
         self._seen_at = [0.0] * num_rows
@@ -123,12 +126,10 @@ class DrafterAcceptance:
         self._stale = self._all_rows()
         """Rows whose chained hazards are to be computed again."""
         self._dispersion = Dispersion()
-        self._members: list[float] = []
-        """[K] hazards that are expected of a mix by what its members keep."""
 
     @property
     def _has_pool(self) -> bool:
-        return len(self._priors) == 1
+        return len(self._hazards) - 1 in self._regimes
 
     def observe(self, step: ByBucket, batch: int, clock: float, beyond: Beyond) -> None:
         """Take in the rounds of one step, by bucket.
@@ -237,7 +238,7 @@ class DrafterAcceptance:
             hazards: [K] of all rounds.
             is_stale: the mix's own rounds are of other traffic.
         """
-        self._members = hazards.tolist()
+        self._priors = tuple(hazards.tolist())
         if is_stale:
             self.replace(self._lasting.limited(_STALE_WEIGHT), clock)
         self._stale.add(POOL)
@@ -274,7 +275,7 @@ class DrafterAcceptance:
         """Recent and usual hazards of a row. The prior of a position's usual one comes from the
         position before it. The usual one is the prior of the recent one, moved in log-odds as the
         position before it was: text that is hard now is so at every depth."""
-        prior = self._members or [self._priors[0 if self._has_pool else row]]
+        prior = self._priors if self._has_pool else self._priors[row : row + 1]
         regimes = self._regimes[row % len(self._hazards)]
         recent, lasting = self._recent, self._lasting
         own = _usual(lasting.reached[row].tolist(), lasting.accepted[row].tolist(), prior)

@@ -100,8 +100,7 @@ class GoodputPolicy:
             kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
             self._rest, self._ledger,
         )  # fmt: skip
-        self._trials = Trials(kinds.blind, after_changes=not kinds.matching)
-        self._steps = Steps()
+        self._steps = Steps(Trials(kinds.blind, after_changes=not kinds.matching))
         self._basis: Basis | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: Weighed | None = None
@@ -297,7 +296,7 @@ class GoodputPolicy:
         self._basis = self._ahead = None
         self._explorer.under_way = None
         if drafter in self._kinds.on_device:
-            self._trials.swapped(drafter, self._steps.clock_s)
+            self._steps.trials.swapped(drafter, self._steps.clock_s)
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state. Any thread may ask, so that nothing is settled here: it may be that of
@@ -408,9 +407,9 @@ class GoodputPolicy:
         if is_kept:  # whether looks pay is asked below
             self._note_look()
         may_explore = not is_kept or self._rest.pays or goes_on
-        self._trials.follow(choice.base, self._acceptance.num_shifts)
-        if may_explore and not goes_on and self._trials.are_due:
-            stretch = self._trials.next(choice, self._explorer, self._steps.clock_s)
+        self._steps.trials.follow(choice.base, self._acceptance.num_shifts)
+        if may_explore and not goes_on and self._steps.trials.are_due:
+            stretch = self._steps.trials.next(choice, self._explorer, self._steps.clock_s)
         if may_explore and stretch is None:
             stretch, propensity = self._next_stretch(weighed)
         if stretch is not None:

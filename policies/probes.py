@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -88,6 +89,22 @@ Priced = tuple[Option, float]
 """With the seconds that it is predicted to lose; it switches once."""
 
 
+@dataclass(slots=True)
+class _Gain:
+    """What the stretch under way, or the last one, has brought."""
+
+    most_lost: float = _MUCH_STEPS
+    """Plain steps that it may lose."""
+    drafter: str = "none"
+    """See ``Explorer.more``."""
+    steps: float = 0.0
+    """Plain steps' worth of time that it has saved since it caught up,"""
+    num: int = 0
+    """and steps in which it has."""
+    lost: float = 0.0
+    """Plain steps' worth of time that it has lost unforeseen."""
+
+
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
@@ -118,18 +135,10 @@ class Explorer:
         self._most_owed_s = 0.0
         """What a stretch may leave to be earned: beyond what is believed of its arm, its loss was a
         passing disturbance, after which nothing is to be silent for long."""
-        self._most_lost = _MUCH_STEPS
         self._num_changes = -1
         self._was_slow = self._was_late = False
         self._haste, self._num_draws = 1.0, 0
-        self._gained = "none"
-        self._gain_steps = 0.0
-        """Plain steps' worth of time that the stretch under way, or the last one, has saved since
-        it caught up."""
-        self._num_steps = 0
-        """Steps in which it has."""
-        self._lost_steps = 0.0
-        """Plain steps' worth of time that it has lost unforeseen."""
+        self._gain = _Gain()
 
     def take(self, stretch: Stretch) -> Stretch:
         """Play a step of a stretch; what is left of it is under way."""
@@ -175,14 +184,14 @@ class Explorer:
         if not (on_time is None or catches_up or (is_late and was_late)):
             num_steps = on_time
         if not catches_up:  # what that took is spent, whether the stretch goes on or not
-            self._gain_steps += max(num_steps, -_MOST_LOST)
-            self._num_steps += 1
-            is_worth = self._gain_steps > max(_WORTH_MORE, _WORTH_SHARE * self._num_steps)
-            if on_trial and self._most_lost == _TRIAL_LOSS:
-                is_worth = self._gain_steps > -_TRIAL_LOSS / 2 and self._num_steps < _TRIED_STEPS
-            self._gained = drafter if is_worth else "none"
+            self._gain.steps += max(num_steps, -_MOST_LOST)
+            self._gain.num += 1
+            is_worth = self._gain.steps > max(_WORTH_MORE, _WORTH_SHARE * self._gain.num)
+            if on_trial and self._gain.most_lost == _TRIAL_LOSS:
+                is_worth = self._gain.steps > -_TRIAL_LOSS / 2 and self._gain.num < _TRIED_STEPS
+            self._gain.drafter = drafter if is_worth else "none"
         if on_trial:
-            self._lost_steps = -self._gain_steps
+            self._gain.lost = -self._gain.steps
             is_slow = num_steps < -_MOST_LOST
             # One step may be late; a second one is what the arm costs, and so is catching up.
             most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
@@ -197,7 +206,7 @@ class Explorer:
 
         Estimates that remember a long time without use would take many stretches to follow.
         """
-        return self._gained
+        return self._gain.drafter
 
     def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
@@ -205,7 +214,7 @@ class Explorer:
 
     @property
     def _is_dear(self) -> bool:
-        return self._lost_steps > self._most_lost
+        return self._gain.lost > self._gain.most_lost
 
     def settle(
         self, step_s: float, predicted_s: float, plain_s: float, *, catches_up: bool, is_own: bool
@@ -223,7 +232,7 @@ class Explorer:
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
         if not catches_up:
-            self._lost_steps += excess_s / plain_s
+            self._gain.lost += excess_s / plain_s
         owed_s = -self._ledger.balance(Purpose.ARM)
         most_owed_s = max(owed_s, predicted_s) if is_own else math.inf
         self._ledger.charge(Purpose.ARM, excess_s, most_owed=most_owed_s)
@@ -322,10 +331,8 @@ class Explorer:
                 self._most_owed_s = _ADVANCED_STEPS * choice.plain_s
         else:
             self._ledger.charge(one.purpose, loss_s)
-        self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
-        self._lost_steps = 0.0
         is_beside = choice.base != "none" and self._tries_beside
-        self._most_lost = _TRIAL_LOSS if is_beside else _MUCH_STEPS
+        self._gain = _Gain(most_lost=_TRIAL_LOSS if is_beside else _MUCH_STEPS)
         return Stretch(one.arm, one.num_steps, propensity)
 
     def options(

@@ -257,8 +257,7 @@ class Rounds:
         drafter = self._drafting.on_device.get(key.neural or "")
         judged = None
         if isinstance(drafter, TextMix):
-            picks = drafter.picks(picked)
-            judged = Judged(drafter.text.kind, decided, kept)
+            picks, judged = drafter.picks(picked), Judged(drafter.text.kind, decided, kept)
         q_logp = None
         if self._draws(key):
             drawn = lens if picks is None else drawn_of(picks, lens, self._drafting.neural)
