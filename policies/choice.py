@@ -27,6 +27,8 @@ _STAY_STEPS = 64.0
 """Steps that a base is assumed to stay: it must earn its catch-up back in these."""
 _DOUBT = 1.0
 """Standard deviations by which a drafter must be slower than plain decoding to be left for it."""
+_TELLING = 0.1
+"""Share by which a trial may lose more than with a drafter's best K, to tell of longer ones."""
 _RATE_GAIN = 0.02
 """Gain of moving averages over steps."""
 _MOST_SAVED = 0.9
@@ -84,6 +86,14 @@ class Choice(NamedTuple):
         by_k = self.values[drafter]
         return drafter, by_k.index(max(by_k))
 
+    def telling(self, drafter: str) -> Arm:
+        """The longest draft of a drafter that loses hardly more than its best one: its rounds tell
+        of all shorter ones."""
+        by_k, (best, best_k) = self.values[drafter], self.arm
+        most = max(by_k)
+        least = most - _TELLING * max(self.values[best][best_k] - most, 0.0)
+        return drafter, max(k for k, value in enumerate(by_k) if value >= least)
+
     def has(self, arm: Arm) -> bool:
         """Whether it could be played."""
         drafter, k = arm
@@ -130,6 +140,8 @@ class Chooser:
         self._rows = rows
         self._needing = needing
         self.base = "none"
+        self._pace = 1.0
+        """What ``pace`` was at the last choice."""
         self._leads: dict[str, float] = dict.fromkeys(("none", *rows), 1.0)
         """Speed of each base with its interruptions and what finding them takes, relative to the
         base alone, when it was the base last."""
@@ -212,6 +224,7 @@ class Chooser:
             look_s: seconds that the look at the matches of this step takes; 0 without one.
         """
         self.base = choice.base
+        self._pace = choice.speed * choice.plain_s / seen.batch
         tokens, seconds = seen.arm(choice.arm)
         reached = tokens / (seconds + look_s) / choice.alone
         self._leads[self.base] += _RATE_GAIN * (reached - self._leads[self.base])
@@ -301,6 +314,12 @@ class Chooser:
         """Speed of plain decoding with its interruptions, relative to plain decoding alone, while
         it is the base; otherwise 1."""
         return self._lead("none") if self.base == "none" else 1.0
+
+    @property
+    def pace(self) -> float:
+        """Tokens of a request that the base, with its interruptions, makes in the time of a plain
+        step."""
+        return self.plain_lead if self.base == "none" else self._pace
 
     def _lead(self, base: str) -> float:
         """A base that is not interrupted is at least as fast as it is alone."""

@@ -9,7 +9,8 @@ from typing import NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from policies.acceptance import MAX_DRAFT, AcceptanceModel, Floats
+from policies.acceptance import MAX_DRAFT, AcceptanceModel
+from policies.drafter_acceptance import Floats
 from policies.interface import StepObs
 from policies.step_time import StepTimes
 
@@ -218,7 +219,7 @@ class Forecaster:
         drafter, k = arm
         if not k:
             return 0.0
-        of_tokens = self._acceptance.doubt(drafter, min(k + 1, self.max_draft))
+        of_tokens = self._acceptance.doubt(drafter, k + 1)
         return max(of_tokens, self._times.doubt(drafter, k, batch))
 
     def spread(self, arm: Arm, batch: int) -> float:

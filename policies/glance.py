@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from policies.acceptance import Floats
+from policies.drafter_acceptance import Floats
 from policies.forecast import Arm, Gains, Outline, by_kind, kinds_of
 
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 from configs.schema import PolicySettings
 from policies.choice import Choice, Chooser, best_of
 from policies.fixed import PLAIN
-from policies.forecast import PLAIN_ARM, Arm, Forecast, Forecaster, by_kind, kinds_of
+from policies.forecast import PLAIN_ARM, Arm, Forecaster, by_kind, kinds_of
 from policies.glance import Glance
 from policies.grouped import GroupedAcceptance
 from policies.interface import (
@@ -38,6 +38,7 @@ from policies.probes import Explorer, Stretch
 from policies.rest import Rest
 from policies.step_time import StepTimes
 from policies.switching import FEW_ROWS, SwitchCosts
+from policies.trials import Trials
 from policies.versions import VersionMemory
 from policies.weighed import Basis, Like, Made, Steps, Weighed
 
@@ -46,9 +47,6 @@ _MORE_STEPS = 6
 _LENGTH_STEPS = 8
 """Steps of a stretch of the base at another K where the first ones say nothing of its time. Where
 they do, and where every step is planned because matches are looked up for it, one is enough."""
-_SETTLE_S = 0.2
-"""Seconds of steps between a swap and the trial of its weights: a server is busy with what belongs
-to the swap, and a trial is too short for its times to bear that."""
 _PLAIN = replace(PLAIN, policy="goodput")
 _PLAIN_REST = replace(_PLAIN, reason="rest")
 
@@ -83,7 +81,9 @@ class GoodputPolicy:
         """
         drafters = with_mixes(context.drafters, context.mixes)
         kinds = self._kinds = Kinds.of(context.drafters, context.mixes)
-        self._acceptance = GroupedAcceptance(half_life_rounds, drafters, context.max_draft)
+        self._acceptance = GroupedAcceptance(
+            half_life_rounds, drafters, context.max_draft, context.mixes
+        )
         self._versions = VersionMemory(self._acceptance, drafters)
         self._times = StepTimes(context.max_draft, drafters)
         self._switches = SwitchCosts(kinds.on_device)
@@ -92,13 +92,15 @@ class GoodputPolicy:
         )
         self._chooser = Chooser(margin, rows_of(context.drafters, context.mixes), kinds.needing)
         self._ledger = Ledger(probe_share, tries_matches=bool(kinds.matching))
-        self._explorer = Explorer(explore, context.seed, kinds.blind, self._ledger)
+        self._explorer = Explorer(
+            explore, context.seed, kinds.blind, self._ledger, tries_beside=not kinds.matching
+        )
         self._rest = Rest(self._ledger, is_mixed=bool(kinds.mixed))
         self._lessons = Lessons(
             kinds, self._acceptance, self._times, self._switches, self._chooser, self._explorer,
             self._rest, self._ledger,
         )  # fmt: skip
-        self._steps = Steps()
+        self._steps = Steps(Trials(kinds.blind, after_changes=not kinds.matching))
         self._basis: Basis | None = None
         """For the next plan, if that is as the last one was and nothing is learned before it,"""
         self._ahead: Weighed | None = None
@@ -294,7 +296,7 @@ class GoodputPolicy:
         self._basis = self._ahead = None
         self._explorer.under_way = None
         if drafter in self._kinds.on_device:
-            self._steps.untried[drafter] = self._steps.clock_s
+            self._steps.trials.swapped(drafter, self._steps.clock_s)
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state. Any thread may ask, so that nothing is settled here: it may be that of
@@ -392,7 +394,7 @@ class GoodputPolicy:
 
     def _decided(self, weighed: Weighed, *, looked: bool) -> tuple[Arm, float, str]:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
-        seen, choice, blind = weighed.seen, weighed.choice, weighed.blind
+        choice, blind = weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
         self._rest.is_plain = choice.base == "none"
         self._steps.look = weighed if looked else None
@@ -405,8 +407,9 @@ class GoodputPolicy:
         if is_kept:  # whether looks pay is asked below
             self._note_look()
         may_explore = not is_kept or self._rest.pays or goes_on
-        if may_explore and not goes_on and self._steps.untried:
-            stretch = self._trial(seen, choice)
+        self._steps.trials.follow(choice.base, self._acceptance.num_shifts)
+        if may_explore and not goes_on and self._steps.trials.are_due:
+            stretch = self._steps.trials.next(choice, self._explorer, self._steps.clock_s)
         if may_explore and stretch is None:
             stretch, propensity = self._next_stretch(weighed)
         if stretch is not None:
@@ -461,25 +464,6 @@ class GoodputPolicy:
     def _needs_no_look(self, drafter: str) -> bool:
         return drafter == "none" or drafter in self._kinds.blind
 
-    def _trial(self, seen: Forecast, choice: Choice) -> Stretch | None:
-        """A few steps of a drafter whose weights have just changed, where it is not the base.
-
-        What is known of it was measured on other traffic, and the step times perhaps on a busier
-        machine. If either is wrong, only drafting can tell, and the explorer's draws may come no
-        sooner than the next swap.
-        """
-        untried = self._steps.untried
-        for kind in sorted(untried.keys() & seen.seconds.keys()):
-            if choice.base == kind or choice.arm[0] == kind:
-                del untried[kind]
-                continue
-            if self._steps.clock_s < untried[kind] + _SETTLE_S:
-                continue
-            if (stretch := self._explorer.trial(choice.best_of(kind), choice)) is not None:
-                del untried[kind]
-                return stretch
-        return None
-
     def _next_stretch(self, weighed: Weighed) -> tuple[Stretch | None, float]:
         """The stretch under way or one that begins now, and the probability of what is returned."""
         choice = weighed.choice
@@ -490,6 +474,8 @@ class GoodputPolicy:
         if stretch is not None:
             return stretch, stretch.propensity
         more = self._explorer.more
-        if self._rest.is_plain and more != "none" and more in choice.values:
-            return Stretch(choice.best_of(more), _MORE_STEPS, nothing), nothing
+        may_go_on = self._rest.is_plain or not self._kinds.matching
+        if may_go_on and more not in ("none", choice.base) and more in choice.values:
+            arm = choice.best_of(more) if self._rest.is_plain else choice.telling(more)
+            return Stretch(arm, _MORE_STEPS, nothing), nothing
         return None, nothing

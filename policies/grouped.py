@@ -8,12 +8,13 @@ Shapes: B kinds of match, K draft tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from policies.acceptance import AcceptanceModel, Floats
+from policies.acceptance import NO_MIXES, AcceptanceModel
+from policies.drafter_acceptance import Floats
 from policies.groups import Mix, Shifts
 from policies.interface import DrafterTraits
 from policies.log_odds import shifted
@@ -44,10 +45,14 @@ class GroupedAcceptance(AcceptanceModel):
     """``AcceptanceModel`` with a shift for each group of requests."""
 
     def __init__(
-        self, half_life_rounds: float, drafters: Mapping[str, DrafterTraits], max_draft: int
+        self,
+        half_life_rounds: float,
+        drafters: Mapping[str, DrafterTraits],
+        max_draft: int,
+        mixes: Mapping[str, Sequence[str]] = NO_MIXES,
     ) -> None:
         """See ``AcceptanceModel``."""
-        super().__init__(half_life_rounds, drafters, max_draft)
+        super().__init__(half_life_rounds, drafters, max_draft, mixes)
         self.mix: Mix | None = None
         """Groups of the batch at hand; ``None``: nobody tells."""
         self._groups: bytes | None = None

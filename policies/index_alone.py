@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from policies.acceptance import Floats
+from policies.drafter_acceptance import Floats
 
 _MOST_LOOKS = 128
 """Looks that are remembered."""

@@ -231,6 +231,10 @@ class RowOutcomes:
     """Of a mix, who drafted for each request; ``None``: the decision's drafter for all."""
     groups: bytes | None = None
     """Those of ``StepObs.groups``; ``None`` where the engine does not tell them."""
+    judged: Mapping[str, RowOutcomes] = field(default_factory=dict)
+    """Rounds that another drafter would have had, by its kind: its tokens were held against those
+    that the round committed, as far as these go. ``num_verified`` are the places that this
+    decides, which is no draft length that anybody chose."""
 
     def __len__(self) -> int:
         return len(self.num_accepted)

@@ -198,10 +198,14 @@ class Lessons:
             step_s: its seconds, or those that were predicted where it says nothing of them.
         """
         drafter = outcome.decision.drafter
-        if drafter in self._kinds.on_device:
+        # Another K of the base is no trial of it. Otherwise its gain over plain decoding would call
+        # for more of it where it is the base no longer.
+        is_base = drafter == self._chooser.base and not self._kinds.matching
+        if drafter in self._kinds.on_device and not is_base:
             k, batch = outcome.decision.draft_k, outcome.batch
             took, is_late = self._times.in_plain_steps(drafter, k, batch, step_s)
-            worth = outcome.rows.tokens_each / self._chooser.plain_lead
+            pace = self._chooser.pace if predicted.on_trial else self._chooser.plain_lead
+            worth = outcome.rows.tokens_each / pace
             self._explorer.note_gain(
                 drafter,
                 worth - step_s / plain_s,
@@ -262,6 +266,7 @@ class Lessons:
         found = {outcome.decision.drafter: outcome.rows}
         # The length of a match decides who drafts, and a drafter that needs one is known by it.
         found |= {k: outcome.rows.by(k) for k in self._kinds.matching if outcome.rows.drafters}
+        found |= {kind: rows for kind, rows in outcome.rows.judged.items() if kind not in found}
         for drafter, rows in found.items():
             self._tried.setdefault(drafter, Counted()).add(rows)
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, Self
 
-from policies.acceptance import AcceptanceModel, Floats
+from policies.acceptance import AcceptanceModel
+from policies.drafter_acceptance import Floats
 from policies.interface import DrafterTraits, DraftRecord, Pick, StepObs
 
 _BUDGET = 0.01

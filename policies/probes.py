@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence, Set
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -34,8 +35,15 @@ nothing of the others' time, and step times that are far off take four surprises
 given up. A stretch that loses too much is ended."""
 _MUCH_STEPS = 3.0
 """Plain steps that a stretch may lose before it is shortened, or ended if it was not foreseen."""
+_TRIAL_LOSS, _TRIED_STEPS = 2.0, 64
+"""Plain steps that a trial beside another drafter may lose before it is over, and its most steps:
+while it loses hardly anything it goes on, because rounds scatter more than drafters differ."""
 _OWED_STEPS = 4.0
 """Steps of plain decoding, or of what its arm is believed to lose, that a stretch leaves owed."""
+_ADVANCED_STEPS = 2.0
+"""Plain steps that a trial beside another drafter leaves owed at most, and that one after a change
+of the traffic may owe before it has begun. More would keep a server silent that then turns out to
+be faster by plain decoding, which earns less."""
 _MOST_LOST = 2.0
 """Largest loss of a step that counts against its stretch, in plain steps."""
 _WORTH_MORE, _WORTH_SHARE = 1.0, 0.05
@@ -49,6 +57,10 @@ _MOST_EXCESS = 25.0
 """Largest charge of a step beyond its prediction, relative to it; more is a machine's hiccup."""
 
 
+_LEAST_RELATIVE = 0.1
+"""Least relative speed of plain decoding that counts there."""
+_MOST_CHEAP = 4.0
+"""Largest factor by which a trial beside another drafter is likelier for costing little."""
 _OTHER = 2.0
 """Weight of a drafter that is not in use."""
 _LENGTH, _ARM = Purpose.LENGTH, Purpose.ARM  # a member of an enum is found slowly in its class
@@ -77,16 +89,43 @@ Priced = tuple[Option, float]
 """With the seconds that it is predicted to lose; it switches once."""
 
 
+@dataclass(slots=True)
+class _Gain:
+    """What the stretch under way, or the last one, has brought."""
+
+    most_lost: float = _MUCH_STEPS
+    """Plain steps that it may lose."""
+    drafter: str = "none"
+    """See ``Explorer.more``."""
+    steps: float = 0.0
+    """Plain steps' worth of time that it has saved since it caught up,"""
+    num: int = 0
+    """and steps in which it has."""
+    lost: float = 0.0
+    """Plain steps' worth of time that it has lost unforeseen."""
+
+
 class Explorer:
     """Decides when to begin a stretch and of what."""
 
-    def __init__(self, explore: float, seed: int, on_device: Set[str], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        explore: float,
+        seed: int,
+        on_device: Set[str],
+        ledger: Ledger,
+        *,
+        tries_beside: bool = False,
+    ) -> None:
         """
         Args:
             explore: share of steps that explore once figures are known.
             on_device: kinds of the drafters that must catch up.
             ledger: pays.
+            tries_beside: beside a drafter, stretches of another one that must catch up are on
+                trial, too. They go on without plans, so it is for servers that look nothing up.
         """
+        self._tries_beside = tries_beside
         self._explore = explore
         self._on_device = on_device
         self._ledger = ledger
@@ -99,14 +138,7 @@ class Explorer:
         self._num_changes = -1
         self._was_slow = self._was_late = False
         self._haste, self._num_draws = 1.0, 0
-        self._gained = "none"
-        self._gain_steps = 0.0
-        """Plain steps' worth of time that the stretch under way, or the last one, has saved since
-        it caught up."""
-        self._num_steps = 0
-        """Steps in which it has."""
-        self._lost_steps = 0.0
-        """Plain steps' worth of time that it has lost unforeseen."""
+        self._gain = _Gain()
 
     def take(self, stretch: Stretch) -> Stretch:
         """Play a step of a stretch; what is left of it is under way."""
@@ -138,8 +170,8 @@ class Explorer:
         on_time: float | None = None,
         is_late: bool = False,
     ) -> None:
-        """A step of a stretch has saved so many plain steps' worth of time beside plain decoding
-        and what interrupts it, or lost them.
+        """A step of a stretch has saved so many plain steps' worth of time, or lost them: beside
+        the base and what interrupts it if it is on trial, otherwise beside plain decoding.
 
         Args:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose
@@ -152,12 +184,14 @@ class Explorer:
         if not (on_time is None or catches_up or (is_late and was_late)):
             num_steps = on_time
         if not catches_up:  # what that took is spent, whether the stretch goes on or not
-            self._gain_steps += max(num_steps, -_MOST_LOST)
-            self._num_steps += 1
-            is_worth = self._gain_steps > max(_WORTH_MORE, _WORTH_SHARE * self._num_steps)
-            self._gained = drafter if is_worth else "none"
+            self._gain.steps += max(num_steps, -_MOST_LOST)
+            self._gain.num += 1
+            is_worth = self._gain.steps > max(_WORTH_MORE, _WORTH_SHARE * self._gain.num)
+            if on_trial and self._gain.most_lost == _TRIAL_LOSS:
+                is_worth = self._gain.steps > -_TRIAL_LOSS / 2 and self._gain.num < _TRIED_STEPS
+            self._gain.drafter = drafter if is_worth else "none"
         if on_trial:
-            self._lost_steps = -self._gain_steps
+            self._gain.lost = -self._gain.steps
             is_slow = num_steps < -_MOST_LOST
             # One step may be late; a second one is what the arm costs, and so is catching up.
             most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
@@ -172,7 +206,7 @@ class Explorer:
 
         Estimates that remember a long time without use would take many stretches to follow.
         """
-        return self._gained
+        return self._gain.drafter
 
     def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
@@ -180,7 +214,7 @@ class Explorer:
 
     @property
     def _is_dear(self) -> bool:
-        return self._lost_steps > _MUCH_STEPS
+        return self._gain.lost > self._gain.most_lost
 
     def settle(
         self, step_s: float, predicted_s: float, plain_s: float, *, catches_up: bool, is_own: bool
@@ -198,7 +232,7 @@ class Explorer:
             return
         excess_s = min(step_s - predicted_s, _MOST_EXCESS * predicted_s)
         if not catches_up:
-            self._lost_steps += excess_s / plain_s
+            self._gain.lost += excess_s / plain_s
         owed_s = -self._ledger.balance(Purpose.ARM)
         most_owed_s = max(owed_s, predicted_s) if is_own else math.inf
         self._ledger.charge(Purpose.ARM, excess_s, most_owed=most_owed_s)
@@ -255,13 +289,23 @@ class Explorer:
         one, loss_s = priced
         return self._begin(one, loss_s, choice, chance * one.weight / total), 1 - chance
 
-    def trial(self, arm: Arm, choice: Choice) -> Stretch | None:
-        """A stretch of an arm whose weights have changed, begun without a draw; ``None``: nothing
-        is explored. What stretches of the former weights owe is forgotten."""
+    def trial(self, arm: Arm, choice: Choice, *, owes: bool | None = None) -> Stretch | None:
+        """A stretch of an arm that is begun without a draw; ``None``: nothing is explored, or it
+        cannot be afforded.
+
+        Args:
+            owes: the account may owe a little after it; otherwise it must be paid for. ``None``:
+                its weights have changed: what stretches of the former ones owe is forgotten, and
+                this one may cost what it does.
+        """
         if not self._explore or not self._ledger.is_open:
             return None
-        self._ledger.forgive(Purpose.ARM)
+        if owes is None:
+            self._ledger.forgive(Purpose.ARM)
         one, loss_s = self._priced(arm, 1.0, _ARM, choice, choice.loss_s(arm))
+        least_s = loss_s - (_ADVANCED_STEPS * choice.plain_s if owes else 0.0)
+        if owes is not None and not self._ledger.affords(Purpose.ARM, least_s):
+            return None
         return self._begin(one, loss_s, choice, 1.0)
 
     def draws_match(self, loss_s: float, num_since: int) -> tuple[bool, float]:
@@ -283,10 +327,12 @@ class Explorer:
     def _begin(self, one: Option, loss_s: float, choice: Choice, propensity: float) -> Stretch:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
+            if choice.base != "none":
+                self._most_owed_s = _ADVANCED_STEPS * choice.plain_s
         else:
             self._ledger.charge(one.purpose, loss_s)
-        self._gain_steps, self._num_steps, self._gained = 0.0, 0, "none"
-        self._lost_steps = 0.0
+        is_beside = choice.base != "none" and self._tries_beside
+        self._gain = _Gain(most_lost=_TRIAL_LOSS if is_beside else _MUCH_STEPS)
         return Stretch(one.arm, one.num_steps, propensity)
 
     def options(
@@ -307,7 +353,10 @@ class Explorer:
             if kind == "none":
                 if k:
                     loss_s = (most - by_k[0]) / speed
-                    found.append(self._priced(PLAIN_ARM, self._haste, _ARM, choice, loss_s))
+                    weight = self._haste
+                    if self._tries_beside:
+                        weight *= _relative(by_k[0], speed * choice.plain_s) ** 2
+                    found.append(self._priced(PLAIN_ARM, weight, _ARM, choice, loss_s))
             elif kind == drafter == base:
                 step_s = num_steps / speed
                 for one, at in _lengths(kind, k, seen.max_k, num_steps):
@@ -323,6 +372,8 @@ class Explorer:
                 best = max(by_k)
                 at, loss_s = by_k.index(best), (most - best) / speed
                 if kind != base and kind in on_device:
+                    if base != "none" and self._tries_beside:
+                        at = choice.telling(kind)[1]
                     found.append(self._priced((kind, at), _OTHER, _ARM, choice, loss_s))
                 else:
                     found.append((_other(kind, at), loss_s))
@@ -330,7 +381,9 @@ class Explorer:
 
     def is_on_trial(self, drafter: str, base: str) -> bool:
         """Whether a step of a stretch of this drafter is charged by what it loses."""
-        return base == "none" and drafter in self._on_device
+        if base != "none" and not self._tries_beside:
+            return False
+        return drafter != base and drafter in self._on_device
 
     def _is_on_trial(self, arm: Arm, choice: Choice) -> bool:
         return self.is_on_trial(arm[0], choice.base)
@@ -347,10 +400,13 @@ class Explorer:
         Args:
             first_s: what its first step loses.
         """
-        on_trial = choice.base == "none" and arm[0] in self._on_device
+        on_trial = self._is_on_trial(arm, choice)
         switch_s = choice.charges_s[arm[0]]
         step_s = max(first_s - switch_s, switch_s / _MOST_STRETCH, 1e-9)
         least, num_steps = (_TRIAL_STEPS,) * 2 if on_trial else (_LEAST_STRETCH, _USUAL_STRETCH)
+        if on_trial and choice.base != "none":
+            weight *= min(choice.plain_s / max(first_s, 1e-9), _MOST_CHEAP)
+            return Option(arm, weight, _TRIAL_STEPS, purpose), min(first_s, choice.plain_s)
         if (other := round(switch_s / step_s)) > num_steps:
             num_steps = min(other, _MOST_STRETCH)
         if (other := round(_MUCH_STEPS * choice.plain_s / step_s)) < num_steps:
@@ -359,6 +415,17 @@ class Explorer:
         if on_trial:
             loss_s = min(loss_s, choice.plain_s)
         return Option(arm, weight, num_steps, purpose), loss_s
+
+
+def _relative(value: float, reached: float) -> float:
+    """Speed of plain decoding relative to the base's: the slower it is, the less there is to be
+    known of it.
+
+    Args:
+        value: of a plain step, see ``Choice``.
+        reached: tokens that the base makes in its time.
+    """
+    return min(max(1 + value / reached, _LEAST_RELATIVE), 1.0) if reached > 0 else 1.0
 
 
 @cache

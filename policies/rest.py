@@ -15,8 +15,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from policies.acceptance import Floats
 from policies.average import Average, Typical
+from policies.drafter_acceptance import Floats
 from policies.forecast import PLAIN_ARM, Arm
 from policies.glance import Glance
 from policies.index_alone import IndexAlone, Look

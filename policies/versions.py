@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from policies.acceptance import AcceptanceModel, Floats
+from policies.acceptance import AcceptanceModel
 from policies.calibration import Calibration
+from policies.drafter_acceptance import Floats
 from policies.interface import DrafterTraits
 from policies.log_odds import log_odds
 from policies.regimes import Evidence

@@ -16,6 +16,7 @@ from policies.forecast import PLAIN_ARM, Arm, Forecast, Outline
 from policies.groups import Mix
 from policies.interface import Decision, StepObs
 from policies.probes import Priced
+from policies.trials import Trials
 
 _OTHERS = 0.25
 """Share of the requests that are of other groups than those that were planned for, from which on
@@ -99,7 +100,9 @@ class Made(NamedTuple):
 class Steps:
     """What ``goodput`` decided last."""
 
-    def __init__(self) -> None:
+    def __init__(self, trials: Trials) -> None:
+        self.trials = trials
+        """Drafters that are to be tried."""
         self.counts: Counter[str] = Counter()
         """Decisions by reason."""
         self.drafter = "none"
@@ -110,9 +113,6 @@ class Steps:
         """What the last plans with and without a look were for."""
         self.tokens = 1.0
         """Those of a request that the last plan expected."""
-        self.untried: dict[str, float] = {}
-        """Neural drafters whose weights changed, and that have not drafted since; with the time
-        when they did."""
         self.clock_s = 0.0
         """Time of all steps."""
         self.like = NOBODY

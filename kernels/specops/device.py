@@ -346,14 +346,14 @@ def begin_drafts(
 
 def note_kept(
     counts: Tensor, found: TextDrafts, opened: OpenedRound, begun: Begun, closed: ClosedRound
-) -> None:
+) -> Tensor:
     """See ``specops.text_first.note_kept``."""
     note = text_first.note_kept
     if counts.is_cuda:
         from specops import text_first_triton
 
         note = text_first_triton.note_kept
-    note(
+    return note(
         counts, found.matched_R, found.counts_R, opened.floats_3R[0], begun.text_R, begun.lens_R,
         found.tokens_RK, closed.emitted_RQ, closed.count_R,
     )  # fmt: skip

@@ -64,7 +64,10 @@ class Column(IntEnum):
     PICKED = 4
     """Number of the drafter whose draft was taken, where the device has picked; else meaningless,
     and not written when the round is closed."""
-    TOKENS = 5
+    JUDGED = 5
+    """Places of text alone that the round decides, and in the next column those at which it would
+    have been kept, where the device has picked; likewise."""
+    TOKENS = 7
     """The first draft token."""
 
 
@@ -233,7 +236,7 @@ def close_round(
         verdict: the outcome of verifying the draft; or, if all requests are greedy, the target's
             best ids [R, Q] int64, which ``verify_match`` compares here.
         logq_RK: [R, K] float32 log q of the draft tokens; ``None`` if they were not sampled.
-        outputs_RC: [R, 5 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
+        outputs_RC: [R, 7 + 3 * the longest draft] int64, see ``Column``; columns beyond the draft
             are not written.
     """
     num_draft = draft_RK.shape[1]

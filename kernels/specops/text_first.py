@@ -151,8 +151,8 @@ def note_kept(
     text_RK: Tensor,
     emitted_RQ: Tensor,
     count_R: Tensor,
-) -> None:
-    """Count what a round has kept, in place.
+) -> Tensor:
+    """Count what a round has kept, in place, and tell what text alone would have kept.
 
     Args:
         counts: see ``new_counts``.
@@ -161,14 +161,21 @@ def note_kept(
         text_RK: [R, K] int64 what followed the match.
         emitted_RQ: [R, K + 1] int64, see ``ClosedRound``.
         count_R: [R] int64 number of emitted tokens.
+
+    Returns:
+        [R, 2] int64 places of text alone that the round's tokens decide, one at which text has no
+        more to say included, and those at which it would have been kept.
     """
+    judged_R2 = torch.zeros((len(count_R), 2), dtype=torch.int64, device=counts.device)
     kinds_R, is_warm_R = kinds_of(matched_R), (temperature_R > 0).long()
     follows_R = is_there_R = lens_R > 0
     for place in range(text_RK.shape[1]):
         is_decided_R = count_R > place
         is_neural_R = is_there_R & is_decided_R & (begun_R <= place) & (place < lens_R)
+        judged_R2[:, TRIED] += follows_R & is_decided_R
         is_text_R = follows_R & is_decided_R & (place < available_R)
         follows_R = is_text_R & (text_RK[:, place] == emitted_RQ[:, place])
+        judged_R2[:, KEPT] += follows_R
         for who, tried_R, kept_R in (
             (TEXT, is_text_R, follows_R),
             (NEURAL, is_neural_R, is_neural_R & (count_R > place + 1)),
@@ -176,3 +183,4 @@ def note_kept(
             new_R2 = torch.stack((tried_R, kept_R), -1).to(counts.dtype)
             counts[who, :, :, place].index_put_((is_warm_R, kinds_R), new_R2, accumulate=True)
     counts.mul_(torch.where(counts[..., TRIED] >= MOST_TRIES, 0.5, 1.0)[..., None])
+    return judged_R2

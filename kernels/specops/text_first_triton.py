@@ -115,7 +115,7 @@ def _begin_drafts(
 )
 def _note_kept(
     counts_ptr, matched_ptr, available_ptr, temperature_ptr, begun_ptr, lens_ptr, text_ptr,
-    emitted_ptr, count_ptr, most_draft, num_requests, num_draft, SPAN: tl.constexpr,
+    emitted_ptr, count_ptr, judged_ptr, most_draft, num_requests, num_draft, SPAN: tl.constexpr,
 ):  # fmt: skip
     """All requests with one kind of match, greedy or sampled ones."""
     kind, heat = tl.program_id(0), tl.program_id(1)
@@ -128,20 +128,27 @@ def _note_kept(
         temperature = tl.load(temperature_ptr + request, mask=is_one, other=0.0)
         lens = tl.load(lens_ptr + request, mask=is_one, other=0)
         is_there = is_one & (_kind(matched) == kind) & ((temperature > 0).to(tl.int32) == heat)
+        is_own = is_there
         is_there = is_there & (lens > 0)
         available = tl.load(available_ptr + request, mask=is_one, other=0)
         begun = tl.load(begun_ptr + request, mask=is_one, other=0)
         count = tl.load(count_ptr + request, mask=is_one, other=0)
         is_last = start + SPAN >= num_requests
         follows = is_there
+        tried = tl.zeros((SPAN,), dtype=tl.int32)
+        kept = tl.zeros((SPAN,), dtype=tl.int32)
         for place in tl.range(0, num_draft):
             token = tl.load(text_ptr + request * num_draft + place, mask=is_there, other=0)
             own = tl.load(emitted_ptr + request * (num_draft + 1) + place, mask=is_there, other=0)
+            tried += (follows & (count > place)).to(tl.int32)
             is_text = follows & (count > place) & (place < available)
             follows = is_text & (token == own)
+            kept += follows.to(tl.int32)
             _add(at + place * 2, is_text, follows, is_last)
             is_neural = is_there & (count > place) & (begun <= place) & (place < lens)
             _add(neural_at + place * 2, is_neural, is_neural & (count > place + 1), is_last)
+        tl.store(judged_ptr + request * 2, tried.to(tl.int64), mask=is_own)
+        tl.store(judged_ptr + request * 2 + 1, kept.to(tl.int64), mask=is_own)
 
 
 @triton.jit
@@ -190,12 +197,14 @@ def note_kept(
     text_RK: Tensor,
     emitted_RQ: Tensor,
     count_R: Tensor,
-) -> None:
-    """See ``specops.text_first.note_kept``, which has the same arguments. Can be captured in a CUDA
-    graph."""
+) -> Tensor:
+    """See ``specops.text_first.note_kept``, which has the same arguments and result. Can be
+    captured in a CUDA graph."""
     num_requests, num_draft = text_RK.shape
+    judged_R2 = matched_R.new_empty((num_requests, 2), dtype=torch.int64)
     _note_kept[(NUM_KINDS, 2)](
         counts, matched_R, available_R, temperature_R, begun_R, lens_R, text_RK, emitted_RQ,
-        count_R, counts.shape[3], num_requests, num_draft,
+        count_R, judged_R2, counts.shape[3], num_requests, num_draft,
         SPAN=_SPAN, num_warps=1,
     )  # fmt: skip
+    return judged_R2

@@ -11,7 +11,7 @@ from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from policies.switching import FEW_ROWS
 from serving.engine.commit import Step
 from serving.engine.grouping import Composition
-from serving.engine.proposed import Decoded
+from serving.engine.proposed import Decoded, Proposed
 from serving.engine.rounds import Launched, Rounds
 
 _MOST_UNTIMED = 8
@@ -114,6 +114,7 @@ class Arrival:
                 matches,
                 draft.kinds() if draft and launched.picks else None,
                 groups,
+                _judged(draft, groups),
             ),
             step_s=self.step_s,
             draft_s=step.draft_s,
@@ -123,6 +124,13 @@ class Arrival:
             num_caught_up=planned.launched.num_caught_up,
             context=planned.made_of.context,
         )
+
+
+def _judged(draft: Proposed | None, groups: bytes | None) -> dict[str, RowOutcomes]:
+    """Rounds of a drafter that did not draft alone, see ``RowOutcomes.judged``."""
+    if draft is None or (own := draft.judged) is None:
+        return {}
+    return {own.drafter: RowOutcomes(own.num_decided, own.num_kept, groups=groups)}
 
 
 class RoundClock:

@@ -15,6 +15,23 @@ from serving.requests import TokenLogprob
 
 
 @dataclass(frozen=True, slots=True)
+class Judged:
+    """What a member of a mix alone would have kept, as far as the round's tokens decide it."""
+
+    drafter: str
+    """Its kind."""
+    num_decided: list[int]
+    """[R] places of its draft that they decide."""
+    num_kept: list[int]
+    """[R]."""
+
+    def of(self, lives: list[bool]) -> Judged:
+        """That of some requests."""
+        decided, kept = compress(self.num_decided, lives), compress(self.num_kept, lives)
+        return Judged(self.drafter, list(decided), list(kept))
+
+
+@dataclass(frozen=True, slots=True)
 class Proposed:
     """The drafts of a round, on the host."""
 
@@ -32,6 +49,8 @@ class Proposed:
     """The drafts before the device cut them to ``tokens``; ``None`` if they were not to be cut."""
     most: int | None = None
     """Where the drafter itself ends some drafts early: how long they could have been."""
+    judged: Judged | None = None
+    """Of a mix of text and a neural drafter, what text alone would have kept."""
 
     def of(self, lives: list[bool]) -> Proposed:
         """Those of some requests."""
@@ -43,6 +62,7 @@ class Proposed:
             None if self.picks is None else list(compress(self.picks, lives)),
             self.considered and self.considered.of(lives),
             self.most,
+            self.judged and self.judged.of(lives),
         )
 
     def kinds(self) -> list[str]:

@@ -40,7 +40,7 @@ from serving.engine.graph_recorder import Program
 from serving.engine.lanes import LaneRows, Lanes, requests_of
 from serving.engine.later import Later
 from serving.engine.mixed_rows import MixedRows
-from serving.engine.proposed import Decoded, Proposed, Verified, cut_to
+from serving.engine.proposed import Decoded, Judged, Proposed, Verified, cut_to
 from serving.engine.round_buffers import Integers, RoundBuffers
 from serving.engine.sequence import Sequence
 from serving.engine.stopwatch import Stopwatch
@@ -228,7 +228,7 @@ class Rounds:
         launched.landed.wait()
         outputs = launched.outputs[: len(launched.batch)]
         columns = outputs[:, : Column.TOKENS].T.tolist()
-        accepted, next_ids, _, captured, _ = columns
+        accepted, next_ids, _, captured, *_ = columns
         if UNSOUND in next_ids:
             next_ids = [None if token == UNSOUND else token for token in next_ids]
         self._note_lengths(launched, accepted)
@@ -245,7 +245,7 @@ class Rounds:
         key = launched.key
         if not (num_draft := key.num_draft):
             return None
-        accepted, _, lens, _, picked = columns
+        accepted, _, lens, _, picked, decided, kept = columns
         rows = outputs[:, Column.TOKENS : Column.TOKENS + num_draft].tolist()
         tokens = rows if min(lens) == num_draft else cut_to(rows, lens)
         if key.is_greedy:  # an accepted token is certain, the first rejected one impossible
@@ -255,15 +255,16 @@ class Rounds:
             p_logp = self._reals(outputs, 1).tolist()
         picks = None if launched.picks is None else list(launched.picks)
         drafter = self._drafting.on_device.get(key.neural or "")
+        judged = None
         if isinstance(drafter, TextMix):
-            picks = drafter.picks(picked)
+            picks, judged = drafter.picks(picked), Judged(drafter.text.kind, decided, kept)
         q_logp = None
         if self._draws(key):
             drawn = lens if picks is None else drawn_of(picks, lens, self._drafting.neural)
             q_logp = cut_to(self._reals(outputs, 2).tolist(), drawn)
         considered = None if launched.seen is None else launched.seen.read(len(accepted))
         most = num_draft if isinstance(drafter, TextMix | TextRows) else None
-        return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered, most)
+        return Proposed(launched.drafter, tokens, q_logp, p_logp, picks, considered, most, judged)
 
     def _note_lengths(self, launched: Launched, accepted: list[int]) -> None:
         """Note which rows the round's drafter has."""

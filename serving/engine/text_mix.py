@@ -99,8 +99,9 @@ class TextMix:
         drafts = self.neural.draft(opened, rows, inputs_RI, num_draft, draws=draws, after=after)
 
         def close(closed: ClosedRound, outputs_RC: Tensor) -> None:
-            note_kept(self._counts, found, opened, begun, closed)
+            judged_R2 = note_kept(self._counts, found, opened, begun, closed)
             outputs_RC[:, Column.PICKED] = begun.who_R
+            outputs_RC[:, Column.JUDGED : Column.TOKENS] = judged_R2
 
         return replace(drafts, lens_R=begun.lens_R, when_closed=close)
 

@@ -314,6 +314,7 @@ class Simulation:
             who if decision.picks else None,
             groups,
         )
+        rows = self._judged(world, drafter, rows)
         tokens = dict.fromkeys(self._difficulty, 0.0)
         for kind, match, hard in zip(who, matches, self._difficulty, strict=True):
             tokens[hard] += world.expected(kind, match, hard, k) if k else 1.0
@@ -363,6 +364,10 @@ class Simulation:
         self._last_drafter = drafter
         self._step += 1
         return decision, rows, tokens, step_s + world.noise.mean_late_s
+
+    def _judged(self, world: Any, drafter: str, rows: RowOutcomes) -> RowOutcomes:
+        """Add what other drafters would have kept, where that is known."""
+        return rows
 
     def _matches(self, world: World) -> tuple[int, ...]:
         """Kind of the match of each request in this step."""

@@ -131,7 +131,7 @@ def test_what_saves_time_goes_on_at_the_best_k():
     made = server.policy
     made._settle()
     made._steps.drafter, made._chooser.base, made._basis = "none", "none", None
-    made._explorer.under_way, made._explorer._gained = None, "eagle3"
+    made._explorer.under_way, made._explorer._gain.drafter = None, "eagle3"
     for purpose in (Purpose.ARM, Purpose.LENGTH):
         made._ledger.clear(purpose)
         made._ledger.charge(purpose, 1.0)  # nothing else begins

@@ -99,15 +99,21 @@ class TestHowMuch:
 
 
 def noted(by, counts, rounds, num_draft):
-    """Note rounds of requests: (matched, available, temperature, begun, lens, text, emitted, how
-    many of these were emitted)."""
+    """Counts after rounds of requests: (matched, available, temperature, begun, lens, text,
+    emitted, how many of these were emitted)."""
+    judged(by, counts, rounds, num_draft)
+    return counts.cpu()
+
+
+def judged(by, counts, rounds, num_draft):
+    """What ``note_kept`` tells of text alone."""
     device = counts.device
     matched, available, heat, begun, lens, text, emitted, count = zip(*rounds, strict=True)
 
     def padded(rows, width):
         return torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=device)
 
-    by.note_kept(
+    told = by.note_kept(
         counts,
         torch.tensor(matched, device=device),
         torch.tensor(available, device=device),
@@ -118,7 +124,7 @@ def noted(by, counts, rounds, num_draft):
         padded(emitted, num_draft + 1),
         torch.tensor(count, device=device),
     )
-    return counts.cpu()
+    return told.tolist()
 
 
 @pytest.mark.parametrize(("by", "device"), IMPLEMENTATIONS)
@@ -151,6 +157,18 @@ class TestNoting:
         found = noted(by, counts, rounds, 4)
         assert found[TEXT, GREEDY, OWN_5].tolist() == [[1, 0], [0, 0], [0, 0], [0, 0]]
         assert float(found.sum()) == 1
+
+    def test_it_tells_what_text_alone_would_have_kept_as_far_as_that_is_decided(self, by, device):
+        counts = text_first.new_counts(4, torch.device(device))
+        rounds = [
+            (5, 4, 0.0, 0, 4, [1, 2, 3, 4], [1, 2, 9, 9, 9], 3),  # the neural drafter kept as many
+            (5, 4, 0.7, 0, 4, [1, 2, 3, 4], [1, 2, 9, 9, 9], 2),  # too few tokens to tell
+            (0, 4, 0.0, 0, 4, [7, 2, 3, 4], [1, 2, 3, 4, 5], 5),  # it failed at once
+            (5, 2, 0.0, 2, 4, [1, 2], [1, 2, 3, 4, 5], 5),  # it had no more to say
+            (5, 4, 0.0, 4, 4, [1, 2, 3, 4], [1, 2, 3, 4, 5], 5),
+            (5, 4, 0.0, 4, 0, [1, 2, 3, 4], [1, 1, 1, 1, 1], 1),  # no draft at all
+        ]
+        assert judged(by, counts, rounds, 4) == [[3, 2], [2, 2], [1, 0], [3, 2], [4, 4], [0, 0]]
 
     def test_counts_are_halved_once_they_are_many(self, by, device):
         counts = text_first.new_counts(2, torch.device(device))
@@ -191,6 +209,7 @@ def test_kernels_say_what_the_definition_says(by, device, num_requests, num_draf
     count = 1 + torch.minimum(drawn(0, num_draft + 1), lens)
     given = (matched, available, heat, expected, lens, text, emitted, count)
     ours = counts.to(device, copy=True)
-    text_first.note_kept(counts, *given)
-    by.note_kept(ours, *(one.to(device) for one in given))
+    told = text_first.note_kept(counts, *given)
+    own = by.note_kept(ours, *(one.to(device) for one in given))
     assert torch.equal(ours.cpu(), counts)
+    assert torch.equal(own.cpu(), told)

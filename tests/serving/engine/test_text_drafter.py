@@ -323,6 +323,31 @@ def test_a_policy_learns_that_drafts_which_end_early_would_have_failed_there():
     assert drafted and all(set(rows.num_verified) <= {0, 6} for rows in drafted)
 
 
+def test_a_policy_learns_what_text_alone_would_have_kept_in_rounds_of_a_mix():
+    learned, decoded, engine = [], [], mixing_engine(max_batch=1)
+    observe, read = engine.policy.observe, engine.programs.rounds.read
+    engine.policy.observe = lambda outcome: (learned.append(outcome), observe(outcome))
+    engine.programs.rounds.read = lambda launched: decoded.append(read(launched)) or decoded[-1]
+    run(engine, [request_of("one", [5, 9, 11, 4, 7] * 3, 70)])
+
+    own = [one.rows.judged["suffix"] for one in learned if one.rows.judged]
+    told = [one for one in decoded if one.proposed is not None and one.proposed.judged]
+    assert own and len(told) >= len(own)
+    assert [one.num_accepted for one in own] == [
+        one.proposed.judged.num_kept for one in told[: len(own)]
+    ]
+    num_alone = num_beside = 0
+    for one in told:
+        (pick,), (got,) = one.proposed.picks, one.verified.num_accepted
+        (decided,), (kept,) = one.proposed.judged.num_decided, one.proposed.judged.num_kept
+        assert kept <= decided <= min(got + 1, 6)
+        if pick.drafter == "suffix" and pick.reason == "match":  # text has drafted alone
+            assert kept == got
+            num_alone += 1
+        num_beside += kept if pick.drafter == "eagle3" else 0
+    assert num_alone > 5 and num_beside > 0
+
+
 def engine_of(architecture, policy, **options):
     model = random_model(architecture)
     return make_engine(model, texts=(index_of(),), policy=policy, prefix_cache=False, **options)
