@@ -9,6 +9,7 @@ written, which counts as dropped, and is started again.
 from __future__ import annotations
 
 import logging
+import os
 import select
 import socket
 import subprocess
@@ -89,12 +90,13 @@ class RecorderProcess:
             RuntimeError: the process died or did not answer.
         """
         self._most_waiting = settings.capture.queue_traces
-        self._counts_memory = new_counts()
-        self._descriptors = ring.memory.descriptor, self._counts_memory
+        counts = new_counts()
+        self._descriptors = [ring.memory.descriptor, counts]
+        """What every process is given; taken over."""
         self._begin = framed(
             Begin(VERSION, settings.model_dump_json(), ring.shape, ring.dtype, layer_ids)
         )
-        self._shared = SharedCounts(self._counts_memory)
+        self._shared = SharedCounts(counts)
         self._lock = threading.Lock()
         """Guards what follows."""
         self._num_queued = 0
@@ -157,6 +159,8 @@ class RecorderProcess:
             self._keeper.join(5.0)
         if line is not None:
             line.close()
+        while self._descriptors:  # it may be closed twice
+            os.close(self._descriptors.pop())
         if (left := num_waiting(self.counts())) > 0:
             log.warning(
                 "%d traces were not written within %g s of the end: they are lost, and counted as "
