@@ -22,24 +22,17 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from specops.attention import AttendedParts, DecodePass, PagedPass, attended_rows
 from specops.cpu_operations import can_pack, joint_norms, packed
-from specops.decoder_operations import (
-    IN_FLOAT32,
-    PACKED,
-    Operations,
-    joins_of,
-    pick_operations,
-)
-from specops.device import attend_in_parts, decode_attention
+from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
 from specops.linear import Norm
-from specops.rope import HeadPlaces, Heads, RopeTable
-from specops.rows import Pair
+from specops.rope import Heads
 from targets.layers import Layer, are_adjacent, columns_of
 
-Attend = Callable[[int, Tensor], Tensor | AttendedParts]
-"""(layer, queries [T, Hq, D]) -> [T, Hq, D], or its parts where these are joined (see
-``FusedLayers.joins``). The rows' keys and values are already in their slots."""
+HeadsOf = Callable[[int, Tensor], Tensor]
+"""(layer, its product of queries, keys and values [T, C]) -> output of attention [T, Hq * D]."""
+Attend = Callable[[int, Tensor], Tensor]
+"""(layer, queries [T, Hq, D]) -> [T, Hq, D]. The rows' keys and values are already in their
+slots."""
 
 
 class Follows(Protocol):
@@ -187,57 +180,6 @@ def _packed(parts: Parts) -> Parts:
     return Parts(tuple(layers), {name: packed(w) for name, w in parts.others.items()})
 
 
-@dataclass(frozen=True, slots=True)
-class RowsAt:
-    """Where the rows of a pass are, and where their keys and values go."""
-
-    table: RopeTable
-    positions_T: Tensor
-    """[T] int64, contiguous, below the table's number of positions."""
-    slots_T: Tensor
-    """[T] int64, contiguous."""
-    keys: Sequence[Tensor]
-    """[num_slots, Hkv, D] contiguous of each layer, written in place."""
-    values: Sequence[Tensor]
-
-    def places_of(self, layer: int, heads: Heads, table: Any) -> HeadPlaces:
-        """Of one layer.
-
-        Args:
-            table: ``Operations.rope_rows`` of the table.
-        """
-        return HeadPlaces(
-            heads, table, self.positions_T, self.slots_T, self.keys[layer], self.values[layer]
-        )
-
-
-def attend_to(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    paged: DecodePass | PagedPass,
-    scale: float,
-    window: int | None = None,
-    *,
-    in_parts: bool,
-) -> Tensor | AttendedParts:
-    """Attention of rows [T, Hq, D] whose keys and values are in their slots.
-
-    Args:
-        in_parts: parts may be left to the product that follows, see ``FusedLayers.takes_parts``.
-    """
-    if in_parts:
-        return attend_in_parts(q, keys, values, paged, scale, window)
-    return decode_attention(q, None, None, keys, values, paged, scale, window)
-
-
-def turned(do: Operations, qkv: Tensor, to: HeadPlaces) -> Tensor:
-    """Queries [T, Hq, D] of a product [T, C]; its keys and values are written to their slots."""
-    return do.rope_and_write(
-        qkv, to.heads, to.table, to.positions_T, to.slots_T, to.keys, to.values
-    )
-
-
 class FusedLayers:
     """The layers of one drafter, its other products, and the operations that compute them.
 
@@ -255,23 +197,21 @@ class FusedLayers:
         use_kernels: bool | None = None,
         overlap: bool | None = None,
         packs: bool = False,
-        joins: bool | None = None,
     ) -> None:
         """
         Args:
             parts: of one dtype, on one device; all layers have the same shape.
             alone: further weights for ``few_row_linear``, which are not packed.
-            few_rows, packs, joins: see ``drafters.eagle3.fused.FusedEagle3``.
+            few_rows, packs: see ``drafters.eagle3.fused.FusedEagle3``.
             use_kernels, overlap: see ``pick_operations``.
         """
         like = parts.weights[0]
-        first = [] if not parts.layers else list(_products_of(parts.layers[0]).values())
-        self.joins, self.few_rows = joins_of(like, first, joins, few_rows, use_kernels)
+        self.few_rows = few_rows_of(like, use_kernels) if few_rows is None else few_rows
         products = [(weight, False) for weight in (*parts.others.values(), *alone)]
         for layer in parts.layers[:1]:
             bare = (layer.qkv, layer.o, layer.down)
             products += [(layer.gate_up, True), *((weight, False) for weight in bare)]
-        self.do = pick_operations(products, use_kernels, overlap, joins=self.joins)
+        self.do = pick_operations(products, use_kernels, overlap)
         self._parts = self._many = parts
         self._packs = packs and self.do is IN_FLOAT32 and can_pack(parts.weights)
         if self._packs:
@@ -283,23 +223,14 @@ class FusedLayers:
         if self._packs:
             self._many = _packed(self._parts)
 
+    @property
+    def heads(self) -> list[Heads]:
+        """Of each layer, for ``rope_and_write``."""
+        return [layer.heads for layer in self._many.layers]
+
     def are_few(self, rows: Tensor) -> bool:
         """Whether products of so many rows are fused with their neighbours."""
         return 0 < len(rows) <= self.few_rows
-
-    def takes_parts(self, num_rows: int) -> bool:
-        """Whether a pass over so many rows joins attention's parts itself."""
-        return self.joins and 0 < num_rows <= self.few_rows
-
-    def pair_product(self, pair: Pair, name: str) -> Tensor:
-        """``pair @ weight.T`` for one of ``Parts.others``."""
-        if self.takes_parts(len(pair.ids_M)):
-            return self.do.few_row_linear(pair, self._parts.others[name])
-        normed = self.do.norm_pair(
-            pair.ids_M, pair.table_VH, pair.hidden_MH, pair.embed_norm, pair.hidden_norm,
-            hidden_first=pair.hidden_first,
-        )  # fmt: skip
-        return self.product(normed, name)
 
     def product(self, rows: Tensor, name: str, norm: Norm | None = None) -> Tensor:
         """``norm(rows) @ weight.T`` for one of ``Parts.others``."""
@@ -309,21 +240,24 @@ class FusedLayers:
         found: Tensor = self.do.linear(normed, self._many.others[name])
         return found
 
-    def multiply(self, rows: Tensor, weight: Tensor) -> Tensor:
-        """``rows @ weight.T`` for a weight of ``alone``."""
-        product = self.do.few_row_linear if self.are_few(rows) else nn.functional.linear
-        found: Tensor = product(rows, weight)
-        return found
+    def multiply(self, rows: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+        """``rows @ weight.T`` for a weight of ``alone``.
+
+        Args:
+            out: [T, N], written and returned; rows need not be adjacent.
+        """
+        if self.are_few(rows):
+            return self.do.few_row_linear(rows, weight, out=out)
+        return torch.mm(rows, weight.t(), out=out)
 
     def forward(
         self,
         stream: Tensor,
         squares: Tensor | None,
-        at: RowsAt,
-        attend: Attend,
+        heads_of: HeadsOf,
         final: Norm | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """All layers; the rows' keys and values are written to their slots.
+        """All layers.
 
         Args:
             stream: [T, H] residual stream before them; rows need not be adjacent. Not written.
@@ -334,42 +268,31 @@ class FusedLayers:
             The residual stream behind them [T, H], and its squares if they are known; or the rows
             behind ``final``, and ``None``.
         """
-        table = self.do.rope_rows(at.table, at.positions_T)
         if self.are_few(stream):
-            stream, squares = self._few_rows(stream, squares, at, table, attend)
+            stream, squares = self._few_rows(stream, squares, heads_of)
         elif self._parts.layers:
-            return self._many_rows(stream, at, table, attend, final), None
+            return self._many_rows(stream, heads_of, final), None
         if final is None:
             return stream, squares
         return self.do.add_norm(stream, None, final, None), None
 
     def _few_rows(
-        self, stream: Tensor, squares: Tensor | None, at: RowsAt, table: Any, attend: Attend
+        self, stream: Tensor, squares: Tensor | None, heads_of: HeadsOf
     ) -> tuple[Tensor, Tensor | None]:
         do = self.do
         for index, layer in enumerate(self._parts.layers):
-            to = at.places_of(index, layer.heads, table)
-            if self.joins:
-                q = do.few_row_heads(stream, layer.qkv, to, layer.attention_norm, squares)
-            else:
-                qkv = do.few_row_linear(stream, layer.qkv, layer.attention_norm, squares)
-                q = turned(do, qkv, to)
-            found = attend(index, q)
-            mixed = found if isinstance(found, AttendedParts) else found.flatten(1)
-            stream, squares = do.few_row_residual(mixed, layer.o, stream)
+            qkv = do.few_row_linear(stream, layer.qkv, layer.attention_norm, squares)
+            stream, squares = do.few_row_residual(heads_of(index, qkv), layer.o, stream)
             gated = do.few_row_linear(stream, layer.gate_up, layer.mlp_norm, squares, gated=True)
             stream, squares = do.few_row_residual(gated, layer.down, stream)
         return stream, squares
 
-    def _many_rows(
-        self, stream: Tensor, at: RowsAt, table: Any, attend: Attend, final: Norm | None
-    ) -> Tensor:
+    def _many_rows(self, stream: Tensor, heads_of: HeadsOf, final: Norm | None) -> Tensor:
         do, layers = self.do, self._many.layers
         norms = [*(layer.attention_norm for layer in layers), final]
         normed = do.add_norm(stream, None, layers[0].attention_norm, None)
         for index, (layer, behind) in enumerate(zip(layers, norms[1:], strict=True)):
-            to = at.places_of(index, layer.heads, table)
-            mixed = attended_rows(attend(index, turned(do, do.linear(normed, layer.qkv), to)))
+            mixed = heads_of(index, do.linear(normed, layer.qkv))
             middle = torch.empty(stream.shape, dtype=stream.dtype, device=stream.device)
             normed = do.linear_add_norm(mixed, layer.o, stream, layer.mlp_norm, middle)
             gated = do.silu_gate(do.linear(normed, layer.gate_up))

@@ -24,16 +24,13 @@ from torch import Tensor, nn
 
 from drafters.eagle3.model import Attend, rope_theta
 from drafters.eagle3.paged import FusedPass, PagedEagle3
-from drafters.fused_layers import FusedLayers, Parts, RowsAt, bias_in, norm_of, why_not_fused
+from drafters.fused_layers import FusedLayers, Parts, bias_in, norm_of, why_not_fused
 from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights
 from drafters.rotary import RotaryAngles, rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.attention import AttendedParts
-from specops.best_ids import BestParts
 from specops.device import trained_gate
 from specops.rope import Heads, rope_table
-from specops.rows import Pair
 from targets.layers import Layer, columns_of
 
 TRAITS = Traits(on_device=True, learns=True, needs_match=False, draws=True)
@@ -337,8 +334,7 @@ def supports(module: nn.Module, embed: nn.Module) -> str | None:
 
 class FusedMtp:
     """An ``Mtp`` run by our operations on the module's own weights, as ``FusedEagle3`` runs its
-    drafter: ten launches a pass with its logits, and attention; where neighbours are joined, eight
-    in all."""
+    drafter: ten launches a pass with its logits, and attention."""
 
     def __init__(
         self,
@@ -386,37 +382,40 @@ class FusedMtp:
         hidden: Tensor,
         positions_T: Tensor,
         slots_T: Tensor,
-        attend: Callable[[Tensor], Tensor | AttendedParts],
+        attend: Callable[[Tensor], Tensor],
         keys: Tensor,
         values: Tensor,
-        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """``Mtp.forward``; arguments as of ``FusedEagle3.forward``.
+        """Run the layer like ``Mtp.forward``, and write its keys and values to the rows' slots.
+
+        Args:
+            ids_T, positions_T, slots_T: [T] int64 of the rows.
+            hidden: [T, H], see ``fuse``, or the output of the preceding row.
+            attend: see ``drafters.eagle3.fused``.
+            keys, values: [num_slots, Hkv, D] contiguous, written in place.
 
         Returns:
             Outputs [T, H], behind the final norm, and ``None``.
         """
+        do, (heads,) = self.layers.do, self.layers.heads
         ids_T, positions_T, slots_T = (t.contiguous() for t in (ids_T, positions_T, slots_T))
-        pair = Pair(ids_T, self._table_VH, hidden, *self._pair_norms, self._hidden_first, squares)
-        at = RowsAt(self._table, positions_T, slots_T, (keys,), (values,))
-        stream = self.layers.pair_product(pair, "proj")
-        return self.layers.forward(stream, None, at, lambda _, q: attend(q), self._final_norm)
+        pair = do.norm_pair(
+            ids_T, self._table_VH, hidden, *self._pair_norms, hidden_first=self._hidden_first
+        )
+        table = do.rope_rows(self._table, positions_T)
 
-    def takes_parts(self, num_rows: int) -> bool:
-        """See ``FusedLayers.takes_parts``."""
-        return self.layers.takes_parts(num_rows)
+        def heads_of(_index: int, qkv: Tensor) -> Tensor:
+            q = do.rope_and_write(qkv, heads, table, positions_T, slots_T, keys, values)
+            return attend(q).flatten(1)
+
+        stream = self.layers.product(pair, "proj")
+        return self.layers.forward(stream, None, heads_of, self._final_norm)
 
     def logits(
         self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor:
         """See ``FusedEagle3.logits``; the outputs are behind the final norm."""
-        if out is not None:
-            return self.layers.do.few_row_linear(outputs, self._head_DH, out=out)
-        return self.layers.multiply(outputs, self._head_DH)
-
-    def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
-        """The largest of ``logits``, which are not written."""
-        return self.layers.do.few_row_best(outputs, self._head_DH)
+        return self.layers.multiply(outputs, self._head_DH, out)
 
 
 def _fused_layer(module: Mtp) -> Layer:
@@ -470,9 +469,9 @@ class PagedMtp(PagedEagle3):
     def _make_fused(self, num_positions: int, **options: Any) -> FusedPass:
         return FusedMtp(self.module, self.embed, self._head_weight, num_positions, **options)
 
-    def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
+    def _logits(self, outputs: Tensor, squares: Tensor | None, out: Tensor | None = None) -> Tensor:
         if self._fused is not None:
-            return self._fused.logits(outputs)
+            return self._fused.logits(outputs, out=out)
         return nn.functional.linear(outputs, self._head_weight)
 
 

@@ -27,12 +27,12 @@ from torch import Tensor, nn
 from drafters import fused_layers
 from drafters.eagle3.fused import FusedEagle3, supports_first_layer
 from drafters.eagle3.model import Attend, Eagle3, Eagle3Config
-from drafters.fused_layers import Fusable, FusedLayers, Parts, RowsAt, attend_to, norm_of
+from drafters.fused_layers import Fusable, FusedLayers, Parts, norm_of
 from drafters.norms import RMSNorm
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.rotary import rotate
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.attention import AttendedParts, DecodePass, PagedPass, Places
+from specops.attention import DecodePass, PagedPass, Places
 from specops.device import decode_attention, places_of, prepare_pass, trained_gate
 from specops.draft_sampling import vocab_map
 from specops.rope import Heads
@@ -235,45 +235,42 @@ class FusedPEagle:
             places: [R, Q] positions and slots of the rows.
         """
         hidden = self.first.fuse(features)
-        positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
-        stream, squares = self.first.forward(
-            ids_T, hidden, positions_T, slots_T, partial(attend, 0), pool.keys[0], pool.values[0]
-        )
-        return self._behind_first(stream, squares, positions_T, slots_T, attend, pool)
+        qkv = self.first.heads_of(ids_T, hidden)
+        return self._layers(qkv, hidden, places, attend, pool)
 
     def ahead(self, places: Places, attend: fused_layers.Attend, pool: KvPool) -> Tensor:
         """Outputs [T, H] of rows that are not known."""
         num_rows = places.positions.numel()
         qkv, hidden = (x.expand(num_rows, -1) for x in self._masks)
-        positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
-        stream, squares = self.first.behind_heads(
-            qkv, hidden, positions_T, slots_T, partial(attend, 0), pool.keys[0], pool.values[0]
-        )
-        return self._behind_first(stream, squares, positions_T, slots_T, attend, pool)
-
-    def takes_parts(self, layer: int, num_rows: int) -> bool:
-        """See ``FusedEagle3.takes_parts``; one layer of them all."""
-        one = self.first if layer == 0 or self.rest is None else self.rest
-        return one.takes_parts(num_rows)
+        return self._layers(qkv, hidden, places, attend, pool)
 
     def logits(self, outputs: Tensor) -> Tensor:
         """[T, H] -> [T, Vd] over the draft vocabulary, in the weights' dtype."""
         return self.first.logits(outputs)
 
-    def _behind_first(
+    def _layers(
         self,
-        stream: Tensor,
-        squares: Tensor | None,
-        positions_T: Tensor,
-        slots_T: Tensor,
+        qkv: Tensor,
+        hidden: Tensor,
+        places: Places,
         attend: fused_layers.Attend,
         pool: KvPool,
     ) -> Tensor:
-        """Outputs behind the other layers, from those of the first."""
+        positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
+        stream, squares = self.first.behind_heads(
+            qkv, hidden, positions_T, slots_T, partial(attend, 0), pool.keys[0], pool.values[0]
+        )
         if self.rest is None:
             return stream
-        at = RowsAt(self.first.table, positions_T, slots_T, pool.keys[1:], pool.values[1:])
-        return self.rest.forward(stream, squares, at, lambda index, q: attend(index + 1, q))[0]
+        do, heads = self.rest.do, self.rest.heads
+        table = do.rope_rows(self.first.table, positions_T)
+
+        def heads_of(index: int, qkv: Tensor) -> Tensor:
+            kept = pool.keys[index + 1], pool.values[index + 1]
+            q = do.rope_and_write(qkv, heads[index], table, positions_T, slots_T, *kept)
+            return attend(index + 1, q).flatten(1)
+
+        return self.rest.forward(stream, squares, heads_of)[0]
 
 
 def _fused_layer(layer: _Layer, heads: Heads) -> Layer:
@@ -361,13 +358,9 @@ class PagedPEagle(Fusable[FusedPEagle]):
         return self._pass(embed, hidden, rows.positions.flatten(), paged)
 
     def _attend_to(self, paged: DecodePass | PagedPass) -> fused_layers.Attend:
-        fused = self._fused
-        assert fused is not None
-
-        def attend(index: int, q: Tensor) -> Tensor | AttendedParts:
+        def attend(index: int, q: Tensor) -> Tensor:
             kept = self.pool.keys[index], self.pool.values[index]
-            in_parts = fused.takes_parts(index, len(q))
-            return attend_to(q, *kept, paged, self.scale, in_parts=in_parts)
+            return decode_attention(q, None, None, *kept, paged, self.scale)
 
         return attend
 

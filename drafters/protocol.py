@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from specops.attention import DecodePass
-from specops.best_ids import BestParts
 from specops.draft_sampling import VocabMap
 from specops.lanes import OpenedRound
 from specops.matches import TextDrafts
@@ -228,15 +227,6 @@ class ChoosesTogether(Protocol):
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         """Target ids [R, K] int64 of K positions, from contiguous logits [K, R, Vd]."""
-
-
-@runtime_checkable
-class ChoosesParts(Protocol):
-    """A ``choose`` of ``NeuralDrafter.propose`` that takes the most likely tokens, and needs no
-    more of the logits than the largest of each part."""
-
-    def of_parts(self, parts: BestParts, number: int) -> Tensor:
-        """Target ids [R] int64 of a drafted token, as from its logits."""
 
 
 @runtime_checkable

@@ -28,23 +28,22 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from specops.attention import AttendedParts, attended_rows
 from specops.cpu_operations import can_pack, joint_norms, packed
 from specops.decoder_operations import (
     IN_FLOAT32,
     PACKED,
+    few_rows_of,
     has_kernels,
-    joins_of,
     pick_operations,
 )
 from specops.linear import Norm
-from specops.rope import HeadPlaces, rope_table
+from specops.rope import rope_table
 from targets.families import FAMILIES, family_of
 from targets.layers import Family, Layer
 
-Attend = Callable[[int, Tensor], Tensor | AttendedParts]
-"""Attention of one layer: (layer number, queries [T, Hq, D]) -> [T, Hq, D], or its parts if
-the pass takes them. The rows' keys and values are already in the layer's pages."""
+Attend = Callable[[int, Tensor], Tensor]
+"""Attention of one layer: (layer number, queries [T, Hq, D]) -> [T, Hq, D]. The rows' keys and
+values are already in the layer's pages."""
 
 _ROPES = ("default", "linear", "llama3", "yarn")
 """RoPE types whose frequencies do not depend on the sequence length."""
@@ -179,7 +178,6 @@ class FusedDecoder:
         pinned: bool = False,
         in_place: bool = False,
         packs: bool = False,
-        joins: bool | None = False,
     ) -> None:
         """Fuse the weights of ``model`` in place; its own forward still works.
 
@@ -197,8 +195,6 @@ class FusedDecoder:
                 it lies changes the next pass.
             packs: multiply with packed copies of the weights where that is faster: in float32 on a
                 CPU, if they take at most 1 GiB. ``follow`` makes them again.
-            joins: what stands between two products of few rows is part of one of their launches;
-                not if pinned, or with norms behind a layer's halves. ``None``: if layers are small.
 
         Raises:
             ValueError: the model cannot be fused, ``pinned`` without kernels, or a weight would
@@ -227,15 +223,13 @@ class FusedDecoder:
             )
             for name, rope in family.ropes(decoder.rotary_emb).items()
         }
+        self.few_rows = few_rows_of(self.head, use_kernels) if few_rows is None else few_rows
         self.is_pinned = pinned
         layer = self.layers[0]
-        joins = False if pinned or layer.after_mlp is not None else joins
-        weights = _products_of(layer).values()
-        joins, self.few_rows = joins_of(self.head, weights, joins, few_rows, use_kernels)
         bare = (layer.qkv, layer.o, layer.down, self.head)
         gates_alone = family.activation == "silu" and layer.after_mlp is None
         products = [(layer.gate_up, gates_alone), *((weight, False) for weight in bare)]
-        self._operations = pick_operations(products, use_kernels, overlap, pinned, joins)
+        self._operations = pick_operations(products, use_kernels, overlap, pinned)
         do = self._operations
         self._gate = do.silu_gate if family.activation == "silu" else do.gelu_gate
         self._ahead_bytes = ahead_bytes if has_kernels(self._operations) else 0
@@ -317,18 +311,7 @@ class FusedDecoder:
                 qkv, self._many.layers[index].heads, tables[layer.rope], positions_T, slots_T,
                 pool.keys[index], pool.values[index], **more,
             )  # fmt: skip
-            return attended_rows(attend(index, q))
-
-        def joined_heads(index: int, rows: Tensor, squares: Tensor) -> Tensor | AttendedParts:
-            layer = self.layers[index]
-            to = HeadPlaces(
-                layer.heads, tables[layer.rope], positions_T, slots_T, pool.keys[index],
-                pool.values[index],
-            )  # fmt: skip
-            found = attend(
-                index, do.few_row_heads(rows, layer.qkv, to, layer.attention_norm, squares)
-            )
-            return found if isinstance(found, AttendedParts) else found.flatten(1)
+            return attend(index, q).flatten(1)
 
         squares = do.embed(ids_T, self.embedding, outs[0])
         if self._embed_scale is not None:
@@ -337,14 +320,8 @@ class FusedDecoder:
         if self.layers[0].after_mlp is not None:
             return features, self._between_norms(outs, stream, heads_of)
         assert self._embed_scale is None, "the squares are of unscaled rows"
-        if not self._are_few(num_rows):
-            return features, self._many_rows(outs, stream, heads_of)
-        heads = joined_heads if self.takes_parts(num_rows) else None
-        return features, self._few_rows(outs, stream, squares, heads_of, heads)
-
-    def takes_parts(self, num_rows: int) -> bool:
-        """Whether a pass over so many rows joins attention's parts itself."""
-        return self._operations.joins and self._are_few(num_rows)
+        run = self._few_rows if self._are_few(num_rows) else self._many_rows
+        return features, run(outs, stream, squares, heads_of)
 
     @contextmanager
     def abridged(self, taps: tuple[int, ...]) -> Iterator[None]:
@@ -378,15 +355,11 @@ class FusedDecoder:
         stream: Tensor,
         squares: Tensor,
         heads_of: Callable[[int, Tensor], Tensor],
-        joined_heads: Callable[[int, Tensor, Tensor], Tensor | AttendedParts] | None,
     ) -> Tensor:
         do = self._operations
         for index, layer in self._shown(self.layers):
-            if joined_heads is None:
-                qkv = do.few_row_linear(outs[index], layer.qkv, layer.attention_norm, squares)
-                mixed: Tensor | AttendedParts = heads_of(index, qkv)
-            else:
-                mixed = joined_heads(index, outs[index], squares)
+            qkv = do.few_row_linear(outs[index], layer.qkv, layer.attention_norm, squares)
+            mixed = heads_of(index, qkv)
             middle, squares = do.few_row_residual(mixed, layer.o, outs[index], stream)
             gated = do.few_row_linear(middle, layer.gate_up, layer.mlp_norm, squares, gated=True)
             _, squares = do.few_row_residual(gated, layer.down, middle, outs[index + 1])
@@ -396,6 +369,7 @@ class FusedDecoder:
         self,
         outs: list[Tensor],
         stream: Tensor,
+        _squares: Tensor,
         heads_of: Callable[[int, Tensor], Tensor],
     ) -> Tensor:
         do, product = self._operations, self._operations.linear

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from specops.attention import AttendedParts, DecodePass, PagedPass
-from specops.device import attend_in_parts, decode_attention, prepare_pass
+from specops.attention import DecodePass, PagedPass
+from specops.device import decode_attention, prepare_pass
 from targets.families import family_of
 from targets.fused import FusedDecoder, supports
 from targets.layers import columns_of
@@ -170,12 +170,7 @@ class Target:
             self.decoder.layers[layer_id - 1].register_forward_hook(keep)
 
     def fuse(
-        self,
-        num_positions: int,
-        pinned: bool = False,
-        *,
-        in_place: bool = False,
-        joins: bool | None = False,
+        self, num_positions: int, pinned: bool = False, *, in_place: bool = False
     ) -> str | None:
         """Run passes with ``FusedDecoder`` from now on, if it supports this model.
 
@@ -183,7 +178,6 @@ class Target:
             num_positions: exclusive upper bound on the rows' positions.
             pinned: a row's hidden state and logits do not depend on the other rows; on a GPU only.
             in_place: swaps overwrite the weights where they lie, see ``FusedDecoder``.
-            joins: see ``FusedDecoder``.
 
         Returns:
             Why the model is not supported; ``None`` if it is.
@@ -193,9 +187,8 @@ class Target:
             return reason
         try:
             self._fused = FusedDecoder(
-                self.model, num_positions, pinned=pinned, in_place=in_place, packs=True,
-                joins=joins,
-            )  # fmt: skip
+                self.model, num_positions, pinned=pinned, in_place=in_place, packs=True
+            )
         except ValueError as error:
             if not in_place:
                 raise
@@ -276,13 +269,9 @@ class Target:
         if fused is None:
             return self._by_own_code(ids_T, positions_T, paged, pool)
 
-        takes_parts = fused.takes_parts(len(ids_T))
-
-        def attend(layer: int, q_THD: Tensor) -> Tensor | AttendedParts:
+        def attend(layer: int, q_THD: Tensor) -> Tensor:
             kept = pool.keys[layer], pool.values[layer]
             pinned, window = fused.is_pinned, fused.layers[layer].window
-            if takes_parts:
-                return attend_in_parts(q_THD, *kept, paged, fused.scale, window)
             return decode_attention(
                 q_THD, None, None, *kept, paged, fused.scale, window, pinned=pinned
             )

@@ -23,7 +23,6 @@ from drafters.fused_layers import (
     Attend,
     FusedLayers,
     Parts,
-    RowsAt,
     RowsOf,
     bias_in,
     norm_of,
@@ -156,8 +155,15 @@ class FusedDFlash:
         masks = self._mask_H.expand(num_requests, num_masks, width)
         stream = torch.cat((anchors_RH[:, None], masks), dim=1).flatten(0, 1)
         positions_T, slots_T = places.positions.flatten(), places.slots.flatten()
-        at = RowsAt(self._table, positions_T, slots_T, pool.keys, pool.values)
-        return self.layers.forward(stream, None, at, attend, self._final_norm)[0]
+        do, all_heads = self.layers.do, self.layers.heads
+        table = do.rope_rows(self._table, positions_T)
+
+        def heads_of(index: int, qkv: Tensor) -> Tensor:
+            kept = pool.keys[index], pool.values[index]
+            q = do.rope_and_write(qkv, all_heads[index], table, positions_T, slots_T, *kept)
+            return attend(index, q).flatten(1)
+
+        return self.layers.forward(stream, None, heads_of, self._final_norm)[0]
 
 
 def _key_heads(attention: Any, num_kv: int) -> Heads:

@@ -27,10 +27,10 @@ from torch import Tensor, nn
 
 from drafters.dflash.fused import FusedDFlash, supports
 from drafters.dflash.model import DFlash, DFlashConfig
-from drafters.fused_layers import Fusable, attend_to
+from drafters.fused_layers import Fusable
 from drafters.protocol import DrafterContext, DrafterKind, Traits, Weights, choose_block
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.attention import AttendedParts, DecodePass, PagedPass, Places
+from specops.attention import DecodePass, PagedPass, Places
 from specops.device import decode_attention, places_of, prepare_pass
 from targets.target import KvPool
 
@@ -115,12 +115,11 @@ class PagedDFlash(Fusable[FusedDFlash]):
     def _by_fused(self, outputs_RH: Tensor, rows: Places, passes: Passes) -> Tensor:
         """The lm_head's input [R * B, H] at the rows of blocks."""
         assert self._fused is not None
-        in_parts = self._fused.layers.takes_parts(rows.positions.numel())
 
-        def attend(index: int, q: Tensor) -> Tensor | AttendedParts:
+        def attend(index: int, q: Tensor) -> Tensor:
             kept = self.pool.keys[index], self.pool.values[index]
             window = self.module.config.windows[index]
-            return attend_to(q, *kept, passes[index], self.scale, window, in_parts=in_parts)
+            return decode_attention(q, None, None, *kept, passes[index], self.scale, window)
 
         return self._fused.hidden(outputs_RH, rows, attend, self.pool)
 

@@ -118,7 +118,7 @@ class PagedDraftModel:
     def fuse(self, num_positions: int) -> str | None:
         """See ``NeuralDrafter.fuse``: weights that swaps overwrite must not be copied, which a CPU
         does to lay them out by columns."""
-        return self.model.fuse(num_positions, in_place=True, joins=None)
+        return self.model.fuse(num_positions, in_place=True)
 
     @property
     def is_fused(self) -> bool:

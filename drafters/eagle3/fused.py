@@ -6,11 +6,6 @@ not reading the weights. Here a pass takes seven launches and attention:
     norm of embedding and of hidden | q, k, v | RoPE, write to the pages | attention | o + residual
     norm + gate, up, silu | down + residual | norm + draft head
 
-or, where the layer is small and neighbours are joined (``joins``), five and attention's first:
-
-    norms, q, k, v, RoPE, write | attention | joining its parts, o + residual
-    norm + gate, up, silu | down + residual | norm + draft head (+ the choice of the best)
-
 Above ``few_rows`` rows, the library computes the products and only the operations between them are
 fused.
 
@@ -29,17 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from drafters.eagle3.model import Eagle3
-from drafters.fused_layers import bias_in, norm_of, turned, why_not_fused
-from specops.attention import AttendedParts, attended_rows
-from specops.best_ids import BestParts
+from drafters.fused_layers import bias_in, norm_of, why_not_fused
 from specops.cpu_operations import can_pack, packed
-from specops.decoder_operations import IN_FLOAT32, PACKED, joins_of, pick_operations
-from specops.rope import HeadPlaces, Heads, rope_table
-from specops.rows import Pair
+from specops.decoder_operations import IN_FLOAT32, PACKED, few_rows_of, pick_operations
+from specops.rope import Heads, rope_table
 
-Attend = Callable[[Tensor], Tensor | AttendedParts]
-"""Attention: queries [T, Hq, D] -> [T, Hq, D], or its parts (see ``FusedEagle3.takes_parts``). The
-rows' keys and values are already in their slots."""
+Attend = Callable[[Tensor], Tensor]
+"""Attention: queries [T, Hq, D] -> [T, Hq, D]. The rows' keys and values are already in their
+slots."""
 
 _PRODUCTS = ("fc", "qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 
@@ -83,19 +75,16 @@ class FusedEagle3:
         use_kernels: bool | None = None,
         overlap: bool | None = None,
         packs: bool = False,
-        joins: bool | None = None,
     ) -> None:
         """
         Args:
             module, embed: see ``supports_first_layer``.
             num_positions: exclusive upper bound on the rows' positions.
             few_rows: up to this many rows, 1..64, products are fused with their neighbours;
-                ``None``: depends on the dtype, and on ``joins``.
+                ``None``: depends on the dtype.
             use_kernels, overlap: see ``pick_operations``.
             packs: multiply with packed copies of the weights where that is faster, as
                 ``targets.fused.FusedDecoder``. New weights are in force after ``follow``.
-            joins: what stands between two products of few rows is part of one of their launches;
-                ``None``: if the layer is small and kernels multiply.
 
         Raises:
             ValueError: the drafter cannot be fused.
@@ -110,12 +99,10 @@ class FusedEagle3:
         self.table = rope_table(
             module.inverse_frequency(weight.device), 1.0, num_positions, weight.dtype
         )
-        layer = (m.weight for m in (module.qkv_proj, module.o_proj, module.gate_up_proj,
-                                    module.down_proj))  # fmt: skip
-        self.joins, self.few_rows = joins_of(weight, layer, joins, few_rows, use_kernels)
+        self.few_rows = few_rows_of(weight, use_kernels) if few_rows is None else few_rows
         linears = (module.fc, module.qkv_proj, module.o_proj, module.down_proj, module.lm_head)
         products = [(module.gate_up_proj.weight, True), *((m.weight, False) for m in linears)]
-        self._operations = pick_operations(products, use_kernels, overlap, joins=self.joins)
+        self._operations = pick_operations(products, use_kernels, overlap)
         self._packed: dict[str, Tensor] | None = None
         can = self._operations is IN_FLOAT32 and can_pack([w for w, _ in products])
         if packs and can:
@@ -150,7 +137,6 @@ class FusedEagle3:
         attend: Attend,
         keys: Tensor,
         values: Tensor,
-        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Run the layer like ``Eagle3.forward``, and write its keys and values to the rows' slots.
 
@@ -158,18 +144,10 @@ class FusedEagle3:
             ids_T, positions_T, slots_T: [T] int64 of the rows.
             hidden: [T, H], fused features, or the output of the preceding row.
             keys, values: [num_slots, Hkv, D] contiguous, written in place.
-            squares: those of ``hidden``, from the preceding pass.
 
         Returns:
             Outputs [T, H], before the final norm, and their squares for ``logits``.
         """
-        if self.takes_parts(len(ids_T)):
-            m, table = self.module, self.embed.weight.detach()
-            norms = norm_of(m.input_layernorm), norm_of(m.hidden_norm)
-            pair = Pair(ids_T.contiguous(), table, hidden, *norms, squares_MP=squares)
-            to = self._to(positions_T, slots_T, keys, values)
-            q = self._operations.few_row_heads(pair, self._weight("qkv_proj"), to)
-            return self._few_rows(attend(q), hidden)
         qkv = self.heads_of(ids_T, hidden)
         return self.behind_heads(qkv, hidden, positions_T, slots_T, attend, keys, values)
 
@@ -192,31 +170,23 @@ class FusedEagle3:
     ) -> tuple[Tensor, Tensor | None]:
         """``forward`` from the result of ``heads_of`` on; rows of ``qkv`` and ``hidden`` need not
         be adjacent."""
-        to = self._to(positions_T, slots_T, keys, values)
-        run = self._few_rows if self._are_few(qkv) else self._many_rows
-        return run(attend(turned(self._operations, qkv, to)), hidden)
-
-    def _to(self, positions_T: Tensor, slots_T: Tensor, keys: Tensor, values: Tensor) -> HeadPlaces:
+        do = self._operations
         positions_T, slots_T = positions_T.contiguous(), slots_T.contiguous()
-        table = self._operations.rope_rows(self.table, positions_T)
-        return HeadPlaces(self.heads, table, positions_T, slots_T, keys, values)
+        table = do.rope_rows(self.table, positions_T)
+        q = do.rope_and_write(qkv, self.heads, table, positions_T, slots_T, keys, values)
+        run = self._few_rows if self._are_few(qkv) else self._many_rows
+        return run(attend(q).flatten(1), hidden)
 
-    def _few_rows(
-        self, found: Tensor | AttendedParts, hidden: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _few_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         do, m = self._operations, self.module
         norm = norm_of(m.post_attention_layernorm)
-        mixed = found if isinstance(found, AttendedParts) else found.flatten(1)
         stream, squares = do.few_row_residual(mixed, m.o_proj.weight.detach(), hidden)
         gate_up = m.gate_up_proj.weight.detach()
         gated = do.few_row_linear(stream, gate_up, norm, squares, gated=True)
         return do.few_row_residual(gated, m.down_proj.weight.detach(), stream)
 
-    def _many_rows(
-        self, found: Tensor | AttendedParts, hidden: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def _many_rows(self, mixed: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
         do, m = self._operations, self.module
-        mixed = attended_rows(found)
         stream = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
         norm = norm_of(m.post_attention_layernorm)
         normed = do.linear_add_norm(mixed, self._many("o_proj"), hidden, norm, stream)
@@ -230,28 +200,20 @@ class FusedEagle3:
 
         Args:
             squares: squares of these outputs, from ``forward``.
-            out: where to write them, [T, Vd], if ``takes_parts`` so many rows.
+            out: [T, Vd], written and returned; rows need not be adjacent.
         """
         do, norm = self._operations, norm_of(self.module.norm)
-        if squares is None and not self.takes_parts(len(outputs)):
-            return self._product(do.add_norm(outputs, None, norm, None), "lm_head")
+        if squares is None:
+            return self._product(do.add_norm(outputs, None, norm, None), "lm_head", out)
         return do.few_row_linear(outputs, self._weight("lm_head"), norm, squares, out=out)
-
-    def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts:
-        """The largest of ``logits``, which are not written."""
-        norm = norm_of(self.module.norm)
-        return self._operations.few_row_best(outputs, self._weight("lm_head"), norm, squares)
-
-    def takes_parts(self, num_rows: int) -> bool:
-        """Whether a pass over so many rows joins attention's parts itself, and ``best`` is for
-        them."""
-        return self.joins and 0 < num_rows <= self.few_rows
 
     def _are_few(self, rows: Tensor) -> bool:
         return 0 < len(rows) <= self.few_rows
 
-    def _product(self, rows: Tensor, name: str) -> Tensor:
+    def _product(self, rows: Tensor, name: str, out: Tensor | None = None) -> Tensor:
         if self._are_few(rows):
-            return self._operations.few_row_linear(rows, self._weight(name))
+            return self._operations.few_row_linear(rows, self._weight(name), out=out)
+        if out is not None and self._packed is None:
+            return torch.mm(rows, self._weight(name).t(), out=out)
         product: Tensor = self._operations.linear(rows, self._many(name))
-        return product
+        return product if out is None else out.copy_(product)

@@ -13,18 +13,10 @@ from torch import Tensor
 
 from drafters.eagle3.fused import Attend, FusedEagle3, supports
 from drafters.eagle3.model import Eagle3, Eagle3Config
-from drafters.fused_layers import Fusable, attend_to
-from drafters.protocol import (
-    ChoosesParts,
-    DrafterContext,
-    DrafterKind,
-    KeepsLogits,
-    Traits,
-    Weights,
-)
+from drafters.fused_layers import Fusable
+from drafters.protocol import DrafterContext, DrafterKind, KeepsLogits, Traits, Weights
 from drafters.stored_module import check_shape, first_weights, for_serving
-from specops.attention import AttendedParts, DecodePass, PagedPass
-from specops.best_ids import BestParts
+from specops.attention import DecodePass, PagedPass
 from specops.device import decode_attention, places_of, prepare_pass, prepare_steps
 from specops.draft_sampling import vocab_map
 
@@ -47,16 +39,11 @@ class FusedPass(Protocol):
         attend: Attend,
         keys: Tensor,
         values: Tensor,
-        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]: ...
-
-    def takes_parts(self, num_rows: int) -> bool: ...
 
     def logits(
         self, outputs: Tensor, squares: Tensor | None = None, out: Tensor | None = None
     ) -> Tensor: ...
-
-    def best(self, outputs: Tensor, squares: Tensor | None = None) -> BestParts: ...
 
 
 class PagedEagle3(Fusable[FusedPass]):
@@ -103,37 +90,16 @@ class PagedEagle3(Fusable[FusedPass]):
         choose: Callable[[Tensor, int], Tensor],
     ) -> Tensor:
         """See ``NeuralDrafter.propose``."""
-        squares: Tensor | None = None
-        tokens = [self._chosen(choose, 0, outputs_RH, squares)]
+        tokens = [self._chosen(choose, 0, outputs_RH, None)]
         if num_draft == 1:
             return tokens[0][:, None]
         steps = places_of(at, num_draft - 1, by_step=True)
         passes = prepare_steps(at, steps.first, num_draft - 1, self._heads_per_key)
         each = zip(steps.positions, steps.slots, passes, strict=True)
         for ahead, (positions_R, slots_R, here) in enumerate(each, start=1):
-            outputs_RH, squares = self._pass(
-                tokens[-1], outputs_RH, positions_R, slots_R, here, squares
-            )
+            outputs_RH, squares = self._pass(tokens[-1], outputs_RH, positions_R, slots_R, here)
             tokens.append(self._chosen(choose, ahead, outputs_RH, squares))
         return torch.stack(tokens, dim=1)
-
-    def _chosen(
-        self,
-        choose: Callable[[Tensor, int], Tensor],
-        number: int,
-        outputs_RH: Tensor,
-        squares: Tensor | None,
-    ) -> Tensor:
-        """Target ids [R] of one draft token."""
-        fused = self._fused
-        takes_parts = fused is not None and fused.takes_parts(len(outputs_RH))
-        if fused is not None and takes_parts and isinstance(choose, ChoosesParts):
-            return choose.of_parts(fused.best(outputs_RH, squares), number)
-        if fused is not None and takes_parts and isinstance(choose, KeepsLogits):
-            width = self.module.config.draft_vocab_size
-            place = choose.place(number, outputs_RH[:, :1].expand(-1, width))
-            return choose(fused.logits(outputs_RH, squares, place), number)
-        return choose(self._logits(outputs_RH, squares), number)
 
     def observe(self, ids_T: Tensor, features_TmH: Tensor, at: DecodePass) -> Tensor:
         """See ``NeuralDrafter.observe``."""
@@ -150,12 +116,8 @@ class PagedEagle3(Fusable[FusedPass]):
         positions_T: Tensor,
         slots_T: Tensor,
         paged: DecodePass | PagedPass,
-        squares: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """One pass over T rows, whose keys and values are written to their slots.
-
-        Args:
-            squares: those of ``hidden``, if the preceding pass has left them.
 
         Returns:
             Outputs g [T, H], and their squares if ``_logits`` uses them.
@@ -171,20 +133,32 @@ class PagedEagle3(Fusable[FusedPass]):
             )
             return out, None
 
-        in_parts = self._fused.takes_parts(len(ids_T))
-
-        def attend(q: Tensor) -> Tensor | AttendedParts:
-            return attend_to(q, self.keys, self.values, paged, self.scale, in_parts=in_parts)
+        def attend(q: Tensor) -> Tensor:
+            return decode_attention(q, None, None, self.keys, self.values, paged, self.scale)
 
         return self._fused.forward(
-            ids_T, hidden, positions_T, slots_T, attend, self.keys, self.values, squares
+            ids_T, hidden, positions_T, slots_T, attend, self.keys, self.values
         )
 
-    def _logits(self, outputs: Tensor, squares: Tensor | None) -> Tensor:
+    def _chosen(
+        self,
+        choose: Callable[[Tensor, int], Tensor],
+        number: int,
+        outputs_RH: Tensor,
+        squares: Tensor | None,
+    ) -> Tensor:
+        """Target ids [R] of one draft token."""
+        place: Tensor | None = None
+        if self._fused is not None and isinstance(choose, KeepsLogits):
+            width = self.module.config.draft_vocab_size
+            place = choose.place(number, outputs_RH[:, :1].expand(-1, width))
+        return choose(self._logits(outputs_RH, squares, place), number)
+
+    def _logits(self, outputs: Tensor, squares: Tensor | None, out: Tensor | None = None) -> Tensor:
         if self._fused is None:
             scores: Tensor = self.module.logits(outputs)
             return scores
-        return self._fused.logits(outputs, squares)
+        return self._fused.logits(outputs, squares, out)
 
 
 def layer_ids(weights: Weights | None) -> tuple[int, ...]:

@@ -415,56 +415,6 @@ def attend_pages(
     return out.reshape(q_THD.shape).to(q_THD.dtype)
 
 
-@dataclass(frozen=True, slots=True)
-class AttendedParts:
-    """Attention of rows to parts of their keys, not joined yet: as ``attend_pages`` over each part
-    alone, in float32. Contiguous."""
-
-    mixed: Tensor
-    """[R * Hkv * P, Q * G, D] float32; anything where a part has no key."""
-    lse: Tensor
-    """[R * Hkv * P, Q * G] float32: logarithm to base 2 of the sum of weights; -inf where a part
-    has no key."""
-    num_kv: int
-    num_parts: int
-    """P of each request."""
-    num_query: int
-    """Q."""
-    dtype: torch.dtype
-    """Of the joined rows."""
-
-    @property
-    def group(self) -> int:
-        """Query heads of a key head."""
-        return self.mixed.shape[1] // self.num_query
-
-    @property
-    def num_heads(self) -> int:
-        """Hq."""
-        return self.num_kv * self.group
-
-    @property
-    def num_rows(self) -> int:
-        """T."""
-        return len(self.mixed) // (self.num_kv * self.num_parts) * self.num_query
-
-    def joined(self) -> Tensor:
-        """[T, Hq * D]; 0 in rows that see nothing. The definition."""
-        shape = (-1, self.num_kv, self.num_parts, self.num_query, self.group)
-        lse = self.lse.view(shape)
-        top = lse.amax(dim=2, keepdim=True)
-        share = torch.exp2(lse - top.masked_fill(top == -torch.inf, 0.0))[..., None]
-        mixed = self.mixed.view(*lse.shape, self.mixed.shape[2]).masked_fill(share == 0, 0.0)
-        total = share.sum(dim=2)
-        rows = (mixed * share).sum(dim=2) / total.masked_fill(total == 0, 1.0)
-        return rows.permute(0, 2, 1, 3, 4).flatten(2).flatten(0, 1).to(self.dtype)
-
-
-def attended_rows(found: Tensor | AttendedParts) -> Tensor:
-    """[T, Hq * D] of attention's result."""
-    return found.joined() if isinstance(found, AttendedParts) else found.flatten(1)
-
-
 AttendPages = Callable[
     [Tensor, Tensor, Tensor, DecodePass, float, int | None, float | None], Tensor
 ]

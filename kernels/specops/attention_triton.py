@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.attention import AttendedParts, DecodePass, Places, check_window
+from specops.attention import DecodePass, Places, check_window
 from specops.overlap_triton import let_next_start, wait_for_previous
 
 _MULTIPROCESSORS = 132
@@ -53,9 +53,6 @@ _MAX_PARTS = 32
 a table for 40,960 takes 9.9 us in 32 parts and 11.5 in 36
 (``benchmarks/results/ops_attention_sweep_rounds.json``).
 """
-_MOST_LEFT = 16
-"""Maximum number of parts that are left to a product. 8,192 keys of one request in 16 parts instead
-of 32 take about as much longer as joining them takes (estimated)."""
 _TILE_BYTES = 16 << 10
 """Size of one block of keys. With two blocks each of keys and values in flight this makes 64 KB, so
 three programs of 16 rows, or two of more rows, fit on a multiprocessor, which needs about 30 KB in
@@ -109,13 +106,12 @@ def _attend_pages(
     GROUP: tl.constexpr, NUM_KV: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr,
     KEYS: tl.constexpr, PART_KEYS: tl.constexpr, PAGE: tl.constexpr,
     HAS_COUNTS: tl.constexpr, HAS_ANCESTORS: tl.constexpr, HAS_WINDOW: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr, IS_BLOCK: tl.constexpr, JOINED: tl.constexpr,
-    LEFT: tl.constexpr, OVERLAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, IS_BLOCK: tl.constexpr, JOINED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Attend a tile of rows to one part of the keys of one request and key head.
 
     With ``JOINED`` there is a single part, whose output is final; otherwise writes the part's
-    normalised output and the log2 of its sum of weights. With ``LEFT`` a part without keys says so.
+    normalised output and the log2 of its sum of weights.
     """
     if OVERLAP:
         let_next_start()
@@ -131,11 +127,6 @@ def _attend_pages(
     end = tl.minimum(begin + part_keys, end)
     if not JOINED:  # noqa: SIM102, this one is decided when compiling
         if begin >= end:
-            if LEFT:
-                none = tile * ROWS + tl.arange(0, ROWS)
-                place = ((request * NUM_KV + head) * num_parts + part) * (num_query * GROUP) + none
-                nothing = tl.full([ROWS], float("-inf"), tl.float32)
-                tl.store(lse_ptr + place, nothing, mask=none < num_query * GROUP)
             return
 
     row = tile * ROWS + tl.arange(0, ROWS)
@@ -412,52 +403,9 @@ def attend_pages(
         ValueError: a pool or a tensor of the pass is not contiguous, or the head dimension is not
             a power of two.
     """
+    _check_pool(keys, values, decode)
     if pinned:
         num_parts, tiling = 1, choose_tiling(1, keys.shape[2], keys.element_size())
-    found = _attend(
-        q_THD, keys, values, decode, scale, window, softcap, num_parts, tiling, overlap, joins=True
-    )
-    assert isinstance(found, Tensor)
-    return found
-
-
-def attend_in_parts(
-    q_THD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    decode: DecodePass,
-    scale: float,
-    window: int | None = None,
-    *,
-    num_parts: int | None = None,
-    overlap: bool = False,
-) -> Tensor | AttendedParts:
-    """``attend_pages`` in one launch, for a product that joins parts itself.
-
-    Returns:
-        [T, Hq, D] if keys are not split, else their parts, fewer than ``attend_pages`` would have
-        if these are many: each program of the product reads all of them.
-    """
-    return _attend(
-        q_THD, keys, values, decode, scale, window, None, num_parts, None, overlap, joins=False
-    )
-
-
-def _attend(
-    q_THD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    decode: DecodePass,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    num_parts: int | None,
-    tiling: Tiling | None,
-    overlap: bool,
-    *,
-    joins: bool,
-) -> Tensor | AttendedParts:
-    _check_pool(keys, values, decode)
     num_requests, num_pages = decode.pages_RP.shape
     num_kv, head_dim = keys.shape[1:]
     num_query = decode.num_query(len(q_THD))
@@ -470,9 +418,8 @@ def _attend(
     parts = num_parts or parts_of(
         num_requests, num_kv, num_rows, num_keys, head_dim, keys.element_size()
     )
-    parts = parts if joins else min(parts, _MOST_LEFT)
     q = _packed(q_THD)
-    out = q if parts > 1 and not joins else torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     counts = q if decode.counts_R is None else decode.counts_R  # a placeholder is never read
     span = {
         "GROUP": share,
@@ -497,11 +444,9 @@ def _attend(
         **span, ROWS=chosen.rows, PAGE=decode.page_size,
         HAS_ANCESTORS=decode.ancestors_RQ is not None, HAS_SOFTCAP=softcap is not None,
         IS_BLOCK=decode.is_block,
-        JOINED=parts == 1, LEFT=not joins, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
+        JOINED=parts == 1, num_warps=chosen.num_warps, num_stages=chosen.num_stages,
         launch_pdl=overlap,
     )  # fmt: skip
-    if parts > 1 and not joins:
-        return AttendedParts(part_out, lse, num_kv, parts, num_query, q.dtype)
     if parts > 1:
         up = triton.next_power_of_2(parts)
         _join_pages[(num_rows, num_kv, num_requests)](

@@ -14,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from specops.best_ids import BestParts
 from specops.draft_sampling import Instead
 from specops.overlap_triton import let_next_start, wait_for_previous
 from specops.verify_logits import UNSOUND
@@ -27,7 +26,7 @@ _UNSOUND = tl.constexpr(UNSOUND)
 
 
 @triton.jit
-def best_of(tops, ids, axis: tl.constexpr):
+def _best(tops, ids, axis: tl.constexpr):
     """The largest number and the lowest id that has it; NaN ranks above everything."""
     is_nan = tops != tops
     nan_id = tl.min(tl.where(is_nan, ids, _NONE), axis=axis)
@@ -59,7 +58,7 @@ def _best_of_part(
         is_better = (x > tops) | ((x != x) & (tops == tops))
         tops = tl.where(is_better, x, tops)
         ids = tl.where(is_better, id, ids)
-    top, best_id = best_of(tops[None, :], ids[None, :], 1)
+    top, best_id = _best(tops[None, :], ids[None, :], 1)
     slot = row * num_parts + part + tl.arange(0, 1)
     tl.store(tops_ptr + slot, top)
     tl.store(ids_ptr + slot, best_id)
@@ -85,7 +84,7 @@ def _join_best(
     slot = row[:, None] * num_parts + part[None, :]
     tops = tl.load(tops_ptr + slot, mask=is_part, other=float("-inf"))
     part_ids = tl.load(part_ids_ptr + slot, mask=is_part, other=_NONE)
-    top, best_id = best_of(tops, part_ids, 1)
+    top, best_id = _best(tops, part_ids, 1)
     ids = best_id.to(tl.int64)
     if IS_TARGET:
         ids = tl.where(tl.abs(top) < float("inf"), ids, _UNSOUND)
@@ -103,6 +102,7 @@ def best_ids(
     d2t_D: Tensor | None = None,
     *,
     is_target: bool = False,
+    instead: Instead | None = None,
     span: int = _SPAN,
     num_programs: int = _PROGRAMS,
     overlap: bool = False,
@@ -140,46 +140,15 @@ def best_ids(
         SPAN=span, WIDE=tl.float64 if is_double else tl.float32, OVERLAP=overlap,
         num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
-    _launch_join(BestParts(tops, part_ids), d2t_D, None, ids.view(-1), is_target, overlap)
-    return ids
-
-
-def join_best(
-    parts: BestParts,
-    d2t_D: Tensor | None = None,
-    instead: Instead | None = None,
-    *,
-    overlap: bool = False,
-) -> Tensor:
-    """See ``specops.best_ids.join_best``. One launch.
-
-    Args:
-        overlap: start while the previous kernel still runs (``specops.overlap_triton``).
-
-    Raises:
-        ValueError: the parts are not contiguous.
-    """
-    if not (parts.tops_MP.is_contiguous() and parts.ids_MP.is_contiguous()):
-        raise ValueError("parts must be contiguous")
-    ids = torch.empty(len(parts.tops_MP), dtype=torch.int64, device=parts.tops_MP.device)
-    _launch_join(parts, d2t_D, instead, ids, False, overlap)
-    return ids
-
-
-def _launch_join(
-    parts: BestParts, d2t_D: Tensor | None, instead: Instead | None, ids: Tensor, is_target: bool,
-    overlap: bool,
-) -> None:  # fmt: skip
-    num_rows, num_parts = parts.tops_MP.shape
-    rows = 4 if num_parts <= _MOST_PARTS else 1
-    _join_best[(triton.cdiv(num_rows, rows),)](
-        parts.tops_MP, parts.ids_MP, d2t_D,
+    _join_best[(triton.cdiv(num_rows, 4),)](
+        tops, part_ids, d2t_D,
         None if instead is None else instead.tokens_M,
         None if instead is None else instead.is_taken_M.view(torch.uint8),
-        ids, num_rows, num_parts,
+        ids, num_rows, parts,
         0 if instead is None else instead.tokens_M.stride(0),
         0 if instead is None else instead.is_taken_M.stride(0),
-        ROWS=rows, PARTS_UP=max(_MOST_PARTS, triton.next_power_of_2(num_parts)),
-        HAS_MAP=d2t_D is not None, IS_TARGET=is_target, HAS_TOKENS=instead is not None,
-        OVERLAP=overlap, num_warps=4, launch_pdl=overlap,
+        ROWS=4, PARTS_UP=_MOST_PARTS, HAS_MAP=d2t_D is not None, IS_TARGET=is_target,
+        HAS_TOKENS=instead is not None, OVERLAP=overlap,
+        num_warps=4, launch_pdl=overlap,
     )  # fmt: skip
+    return ids

@@ -3,7 +3,7 @@ them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from specops import cpu_operations, joined, linear, rope, rows
-from specops.best_ids import BestParts
+from specops import cpu_operations, linear, rope, rows
 from specops.rope import RopeTable
 
 
@@ -23,10 +22,7 @@ class Operations:
     embed: Callable[..., Tensor]
     norm_pair: Callable[..., Tensor]
     few_row_linear: Callable[..., Tensor]
-    """This one and the next three are defined in ``specops.joined``."""
     few_row_residual: Callable[..., tuple[Tensor, Tensor]]
-    few_row_heads: Callable[..., Tensor]
-    few_row_best: Callable[..., BestParts]
     rope_rows: Callable[..., Any]
     """(table, positions) -> what ``rope_and_write`` of the same rows takes as its table."""
     rope_and_write: Callable[..., Tensor]
@@ -36,8 +32,6 @@ class Operations:
     linear_add_norm: Callable[..., Tensor]
     silu_gate: Callable[..., Tensor]
     gelu_gate: Callable[..., Tensor]
-    joins: bool = False
-    """Products of few rows are planned for small models, see ``pick_operations``."""
 
 
 def _whole_table(table: RopeTable, _positions_T: Tensor) -> RopeTable:
@@ -47,10 +41,8 @@ def _whole_table(table: RopeTable, _positions_T: Tensor) -> RopeTable:
 DEFINITIONS = Operations(
     rows.embed,
     rows.norm_pair,
-    joined.few_row_linear,
-    joined.few_row_residual,
-    joined.few_row_heads,
-    joined.few_row_best,
+    linear.few_row_linear,
+    linear.few_row_residual,
     _whole_table,
     rope.rope_and_write,
     rows.add_norm,
@@ -96,40 +88,6 @@ def few_rows_of(like: Tensor, use_kernels: bool | None = None) -> int:
     return 1 if like.dtype == torch.float32 else 16
 
 
-JOINS = True
-"""Whether passes over small layers join what stands between two products with one of them.
-``benchmarks.ops.eagle_pass`` compares both."""
-_SMALL_BYTES = 32 << 20
-"""Weights of a layer up to which it counts as small: launches take longer than reading them."""
-_FEW_ROWS_JOINED = 32
-"""Rows up to which a small layer's products are fused with their neighbours, in 16 bits."""
-
-
-def joins_of(
-    like: Tensor,
-    weights: Iterable[Tensor],
-    joins: bool | None,
-    few_rows: int | None,
-    use_kernels: bool | None,
-) -> tuple[bool, int]:
-    """Whether passes join neighbours, and up to how many rows products are fused.
-
-    Args:
-        like: a weight.
-        weights: those of one layer.
-        joins: ``None``: if they are small, in 16 bits, and kernels multiply with them.
-        few_rows: ``None``: depends on the dtype and on whether they are joined.
-        use_kernels: see ``pick_operations``.
-    """
-    most = few_rows_of(like, use_kernels)
-    if joins is None:
-        num_bytes = sum(weight.numel() * weight.element_size() for weight in weights)
-        joins = JOINS and most > 1 and num_bytes <= _SMALL_BYTES
-    if few_rows is None:
-        few_rows = max(most, _FEW_ROWS_JOINED) if joins and most > 1 else most
-    return joins, few_rows
-
-
 def _linear_add_norm(
     add_norm: Callable[..., Tensor],
     x_MK: Tensor,
@@ -147,7 +105,6 @@ def pick_operations(
     use_kernels: bool | None,
     overlap: bool | None,
     pinned: bool = False,
-    joins: bool = False,
 ) -> Operations:
     """The operations of one decoder, which launches them on a single stream.
 
@@ -156,8 +113,6 @@ def pick_operations(
         use_kernels: Triton kernels, or torch definitions; ``None``: kernels on a GPU.
         overlap: a kernel starts while the previous one still runs; ``None``: if the GPU can.
         pinned: a row's result is bitwise independent of the other rows.
-        joins: plans of few-row products are for small models, whose launches count, see
-            ``linear_triton.choose_joined_plan``.
 
     Raises:
         ValueError: ``pinned`` without kernels.
@@ -172,19 +127,16 @@ def pick_operations(
 
     if overlap is None:
         overlap = overlap_triton.can_overlap(like.device)
-    product: dict[str, Any] = {"overlap": overlap}
+    product: dict[str, Any] = {"overlap": overlap, "pinned": pinned}
     if not pinned:  # pinned products are not split
         shapes = [(len(w) // (1 + gated), w.shape[1], gated) for w, gated in products]
-        product["scratch"] = linear_triton.make_scratch(shapes, like.dtype, like.device, joins)
-    chosen: dict[str, Any] = {**product, "pinned": pinned, "joined": joins}
+        product["scratch"] = linear_triton.make_scratch(shapes, like.dtype, like.device)
     add_norm = partial(rows_triton.add_norm, overlap=overlap)
     return Operations(
         rows_triton.embed,
         partial(rows_triton.norm_pair, overlap=overlap),
-        partial(linear_triton.few_row_linear, **chosen),
-        partial(linear_triton.few_row_residual, **chosen),
-        partial(linear_triton.few_row_heads, **product),
-        partial(linear_triton.few_row_best, **product),
+        partial(linear_triton.few_row_linear, **product),
+        partial(linear_triton.few_row_residual, **product),
         _whole_table,
         partial(rope_triton.rope_and_write, overlap=overlap),
         add_norm,
@@ -192,5 +144,4 @@ def pick_operations(
         partial(_linear_add_norm, add_norm),
         partial(rows_triton.silu_gate, overlap=overlap),
         partial(rows_triton.gelu_gate, overlap=overlap),
-        joins,
     )

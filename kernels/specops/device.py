@@ -26,8 +26,7 @@ from specops import distill as distill_definition
 from specops import trained_rows as rows_definition
 from specops import verify_logits as logits_definition
 from specops.allocation import CutValues, HeadWeights, PackedRows, Score
-from specops.attention import AttendedParts, DecodePass, PagedPass, Places
-from specops.best_ids import BestParts
+from specops.attention import DecodePass, PagedPass, Places
 from specops.capture_pack import PackRing
 from specops.chain_attention import Anchors
 from specops.distill import (
@@ -119,26 +118,6 @@ def decode_attention(
     )
 
 
-def attend_in_parts(
-    q_THD: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    paged: DecodePass | PagedPass,
-    scale: float,
-    window: int | None = None,
-) -> Tensor | AttendedParts:
-    """``decode_attention`` of rows whose keys and values are in their slots, for a product that
-    joins parts itself: where keys are split, their parts."""
-    if isinstance(paged, PagedPass) or not q_THD.is_cuda:
-        return decode_attention(q_THD, None, None, keys, values, paged, scale, window)
-    from specops import attention_triton, overlap_triton
-
-    overlap = overlap_triton.can_overlap(q_THD.device)
-    return attention_triton.attend_in_parts(
-        q_THD, keys, values, paged, scale, window, overlap=overlap
-    )
-
-
 def places_of(decode: DecodePass, num_query: int, *, by_step: bool = False) -> Places:
     """See ``specops.attention.places_of``."""
     if decode.first_R.is_cuda:
@@ -214,24 +193,22 @@ def count_tokens(
     count(emitted_RQ, count_R, requests, tables)
 
 
-def best_ids(logits: Tensor, d2t_D: Tensor | None = None, *, is_target: bool = False) -> Tensor:
+def best_ids(
+    logits: Tensor,
+    d2t_D: Tensor | None = None,
+    *,
+    is_target: bool = False,
+    instead: Instead | None = None,
+) -> Tensor:
     """See ``specops.best_ids.best_ids``."""
     if logits.is_cuda:
         from specops import best_ids_triton, overlap_triton
 
         overlap = overlap_triton.can_overlap(logits.device)
-        return best_ids_triton.best_ids(logits, d2t_D, is_target=is_target, overlap=overlap)
-    return best_definition.best_ids(logits, d2t_D, is_target=is_target)
-
-
-def join_best(parts: BestParts, d2t_D: Tensor | None, instead: Instead | None) -> Tensor:
-    """See ``specops.best_ids.join_best``."""
-    if parts.tops_MP.is_cuda:
-        from specops import best_ids_triton, overlap_triton
-
-        overlap = overlap_triton.can_overlap(parts.tops_MP.device)
-        return best_ids_triton.join_best(parts, d2t_D, instead, overlap=overlap)
-    return best_definition.join_best(parts, d2t_D, instead)
+        return best_ids_triton.best_ids(
+            logits, d2t_D, is_target=is_target, instead=instead, overlap=overlap
+        )
+    return best_definition.best_ids(logits, d2t_D, is_target=is_target, instead=instead)
 
 
 def confidence(logits_RD: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ The torch definition. Shapes: T rows, Hq/Hkv heads, D head dimension (even).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,23 +41,6 @@ class RopeTable:
 
     cos: Tensor
     sin: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class HeadPlaces:
-    """What becomes of a product of queries, keys and values: the arguments of ``rope_and_write``
-    behind it."""
-
-    heads: Heads
-    table: Any
-    """``Operations.rope_rows`` of a ``RopeTable``: the table itself for kernels."""
-    positions_T: Tensor
-    """[T] int64, contiguous, each below the table's number of positions (not checked)."""
-    slots_T: Tensor
-    """[T] int64, contiguous; distinct slots of the rows' keys and values."""
-    keys: Tensor
-    """[num_slots, Hkv, D] contiguous, written in place, as are the values."""
-    values: Tensor
 
 
 def rope_table(

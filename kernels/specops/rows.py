@@ -6,36 +6,10 @@ Shapes: M rows, H hidden, N outputs, V vocabulary. ``rms_norm`` and ``silu_gate`
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from specops.linear import Norm, rms_norm
-
-
-@dataclass(frozen=True, slots=True)
-class Pair:
-    """The input of a drafter's layer, not computed yet: see ``norm_pair``."""
-
-    ids_M: Tensor
-    """[M] int64, contiguous, each in 0..V-1 (not checked)."""
-    table_VH: Tensor
-    hidden_MH: Tensor
-    """[M, H] in the table's dtype; rows need not be adjacent."""
-    embed_norm: Norm
-    hidden_norm: Norm
-    hidden_first: bool = False
-    """The halves change places."""
-    squares_MP: Tensor | None = None
-    """[M, P] float32, partial sums of the hidden states' squares, if a kernel has left them."""
-
-    def normed(self) -> Tensor:
-        """[M, 2H] contiguous, by the definition."""
-        return norm_pair(
-            self.ids_M, self.table_VH, self.hidden_MH, self.embed_norm, self.hidden_norm,
-            hidden_first=self.hidden_first,
-        )  # fmt: skip
 
 
 def embed(ids_M: Tensor, table_VH: Tensor, out: Tensor) -> Tensor:

@@ -14,8 +14,7 @@ from torch import Tensor
 
 from drafters.protocol import NeuralDrafter
 from specops.attention import DecodePass
-from specops.best_ids import BestParts
-from specops.device import best_ids, confidence, join_best, sample_draft
+from specops.device import best_ids, confidence, sample_draft
 from specops.draft_sampling import Drafted, DraftLaw, Instead, VocabMap, join_laws
 from specops.lanes import ClosedRound, OpenedRound
 
@@ -51,9 +50,10 @@ class AfterText:
     """In 1..K: the neural drafter drafts so many places. What it draws for those that are taken is
     lost, and it goes on after the token that is."""
 
-    def taken(self, at: int | slice, own: Tensor) -> Tensor:
-        """[R] or [R, P] the tokens at one place or at several, from the neural drafter's own."""
-        return torch.where(self.is_text_RK[:, at], self.tokens_RK[:, at], own)
+    def taken(self, own_RP: Tensor) -> Tensor:
+        """[R, P] the tokens at the first places, from the neural drafter's own."""
+        places = slice(own_RP.shape[1])
+        return torch.where(self.is_text_RK[:, places], self.tokens_RK[:, places], own_RP)
 
     def at(self, number: int) -> Instead:
         """What is taken in place of the neural drafter's own tokens at one place."""
@@ -66,24 +66,19 @@ class AfterText:
 
 @dataclass(frozen=True, slots=True)
 class Best:
-    """Chooses the most likely tokens. ``drafters.protocol``'s ``ChoosesTogether`` and
-    ``ChoosesParts``."""
+    """Chooses the most likely tokens. ``drafters.protocol.ChoosesTogether``."""
 
     d2t_D: Tensor | None
     """[D] int64, target id minus draft id, of a reduced vocabulary."""
     after: AfterText | None = None
 
     def __call__(self, logits: Tensor, number: int) -> Tensor:
-        best = best_ids(logits, self.d2t_D)
-        return best if self.after is None else self.after.taken(number, best)
-
-    def of_parts(self, parts: BestParts, number: int) -> Tensor:
         instead = None if self.after is None else self.after.at(number)
-        return join_best(parts, self.d2t_D, instead)
+        return best_ids(logits, self.d2t_D, instead=instead)
 
     def together(self, logits_KRV: Tensor) -> Tensor:
         best_RK = best_ids(logits_KRV, self.d2t_D).t().contiguous()
-        return best_RK if self.after is None else self.after.taken(slice(len(logits_KRV)), best_RK)
+        return best_RK if self.after is None else self.after.taken(best_RK)
 
 
 class Draw:

@@ -25,10 +25,10 @@ def test_what_launches_is_counted_and_views_are_not():
 @pytest.mark.parametrize(
     ("kind", "most", "most_of_many"),
     [
-        ("eagle3", 32, 37),
-        ("p_eagle", 17, 27),
-        ("dflash", 16, 23),
-        ("mtp", 40, 45),
+        ("eagle3", 49, 60),
+        ("p_eagle", 22, 27),
+        ("dflash", 18, 23),
+        ("mtp", 56, 64),
         ("draft_model", 51, 59),
     ],
 )

@@ -155,17 +155,16 @@ def relative_error(got, want):
     return ((got - want).float().norm() / want.float().norm()).item()
 
 
-@pytest.mark.parametrize(("use_kernels", "joins"), [(False, None), (True, False), (True, True)])
+@pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("num_requests", [1, 5])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_same_is_drafted_as_by_the_module(kind, num_requests, use_kernels, joins):
+def test_the_same_is_drafted_as_by_the_module(kind, num_requests, use_kernels):
     """Rows of three verified tokens, then drafts behind them; both sides of ``few_rows``."""
     made = make(kind)
     module, fused = paged_of(made), paged_of(made)
     if use_kernels and isinstance(fused, PagedMtp):  # a CPU has its copy by columns
         fused._head_weight = fused._head_weight.contiguous()
-    options = {"few_rows": 10, "use_kernels": use_kernels, "joins": joins}
-    assert fused.fuse(64, packs=False, **options) is None
+    assert fused.fuse(64, few_rows=10, use_kernels=use_kernels, packs=False) is None
     assert [one.is_fused for one in (module, fused)] == [False, True]
     rows, sizes = make_rows(module, num_requests, 3), (3,) if use_kernels else (5, 1)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from specops import best_ids, best_ids_triton
+from specops.draft_sampling import Instead
 from specops.verify_logits import UNSOUND
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -80,6 +81,25 @@ def test_ids_of_a_reduced_vocabulary_become_the_targets(device):
 
     assert torch.equal(got, best_ids.best_ids(logits, d2t))
     assert torch.equal(got, 4 * logits.argmax(-1) + 5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("has_map", [False, True])
+def test_tokens_of_others_are_returned_in_place_of_the_best(has_map, device):
+    """They are target ids, and rows of theirs are not adjacent."""
+    logits = few_values((7, 90), torch.float32, device)
+    d2t = 3 * torch.arange(90, device=device) + 5 if has_map else None
+    tokens = 1000 + torch.arange(14, device=device).view(7, 2)
+    is_taken = torch.zeros(7, 3, dtype=torch.bool, device=device)
+    is_taken[[0, 3, 6], 1], is_taken[2, 0] = True, True
+    instead = Instead(tokens[:, 1], is_taken[:, 1])
+
+    got = best_ids_triton.best_ids(logits, d2t, span=16, instead=instead)
+
+    want = best_ids.best_ids(logits, d2t).tolist()
+    want[0], want[3], want[6] = 1001, 1007, 1013
+    assert got.tolist() == best_ids.best_ids(logits, d2t, instead=instead).tolist() == want
 
 
 @pytest.mark.gpu

@@ -172,22 +172,19 @@ def compare(decoder, pages, want, ids, pieces, taps):
 
 
 @pytest.mark.parametrize(
-    ("make_model", "use_kernels", "joins"),
+    ("make_model", "use_kernels"),
     [
-        *(pytest.param(*model.values, False, None, id=model.id) for model in MODELS),
-        *(pytest.param(*m.values, True, False, id=f"{m.id}, kernels") for m in KERNELS),
-        *(pytest.param(*m.values, True, True, id=f"{m.id}, joined kernels") for m in KERNELS),
+        *(pytest.param(*model.values, False, id=model.id) for model in MODELS),
+        *(pytest.param(*model.values, True, id=f"{model.id}, kernels") for model in KERNELS),
     ],
 )
-def test_every_pass_equals_hugging_face(make_model, use_kernels, joins):
+def test_every_pass_equals_hugging_face(make_model, use_kernels):
     """A long prompt chunk, then steps of 1, 2 and 5 tokens: above and below ``few_rows``."""
     model, taps = make_model(), (3, 0, 2)
     ids = torch.randint(0, 90, (2, 24), generator=torch.Generator().manual_seed(2))
     want = by_hugging_face(model, ids, taps)
 
-    decoder = FusedDecoder(model, few_rows=10, use_kernels=use_kernels, joins=joins)
-    has_norms_behind = decoder.layers[0].after_mlp is not None
-    assert decoder.takes_parts(10) == (joins is True and not has_norms_behind)
+    decoder = FusedDecoder(model, few_rows=10, use_kernels=use_kernels)
     pages = Pages(model.config, 24)
 
     assert compare(decoder, pages, want, ids, (16, 17, 19, 24), taps) < 1e-5

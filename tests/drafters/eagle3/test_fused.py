@@ -13,7 +13,6 @@ from drafters.eagle3.model import Eagle3, Eagle3Config
 from drafters.eagle3.paged import PagedEagle3
 from serving.engine.drafts import AfterText, Best
 from specops.attention import DecodePass
-from specops.decoder_operations import joins_of
 from specops.device import decode_attention, places_of
 from specops.overlap_triton import can_overlap
 
@@ -98,28 +97,19 @@ def make_rows(num_rows, width, dtype=torch.float32, device="cpu"):
     return ids.to(device), hidden.to(device, dtype)
 
 
-WAYS = {
-    "definitions": {"use_kernels": False},
-    "definitions, joined": {"use_kernels": False, "joins": True},
-    "kernels": {"use_kernels": True, "joins": False},
-    "kernels, joined": {"use_kernels": True, "joins": True},
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 30])
 @pytest.mark.parametrize(("num_requests", "num_query"), [(1, 1), (1, 5), (5, 1), (2, 5), (3, 8)])
-def test_a_pass_equals_the_module(way, draft_vocab, num_requests, num_query):
+def test_a_pass_equals_the_module(use_kernels, draft_vocab, num_requests, num_query):
     """Both sides of ``few_rows``, and one or two rows, which have kernels of their own."""
     module, embed = make_drafter(draft_vocab)
     ids, hidden = make_rows(num_requests * num_query, 48)
     given = hidden.clone()
     at = make_pass(num_requests)
 
-    fused = FusedEagle3(module, embed, 64, few_rows=10, **WAYS[way])
+    fused = FusedEagle3(module, embed, 64, few_rows=10, use_kernels=use_kernels)
     got, want = by_fused(fused, ids, hidden, at), by_module(module, embed, ids, hidden, at)
 
-    assert fused.joins == ("joined" in way)
     assert got[1].shape == (len(ids), draft_vocab)
     for ours, theirs in zip(got, want, strict=True):
         assert relative_error(ours, theirs) < 2e-6
@@ -193,13 +183,13 @@ def test_packed_weights_give_the_same_and_follow_new_ones(draft_vocab):
         assert relative_error(fused.fuse(features), module.fuse(features)) < 2e-6
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("use_kernels", [False, True])
 @pytest.mark.parametrize("draft_vocab", [VOCAB, 30])
-def test_the_same_is_drafted_as_by_the_module(draft_vocab, way):
+def test_the_same_is_drafted_as_by_the_module(draft_vocab, use_kernels):
     """Rows of three verified tokens, then drafts behind them."""
     module, embed = make_drafter(draft_vocab)
     paged = [PagedEagle3(module, embed, NUM_PAGES * PAGE) for _ in range(2)]
-    assert paged[1].fuse(num_positions=64, few_rows=10, **WAYS[way]) is None
+    assert paged[1].fuse(num_positions=64, few_rows=10, use_kernels=use_kernels) is None
     assert [p.is_fused for p in paged] == [False, True]
     ids, _ = make_rows(4 * 3, 48)
     features = torch.randn(len(ids), 3, 48, generator=torch.Generator().manual_seed(5))
@@ -230,12 +220,12 @@ def test_the_same_is_drafted_as_by_the_module(draft_vocab, way):
     assert all(torch.equal(tokens, got[0]) for tokens in best)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_draft_goes_on_behind_tokens_of_text(way):
+@pytest.mark.parametrize("use_kernels", [False, True])
+def test_a_draft_goes_on_behind_tokens_of_text(use_kernels):
     """Some requests' first tokens come from text, and the passes read those."""
     module, embed = make_drafter()
     paged = [PagedEagle3(module, embed, NUM_PAGES * PAGE) for _ in range(2)]
-    assert paged[1].fuse(num_positions=64, few_rows=10, **WAYS[way]) is None
+    assert paged[1].fuse(num_positions=64, few_rows=10, use_kernels=use_kernels) is None
     text, outputs = torch.randint(VOCAB, (4, 6)), torch.randn(4, 48)
     is_text = torch.arange(6) < torch.tensor([[0], [1], [3], [2]])
 
@@ -247,27 +237,6 @@ def test_a_draft_goes_on_behind_tokens_of_text(way):
     assert torch.equal(got, want)
     assert torch.equal(got[is_text[:, :5]], text[is_text])
     assert not torch.equal(got[:, 3:], drafts(torch.zeros_like(is_text))[1][:, 3:])
-
-
-def test_small_layers_are_joined_on_kernels_alone():
-    module, embed = make_drafter(dtype=torch.bfloat16)
-    large = {"hidden_size": 1024, "intermediate_size": 3072, "num_heads": 16, "head_dim": 128}
-
-    def fused(made, **options):
-        found = FusedEagle3(*made, 64, **options)
-        return found.joins, found.few_rows
-
-    assert fused((module, embed), use_kernels=True) == (True, 32)
-    assert fused((module, embed), use_kernels=True, joins=False) == (False, 16)
-    assert fused((module, embed), use_kernels=True, few_rows=16) == (True, 16)
-    assert fused((module, embed)) == (False, 0)
-    assert fused(make_drafter(), use_kernels=True) == (False, 1)
-    with torch.device("meta"):
-        too_large = Eagle3(replace(module.config, **large)).bfloat16(), embed
-    assert joins_of(too_large[0].norm.weight, too_large[0].parameters(), None, None, True) == (
-        False,
-        16,
-    )
 
 
 class Scaled(torch.nn.Embedding):
