@@ -3,7 +3,7 @@
 A finished request is sent by the engine's thread itself as long as the socket takes it: that costs
 less than waking another thread. What the socket does not take is left to a thread, up to a bound,
 behind which the oldest are dropped and counted. A recorder that dies takes with it what it had not
-written, which counts as dropped, and is started again.
+written, which counts as dropped, and is started again; what finishes meanwhile is kept for it.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
+from collections.abc import Collection, Sized
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -41,9 +42,9 @@ log = logging.getLogger(__name__)
 _OPENING_S = 60.0
 """For a process to import what it needs and to open the buffer."""
 _LIVED_S = 1.0
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 5.0
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 MOST_DEATHS = 6
-"""Processes that may die at once in a row before traces are given up."""
+"""Processes that die at once, in a row, after which somebody should look."""
 _MOST_WAITING_BYTES = 64 << 20
 _POLL_S = 0.05
 COMMAND = ["-P", "-m", "serving.capture"]
@@ -102,6 +103,8 @@ class RecorderProcess:
         self._num_queued = 0
         self._former: Counter[str] = Counter()
         """What became of traces that ended processes had, and of those that had no process."""
+        self._held: deque[bytes] = deque()
+        """What is sent to the next process."""
         self._is_closing = False
         self._line: _Line | None = None
         self._process = first.process
@@ -128,8 +131,17 @@ class RecorderProcess:
         data = framed(finished)
         with self._lock:
             self._num_queued += 1
-            num_dropped = 1 if self._line is None else self._line.put(data)
+            num_dropped = self._hold(data) if self._line is None else self._line.put(data)
             self._former["dropped"] += num_dropped
+
+    def _hold(self, data: bytes) -> int:
+        """Keep a message until there is a process again. Returns how many were dropped."""
+        self._held.append(data)
+        num_dropped = 0
+        while _is_too_much(self._held, self._most_waiting):
+            self._held.popleft()
+            num_dropped += 1
+        return num_dropped
 
     def counts(self) -> dict[str, int]:
         """See ``Recorder.counts``."""
@@ -198,7 +210,7 @@ class RecorderProcess:
         return _Line(spawned.sock, self._most_waiting)
 
     def _keep(self) -> None:
-        """Start another process when one has died, until there is no sense in it."""
+        """Start another process when one has died; ever more rarely if they die at once."""
         num_deaths, since_s = 0, time.monotonic()
         while True:
             code = self._process.wait()
@@ -215,13 +227,13 @@ class RecorderProcess:
             )
             line = None
             while line is None:
-                if num_deaths >= MOST_DEATHS:
+                if num_deaths == MOST_DEATHS:
                     log.critical(
-                        "%d recorder's processes in a row died as soon as they were started: no "
-                        "more traces are written; serving continues, and all are counted",
+                        "%d recorder's processes in a row died as soon as they were started; what "
+                        "they wrote to this log says why. Serving continues, traces that cannot "
+                        "be kept for the next one are dropped, and all are counted",
                         num_deaths,
                     )
-                    return
                 time.sleep(min(_FIRST_PAUSE_S * 2 ** (num_deaths - 1), _LONGEST_PAUSE_S))
                 if self._is_closing:
                     return
@@ -234,6 +246,8 @@ class RecorderProcess:
             since_s = time.monotonic()
             with self._lock:
                 self._process, self._line = spawned.process, line
+                self._former["dropped"] += sum([line.put(data) for data in self._held])
+                self._held.clear()
                 is_late = self._is_closing
             if is_late:
                 line.put(framed(End(0.0)), is_last=True)
@@ -263,6 +277,11 @@ def _answer(sock: socket.socket) -> Opened | Refused:
     raise ConnectionError("it ended its connection")
 
 
+def _is_too_much(messages: Collection[Sized], most: int) -> bool:
+    """Whether some of these messages must be dropped."""
+    return len(messages) > most or sum(map(len, messages)) > _MOST_WAITING_BYTES
+
+
 class _Line:
     """Bytes on their way to the process."""
 
@@ -278,7 +297,6 @@ class _Line:
         """Guards what follows. Held for no longer than a call takes that does not wait."""
         self._waiting: deque[memoryview] = deque()
         """The first one may be the rest of a message."""
-        self._num_bytes = 0
         self._is_closed = False
         self._has_news = threading.Event()
         self._thread = threading.Thread(target=self._send_rest, name="to-recorder", daemon=True)
@@ -296,12 +314,10 @@ class _Line:
         """
         with self._lock:
             self._waiting.append(memoryview(data))
-            self._num_bytes += len(data)
             if len(self._waiting) == 1:
                 self._send_some()
             num_dropped = 0
             while not is_last and len(self._waiting) > 1 and self._is_too_much():
-                self._num_bytes -= len(self._waiting[1])
                 del self._waiting[1]  # of the first, a part may have been sent
                 num_dropped += 1
             if self._waiting:
@@ -317,14 +333,13 @@ class _Line:
         self._sock.close()
 
     def _is_too_much(self) -> bool:
-        return len(self._waiting) > self._most_waiting or self._num_bytes > _MOST_WAITING_BYTES
+        return _is_too_much(self._waiting, self._most_waiting)
 
     def _send_some(self) -> None:
         """Send what the socket takes. The lock is held."""
         try:
             while self._waiting:
                 taken = self._sock.send(self._waiting[0])
-                self._num_bytes -= taken
                 if taken < len(self._waiting[0]):
                     self._waiting[0] = self._waiting[0][taken:]
                 else:
@@ -333,7 +348,6 @@ class _Line:
             pass
         except OSError:  # the process is gone, and so is all that it was sent
             self._waiting.clear()
-            self._num_bytes = 0
 
     def _send_rest(self) -> None:
         room = select.poll()

@@ -19,7 +19,7 @@ from configs.schema import Settings
 from oracles.engines import Collected, request_of
 from serving.build import build_service
 from serving.capture import apart
-from serving.capture.apart import MOST_DEATHS, RecorderProcess, _Line, spawn
+from serving.capture.apart import RecorderProcess, _Line, spawn
 from serving.capture.finished import Finished
 from serving.capture.messages import framed
 from serving.capture.recorder import num_waiting
@@ -138,11 +138,10 @@ def test_a_recorder_that_is_killed_is_started_again_and_what_it_had_is_counted(s
         ask(service, name)
     assert num_waiting(recorder.counts()) == 3
     os.kill(former, signal.SIGKILL)
-    until(lambda: recorder.pid != former, "another process")
+    until(lambda: recorder._line is None, "its end to be noticed")
+    ask(service, "last")  # for the next one
     until(lambda: num_waiting(recorder.counts()) == 0, recorder.counts)
-    until(lambda: recorder._line is not None, "a connection to it")
-    ask(service, "last")
-    until(lambda: recorder.counts()["written"] == 2, recorder.counts)
+    assert recorder.pid != former
 
     counts = recorder.counts()
     assert (counts["queued"], counts["dropped"], num_waiting(counts)) == (5, 3, 0)
@@ -150,18 +149,21 @@ def test_a_recorder_that_is_killed_is_started_again_and_what_it_had_is_counted(s
     assert {(trace.request_id, trace.seq) for trace in traces} == {("first", 0), ("last", 4)}
 
 
-def test_processes_that_die_at_once_are_given_up(serve, monkeypatch, caplog):
-    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.0)
-    service = serve(process=True)
+def test_processes_that_die_at_once_are_started_ever_more_rarely(serve, monkeypatch, caplog):
+    """What finishes meanwhile is kept, up to ``capture.queue_traces``."""
+    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.001)
+    service = serve(process=True, queue_traces=2)
     recorder = service.recorder
+    good = apart.COMMAND
     monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
-    os.kill(recorder.pid, signal.SIGKILL)
-    until(lambda: not recorder._keeper.is_alive(), "the end of trying")
-    ask(service, "after")
-
-    counts = recorder.counts()
-    assert (counts["queued"], counts["dropped"]) == (1, 1)
-    assert f"{MOST_DEATHS} recorder's processes in a row died" in caplog.text
+    former = recorder.pid
+    os.kill(former, signal.SIGKILL)
+    until(lambda: "recorder's processes in a row died" in caplog.text, "a line in the log")
+    for name in "abc":
+        ask(service, name)
+    assert recorder.counts()["dropped"] == 1 and num_waiting(recorder.counts()) == 2
+    monkeypatch.setattr(apart, "COMMAND", good)
+    until(lambda: recorder.counts()["written"] == 2, recorder.counts)
     assert "ended with exit code 3 before it could write traces" in caplog.text
 
 
