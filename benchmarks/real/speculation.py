@@ -245,6 +245,9 @@ def _one_turn(
     before = built.engine.figures()
     try:
         done = {domain: take_turn(built, ids, batch, length) for domain, ids in prompts.items()}
+        if built.engine.figures().policy_failures > before.policy_failures:
+            # An engine decodes on without drafts then, which is no measurement of this arm.
+            raise RuntimeError("the policy failed; the log says how")
     except Exception as error:  # one arm's failure becomes a row, and the others continue
         arm.error = f"{type(error).__name__}: {error}"
         say(traceback.format_exc())
