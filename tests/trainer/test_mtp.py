@@ -29,7 +29,7 @@ def test_heads_of_few_tokens_learn_and_are_published(tmp_path):
     ids = tmp_path / "ids.json"
     ids.write_text(json.dumps(list(range(0, VOCAB, 2))))
     drafter = DrafterSettings.model_validate({"kind": "mtp", "draft_vocab": str(ids)})
-    settings = settings_for(run_dir, target, max_steps=25)
+    settings = settings_for(run_dir, target, max_steps=25, gate_share=0.0)
 
     train(settings.model_copy(update={"drafter": drafter}))
 
