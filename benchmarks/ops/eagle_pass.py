@@ -2,7 +2,7 @@
 
     python -m benchmarks.ops.eagle_pass                  # SmolLM2-135M on one GPU; about 30 s
     TRITON_INTERPRET=1 python -m benchmarks.ops.eagle_pass --device cpu --shape tiny \\
-        --out /tmp/eagle_pass.json                       # a trial
+        --out eagle_pass.json                            # a trial
 
 Random weights in bfloat16, the target's whole vocabulary, contexts of 50 to 600 tokens in tables
 for 1,024. A line is a number of requests:
