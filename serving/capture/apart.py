@@ -96,7 +96,8 @@ class RecorderProcess:
 
         Raises:
             ValueError: the settings contradict what is stored, such as another key.
-            RuntimeError: the process died or did not answer.
+            ChildProcessError: the process died or did not answer; an OSError, as where there is no
+                memory for it.
         """
         self._most_waiting = settings.capture.queue_traces
         counts = new_counts()
@@ -212,7 +213,7 @@ class RecorderProcess:
         """Tell a new process what to do, and wait until it can.
 
         Raises:
-            ValueError, RuntimeError: see ``__init__``. The process has ended.
+            ValueError, ChildProcessError: see ``__init__``. The process has ended.
         """
         try:
             spawned.sock.settimeout(_OPENING_S)
@@ -222,7 +223,7 @@ class RecorderProcess:
         except OSError as error:
             spawned.end()
             how = ending(spawned.process.returncode)
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"the recorder's process {how} before it could write traces ({error}); what it "
                 f"wrote to this log says why"
             ) from error
@@ -261,7 +262,7 @@ class RecorderProcess:
                     return
                 try:
                     line = self._another()
-                except (OSError, RuntimeError, ValueError) as error:
+                except (OSError, ValueError) as error:
                     num_deaths += 1
                     if not self._closing.is_set():
                         log.error("%s", error)
@@ -280,7 +281,7 @@ class RecorderProcess:
         """Start and open another process, which ``close`` ends from the moment it is there.
 
         Raises:
-            OSError, RuntimeError, ValueError: there is none.
+            OSError, ValueError: there is none.
         """
         spawned = spawn()
         with self._lock:
@@ -288,7 +289,7 @@ class RecorderProcess:
                 self._process = spawned.process
         if self._closing.is_set():
             spawned.end()
-            raise RuntimeError("the server stops")
+            raise ChildProcessError("the server stops")
         return self._opened(spawned)
 
     def _bury(self) -> int:

@@ -18,6 +18,7 @@ from msgspec.structs import replace as replace_in
 
 from buffer.backends import open_backend
 from buffer.traces import TraceReader
+from configs.checks import check_settings
 from configs.schema import Settings
 from oracles.engines import Collected, request_of
 from serving.build import build_service
@@ -231,6 +232,24 @@ def test_settings_that_cannot_be_used_are_refused_before_serving(serve, tmp_path
         serve("other", process=True, redact="no_such_module:function")
     with pytest.raises(ValueError, match="key"):
         serve("run", url=f"log:?key_file={tmp_path / 'none'}", process=True)
+
+
+def test_memory_of_one_process_is_refused():
+    """Nobody could read the traces that the recorder's process writes there."""
+    buffer = {"url": "memory:"}
+    for wanted, problems in ((True, 1), (False, 0), (None, 0)):
+        settings = Settings.model_validate({"buffer": buffer, "capture": {"process": wanted}})
+        found = check_settings(settings)
+        assert len(found) == problems
+    off = {"process": True, "enabled": False}
+    assert check_settings(Settings.model_validate({"buffer": buffer, "capture": off})) == []
+
+
+def test_a_process_that_dies_at_the_start_is_an_error_that_is_shown(serve, monkeypatch):
+    """``launch`` prints the message of an OSError."""
+    monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
+    with pytest.raises(OSError, match="before it could write traces"):
+        serve(process=True)
 
 
 def test_a_function_that_redacts_runs_there(serve, tmp_path, monkeypatch):
