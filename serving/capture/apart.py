@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _OPENING_S = 60.0
 """For a process to import what it needs and to open the buffer."""
+_ENDING_S = 5.0
+"""For a process that has ended its connection to end itself."""
 _LIVED_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 MOST_DEATHS = 6
@@ -221,6 +223,9 @@ class RecorderProcess:
             spawned.sock.sendall(self._begin[1:])
             answer = _answer(spawned.sock)
         except OSError as error:
+            if isinstance(error, ConnectionError):  # it is ending: why should be said as it was
+                with suppress(subprocess.TimeoutExpired):
+                    spawned.process.wait(_ENDING_S)
             spawned.end()
             how = ending(spawned.process.returncode)
             raise ChildProcessError(

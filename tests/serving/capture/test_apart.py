@@ -246,9 +246,11 @@ def test_memory_of_one_process_is_refused():
 
 
 def test_a_process_that_dies_at_the_start_is_an_error_that_is_shown(serve, monkeypatch):
-    """``launch`` prints the message of an OSError."""
-    monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
-    with pytest.raises(OSError, match="before it could write traces"):
+    """``launch`` prints the message of an OSError. It says how the process ended, even though that
+    takes Python a moment after the connection."""
+    code = "import os, sys, time; os.close(int(sys.argv[1])); time.sleep(0.2); sys.exit(3)"
+    monkeypatch.setattr(apart, "COMMAND", ["-c", code])
+    with pytest.raises(OSError, match="ended with exit code 3 before it could write traces"):
         serve(process=True)
 
 
