@@ -248,7 +248,10 @@ def test_memory_of_one_process_is_refused():
 def test_a_process_that_dies_at_the_start_is_an_error_that_is_shown(serve, monkeypatch):
     """``launch`` prints the message of an OSError. It says how the process ended, even though that
     takes Python a moment after the connection."""
-    code = "import os, sys, time; os.close(int(sys.argv[1])); time.sleep(0.2); sys.exit(3)"
+    code = (
+        "import os, sys, time; border = int(sys.argv[1]); os.read(border, 1); os.close(border); "
+        "time.sleep(0.2); sys.exit(3)"
+    )
     monkeypatch.setattr(apart, "COMMAND", ["-c", code])
     with pytest.raises(OSError, match="ended with exit code 3 before it could write traces"):
         serve(process=True)
