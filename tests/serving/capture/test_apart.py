@@ -189,6 +189,26 @@ def test_starting_is_never_given_up(serve, monkeypatch, caplog):
     until(lambda: recorder.counts()["written"] == 1, recorder.counts)
 
 
+def test_what_was_deleted_while_it_waited_for_a_process_is_not_written(
+    serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.001)
+    service = serve(process=True)
+    recorder = service.recorder
+    ask(service, "a")
+    until(lambda: recorder.counts()["written"] == 1, recorder.counts)
+    good = apart.COMMAND
+    monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
+    os.kill(recorder.pid, signal.SIGKILL)
+    until(lambda: recorder._line is None, "its end to be noticed")
+    ask(service, "b")
+    assert open_backend("log:", tmp_path / "run").delete("acme").records == 1
+    monkeypatch.setattr(apart, "COMMAND", good)
+    until(lambda: num_waiting(recorder.counts()) == 0, recorder.counts)
+    counts = recorder.counts()
+    assert (counts["queued"], counts["written"], counts["deleted"]) == (2, 1, 1)
+
+
 def test_stopping_ends_a_process_that_is_being_started(serve, monkeypatch):
     """What is kept for it counts as dropped, once."""
     service = serve(process=True)
