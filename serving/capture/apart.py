@@ -325,7 +325,7 @@ def _answer(sock: socket.socket) -> Opened | Refused:
 def _pause_s(num_deaths: int) -> float:
     """Before another process is started, after so many that died at once."""
     doublings = min(num_deaths - 1, 30)  # it is already at its longest, and 2**1024 is no float
-    return min(_FIRST_PAUSE_S * 2**doublings, _LONGEST_PAUSE_S)
+    return min(_FIRST_PAUSE_S * float(1 << doublings), _LONGEST_PAUSE_S)
 
 
 class _Waiting:
