@@ -34,7 +34,7 @@ class CaptureSettings(Section):
     process: bool | None = None
     """Encode and write traces in a process of its own, so that the engine's process does nothing
     but steps. It holds no model and takes some 80 MB. ``None``: on a GPU, where a step takes a
-    millisecond or two."""
+    millisecond or two, unless ``buffer.url`` is ``memory:``, which no other process can share."""
     ring_rows: int | None = Field(None, ge=1)
     """Hidden rows held in memory until their request finishes and is recorded. When full, the
     oldest are dropped and counted. ``None``: as many as ``engine.max_batch`` requests of

@@ -160,6 +160,12 @@ def _capture(settings: Settings) -> Iterator[str]:
             f"capture.memory_only is true, but buffer.url begins with '{scheme}:', which keeps "
             f"traces on a disk or in a service that may; set buffer.url to 'socket:'"
         )
+    if capture.process and capture.enabled and scheme == "memory":
+        yield (
+            "capture.process is true, but buffer.url begins with 'memory:', which only the process "
+            "that writes can read; set capture.process to false, or buffer.url to 'socket:' or "
+            "'shm:'"
+        )
     if capture.redact is not None and not _FUNCTION.fullmatch(capture.redact):
         yield f"capture.redact {capture.redact!r} must look like 'module:function'"
     both = sorted(set(capture.tenants or ()) & set(capture.excluded_tenants))

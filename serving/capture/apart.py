@@ -16,7 +16,7 @@ import subprocess
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Collection, Sized
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 _OPENING_S = 60.0
 """For a process to import what it needs and to open the buffer."""
+_ENDING_S = 5.0
+"""For a process that has ended its connection to end itself."""
 _LIVED_S = 1.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 30.0
 MOST_DEATHS = 6
@@ -67,10 +69,18 @@ class Spawned:
 
 
 def spawn() -> Spawned:
-    """Start a recorder's process. The sooner, the less its imports are waited for."""
+    """Start a recorder's process. The sooner, the less its imports are waited for.
+
+    Raises:
+        OSError: the system starts no process.
+    """
     own, other = socket.socketpair()
     with other:
-        process = start_python([*COMMAND, str(other.fileno())], [other.fileno()])
+        try:
+            process = start_python([*COMMAND, str(other.fileno())], [other.fileno()])
+        except BaseException:
+            own.close()
+            raise
     log.debug("recorder's process %d started", process.pid)
     return Spawned(process, own)
 
@@ -88,7 +98,8 @@ class RecorderProcess:
 
         Raises:
             ValueError: the settings contradict what is stored, such as another key.
-            RuntimeError: the process died or did not answer.
+            ChildProcessError: the process died or did not answer; an OSError, as where there is no
+                memory for it.
         """
         self._most_waiting = settings.capture.queue_traces
         counts = new_counts()
@@ -103,9 +114,11 @@ class RecorderProcess:
         self._num_queued = 0
         self._former: Counter[str] = Counter()
         """What became of traces that ended processes had, and of those that had no process."""
-        self._held: deque[bytes] = deque()
+        self._held = _Waiting(self._most_waiting)
         """What is sent to the next process."""
-        self._is_closing = False
+        self._has_said = False
+        """That a request could not be sent."""
+        self._closing = threading.Event()
         self._line: _Line | None = None
         self._process = first.process
         self._line = self._opened(first)
@@ -128,20 +141,34 @@ class RecorderProcess:
 
     def put(self, finished: Finished) -> None:
         """Send a finished request. Never waits; on the engine's thread."""
-        data = framed(finished)
+        try:
+            data = framed(finished)
+        except Exception as error:  # as of a policy's note that no message can hold
+            self._has_failed(error)
+            return
         with self._lock:
             self._num_queued += 1
-            num_dropped = self._hold(data) if self._line is None else self._line.put(data)
+            if self._closing.is_set():
+                num_dropped = 1
+            elif self._line is not None:
+                num_dropped = self._line.put(data)
+            else:
+                self._held.append(data)
+                num_dropped = self._held.drop()
             self._former["dropped"] += num_dropped
 
-    def _hold(self, data: bytes) -> int:
-        """Keep a message until there is a process again. Returns how many were dropped."""
-        self._held.append(data)
-        num_dropped = 0
-        while _is_too_much(self._held, self._most_waiting):
-            self._held.popleft()
-            num_dropped += 1
-        return num_dropped
+    def _has_failed(self, error: Exception) -> None:
+        """Count a request that cannot be sent; its answer is as good as any."""
+        with self._lock:
+            self._num_queued += 1
+            self._former["failed"] += 1
+            is_first, self._has_said = not self._has_said, True
+        if is_first:
+            log.warning(
+                "a trace is lost: it cannot be sent to the recorder's process (%r); serving "
+                "continues, and all are counted (traces_total)",
+                error,
+            )
 
     def counts(self) -> dict[str, int]:
         """See ``Recorder.counts``."""
@@ -158,15 +185,14 @@ class RecorderProcess:
         """Let the process write what it was sent, and end it, within ``timeout_s`` seconds and a
         little. What is not written by then counts as dropped."""
         with self._lock:
-            self._is_closing = True
-            line = self._line
-        deadline_s = time.monotonic() + timeout_s + 1.0
-        if line is not None:
+            self._closing.set()
+            line, process = self._line, self._process
+        if line is not None:  # if not, it has not been told what to do yet
             line.put(framed(End(timeout_s)), is_last=True)
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(max(0.0, deadline_s - time.monotonic()))
-        self._process.kill()
-        self._process.wait()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(timeout_s + 1.0)
+        process.kill()
+        process.wait()
         if self._keeper.is_alive():
             self._keeper.join(5.0)
         if line is not None:
@@ -189,7 +215,7 @@ class RecorderProcess:
         """Tell a new process what to do, and wait until it can.
 
         Raises:
-            ValueError, RuntimeError: see ``__init__``. The process has ended.
+            ValueError, ChildProcessError: see ``__init__``. The process has ended.
         """
         try:
             spawned.sock.settimeout(_OPENING_S)
@@ -197,9 +223,12 @@ class RecorderProcess:
             spawned.sock.sendall(self._begin[1:])
             answer = _answer(spawned.sock)
         except OSError as error:
+            if isinstance(error, ConnectionError):  # it is ending: why should be said as it was
+                with suppress(subprocess.TimeoutExpired):
+                    spawned.process.wait(_ENDING_S)
             spawned.end()
             how = ending(spawned.process.returncode)
-            raise RuntimeError(
+            raise ChildProcessError(
                 f"the recorder's process {how} before it could write traces ({error}); what it "
                 f"wrote to this log says why"
             ) from error
@@ -214,7 +243,7 @@ class RecorderProcess:
         num_deaths, since_s = 0, time.monotonic()
         while True:
             code = self._process.wait()
-            if self._is_closing:
+            if self._closing.is_set():
                 return
             lived = time.monotonic() - since_s > _LIVED_S
             num_deaths = 1 if lived else num_deaths + 1
@@ -234,23 +263,39 @@ class RecorderProcess:
                         "be kept for the next one are dropped, and all are counted",
                         num_deaths,
                     )
-                time.sleep(min(_FIRST_PAUSE_S * 2 ** (num_deaths - 1), _LONGEST_PAUSE_S))
-                if self._is_closing:
+                if self._closing.wait(_pause_s(num_deaths)):
                     return
-                spawned = spawn()
                 try:
-                    line = self._opened(spawned)
-                except (RuntimeError, ValueError) as error:
+                    line = self._another()
+                except (OSError, ValueError) as error:
                     num_deaths += 1
-                    log.error("%s", error)
+                    if not self._closing.is_set():
+                        log.error("%s", error)
             since_s = time.monotonic()
             with self._lock:
-                self._process, self._line = spawned.process, line
-                self._former["dropped"] += sum([line.put(data) for data in self._held])
-                self._held.clear()
-                is_late = self._is_closing
-            if is_late:
-                line.put(framed(End(0.0)), is_last=True)
+                is_late = self._closing.is_set()
+                if not is_late:
+                    self._line = line
+                    self._former["dropped"] += sum([line.put(data) for data in self._held])
+                    self._held.clear()
+            if is_late:  # ``close`` ends the process, and counts what is held
+                line.close()
+                return
+
+    def _another(self) -> _Line:
+        """Start and open another process, which ``close`` ends from the moment it is there.
+
+        Raises:
+            OSError, ValueError: there is none.
+        """
+        spawned = spawn()
+        with self._lock:
+            if not self._closing.is_set():
+                self._process = spawned.process
+        if self._closing.is_set():
+            spawned.end()
+            raise ChildProcessError("the server stops")
+        return self._opened(spawned)
 
     def _bury(self) -> int:
         """Count what a process that died leaves. Returns the number of traces lost."""
@@ -277,13 +322,72 @@ def _answer(sock: socket.socket) -> Opened | Refused:
     raise ConnectionError("it ended its connection")
 
 
-def _is_too_much(messages: Collection[Sized], most: int) -> bool:
-    """Whether some of these messages must be dropped."""
-    return len(messages) > most or sum(map(len, messages)) > _MOST_WAITING_BYTES
+def _pause_s(num_deaths: int) -> float:
+    """Before another process is started, after so many that died at once."""
+    doublings = min(num_deaths - 1, 30)  # it is already at its longest, and 2**1024 is no float
+    return min(_FIRST_PAUSE_S * float(1 << doublings), _LONGEST_PAUSE_S)
+
+
+class _Waiting:
+    """Messages that wait, in order, up to a bound."""
+
+    def __init__(self, most: int) -> None:
+        """
+        Args:
+            most: messages; ``_MOST_WAITING_BYTES`` bounds their bytes.
+        """
+        self._most = most
+        self._messages: deque[memoryview] = deque()
+        self._num_bytes = 0
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __iter__(self) -> Iterator[memoryview]:
+        return iter(self._messages)
+
+    @property
+    def first(self) -> memoryview:
+        """The oldest one, or what is left of it."""
+        return self._messages[0]
+
+    def append(self, data: bytes | memoryview) -> None:
+        self._messages.append(memoryview(data))
+        self._num_bytes += len(data)
+
+    def drop(self, keep: int = 0) -> int:
+        """Drop the oldest ones above the bound, but for the first ``keep``. Returns how many."""
+        num_dropped = 0
+        messages = self._messages
+        while len(messages) > keep and (
+            len(messages) > self._most or self._num_bytes > _MOST_WAITING_BYTES
+        ):
+            self._num_bytes -= len(messages[keep])
+            del messages[keep]
+            num_dropped += 1
+        return num_dropped
+
+    def sent(self, num_bytes: int) -> None:
+        """So much of the first one has been sent."""
+        first = self._messages[0][num_bytes:]
+        self._num_bytes -= num_bytes
+        if first:
+            self._messages[0] = first
+        else:
+            self._messages.popleft()
+
+    def clear(self) -> None:
+        self._messages.clear()
+        self._num_bytes = 0
 
 
 class _Line:
-    """Bytes on their way to the process."""
+    """Bytes on their way to the process.
+
+    Whoever puts a message while none waits sends what the socket takes of it at once. As long as
+    something waits, only the thread sends, and it sends the first message without the lock: a
+    process that reads as fast as it is sent to does not hold up whoever puts the next one.
+    """
 
     def __init__(self, sock: socket.socket, most_waiting: int) -> None:
         """
@@ -292,17 +396,16 @@ class _Line:
             most_waiting: messages that may wait for the socket.
         """
         self._sock = sock
-        self._most_waiting = most_waiting
         self._lock = threading.Lock()
-        """Guards what follows. Held for no longer than a call takes that does not wait."""
-        self._waiting: deque[memoryview] = deque()
+        """Guards what follows."""
+        self._waiting = _Waiting(most_waiting)
         """The first one may be the rest of a message."""
         self._is_closed = False
         self._has_news = threading.Event()
         self._thread = threading.Thread(target=self._send_rest, name="to-recorder", daemon=True)
         self._thread.start()
 
-    def put(self, data: bytes, *, is_last: bool = False) -> int:
+    def put(self, data: bytes | memoryview, *, is_last: bool = False) -> int:
         """Send a message, or as much of it as the socket takes; the rest follows.
 
         Args:
@@ -313,13 +416,11 @@ class _Line:
             waits for the process counts them.
         """
         with self._lock:
-            self._waiting.append(memoryview(data))
+            self._waiting.append(data)
             if len(self._waiting) == 1:
-                self._send_some()
-            num_dropped = 0
-            while not is_last and len(self._waiting) > 1 and self._is_too_much():
-                del self._waiting[1]  # of the first, a part may have been sent
-                num_dropped += 1
+                self._note(self._send(self._waiting.first))
+            # Of the first one, a part may have been sent.
+            num_dropped = 0 if is_last else self._waiting.drop(keep=1)
             if self._waiting:
                 self._has_news.set()
             return num_dropped
@@ -332,31 +433,34 @@ class _Line:
         self._thread.join(5.0)
         self._sock.close()
 
-    def _is_too_much(self) -> bool:
-        return _is_too_much(self._waiting, self._most_waiting)
-
-    def _send_some(self) -> None:
-        """Send what the socket takes. The lock is held."""
+    def _send(self, data: memoryview) -> int | None:
+        """Send what the socket takes at once. Returns the number of bytes; ``None`` if it is
+        broken."""
         try:
-            while self._waiting:
-                taken = self._sock.send(self._waiting[0])
-                if taken < len(self._waiting[0]):
-                    self._waiting[0] = self._waiting[0][taken:]
-                else:
-                    self._waiting.popleft()
+            return self._sock.send(data)
         except BlockingIOError:
-            pass
-        except OSError:  # the process is gone, and so is all that it was sent
+            return 0
+        except OSError:
+            return None
+
+    def _note(self, sent: int | None) -> None:
+        """Note what ``_send`` returned for the first message. The lock is held."""
+        if sent is None:  # the process is gone, and so is all that it was sent
             self._waiting.clear()
+        else:
+            self._waiting.sent(sent)
 
     def _send_rest(self) -> None:
         room = select.poll()
         room.register(self._sock, select.POLLOUT)
         while not self._is_closed:
             self._has_news.wait()
-            room.poll(_POLL_S * 1e3)
             with self._lock:
-                if not self._is_closed:
-                    self._send_some()
-                if not self._waiting:
+                first = self._waiting.first if self._waiting else None
+                if first is None:
                     self._has_news.clear()
+                    continue
+            room.poll(_POLL_S * 1e3)
+            sent = self._send(first)
+            with self._lock:
+                self._note(sent)

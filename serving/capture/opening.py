@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import threading
 from functools import partial
 
 from buffer.backends import open_trace_writer
@@ -18,14 +19,23 @@ log = logging.getLogger(__name__)
 _WAITING_SHARE = 1 / 16
 """Of the host's memory, at most, for traces that wait for the disk. A disk that is a tenth too slow
 for the traffic takes minutes to fill it."""
+_LOOK_S = 1.0
+"""For the first look for deletions, which a service may keep waiting."""
 
 
-def open_recorder(settings: Settings, backend: Backend) -> Recorder:
+def open_recorder(settings: Settings, backend: Backend, *, is_another: bool = False) -> Recorder:
     """
+    Args:
+        is_another: it may be given what finished long ago, so it looks for deletions first.
+
     Raises:
         ValueError: the settings contradict what is stored, such as another key.
     """
     writer = ForgettingWriter(_trace_writer(settings, backend), backend.deletions)
+    if is_another:
+        looking = threading.Thread(target=writer.look, name="first-look", daemon=True)
+        looking.start()
+        looking.join(_LOOK_S)
     waiting = int(_WAITING_SHARE * memory_bytes())
     sync_s = settings.buffer.sync_interval_s
     return Recorder(writer, settings.capture.queue_traces, sync_s, waiting)

@@ -61,7 +61,8 @@ def main(border: int) -> int:
                 f"the package was replaced while the server started: messages of version "
                 f"{begin.version} arrive, this is version {VERSION}; start the server again"
             )
-        recorder = open_recorder(settings, open_backend(settings.buffer.url, settings.run_dir))
+        backend = open_backend(settings.buffer.url, settings.run_dir)
+        recorder = open_recorder(settings, backend, is_another=True)
         redact = settings.capture.redact
         redaction = None if redact is None else Redaction(load_redact(redact))
     except ValueError as error:

@@ -10,12 +10,16 @@ NAMES = (
     "written", "dropped", "failed", "withheld", "deleted", "missing", "recovered", "unrecovered",
     "lost_rows",
 )  # fmt: skip
-_BYTES = 8 * (1 + len(NAMES))
+_BYTES = 8 * (1 + 2 * len(NAMES))
 _TRIES = 1000
 
 
 class SharedCounts:
-    """One process writes them, another reads them; all of one time, or those read before."""
+    """One process writes them, another reads them; always all of one time.
+
+    They lie there twice, behind the number of times that they were written. It tells which ones are
+    whole, so a writer that is killed while it writes leaves those that it wrote before.
+    """
 
     def __init__(self, descriptor: int) -> None:
         """
@@ -31,19 +35,25 @@ class SharedCounts:
             counts: by name; what lacks is 0.
         """
         memory = self._memory
-        memory[0] |= 1  # odd: the others are being written
-        for place, name in enumerate(NAMES, 1):
+        version = memory[0] + 1
+        for place, name in enumerate(NAMES, _start(version)):
             memory[place] = counts.get(name, 0)
-        memory[0] += 1
+        memory[0] = version
 
     def read(self) -> dict[str, int]:
-        """All of them. If the writer was killed while it wrote, those read before."""
-        for _ in range(_TRIES):
-            version, *values = self._memory.tolist()
-            if version % 2 == 0 and self._memory[0] == version:
-                self._last = dict(zip(NAMES, values, strict=True))
+        """The last ones that were written."""
+        for _ in range(_TRIES):  # one is enough, unless they are written twice meanwhile
+            found = self._memory.tolist()
+            if self._memory[0] == found[0]:
+                start = _start(found[0])
+                self._last = dict(zip(NAMES, found[start : start + len(NAMES)], strict=True))
                 break
         return self._last
+
+
+def _start(version: int) -> int:
+    """Where the counts of this version lie."""
+    return 1 + version % 2 * len(NAMES)
 
 
 def new_counts() -> int:

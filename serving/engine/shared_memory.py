@@ -32,13 +32,18 @@ class SharedMemory:
         if not can_share():
             raise OSError("this system has no memory without a name (memfd_create)")
         self.descriptor = os.memfd_create("slipstream-rows")
-        os.ftruncate(self.descriptor, num_bytes)
-        self.bytes: Tensor = torch.frombuffer(
-            mmap.mmap(self.descriptor, num_bytes), dtype=torch.uint8
-        )
-        """[num_bytes] uint8."""
+        try:
+            os.ftruncate(self.descriptor, num_bytes)
+            self.bytes: Tensor = torch.frombuffer(
+                mmap.mmap(self.descriptor, num_bytes), dtype=torch.uint8
+            )
+            """[num_bytes] uint8."""
+            if is_pinned:
+                _pin(self.bytes)
+        except BaseException:
+            os.close(self.descriptor)  # or what the driver touched would never be given back
+            raise
         if is_pinned:
-            _pin(self.bytes)
             # Other memory that is mapped at this address later could not be pinned.
             end = weakref.finalize(self, _unpin, self.bytes)
             end.atexit = False

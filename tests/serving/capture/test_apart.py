@@ -6,15 +6,19 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
+from fractions import Fraction
 
 import pytest
 import torch
+from msgspec.structs import replace as replace_in
 
 from buffer.backends import open_backend
 from buffer.traces import TraceReader
+from configs.checks import check_settings
 from configs.schema import Settings
 from oracles.engines import Collected, request_of
 from serving.build import build_service
@@ -26,6 +30,7 @@ from serving.capture.recorder import num_waiting
 from serving.capture.shared_counts import SharedCounts, new_counts
 from serving.engine.capture_ring import CaptureRing
 from serving.engine.captured_rows import CapturedRows
+from serving.engine.shared_memory import SharedMemory
 from serving.sampling import SamplingParams, trace_values
 
 PROMPT = [40, 41, 42, 43]
@@ -167,6 +172,77 @@ def test_processes_that_die_at_once_are_started_ever_more_rarely(serve, monkeypa
     assert "ended with exit code 3 before it could write traces" in caplog.text
 
 
+def test_starting_is_never_given_up(serve, monkeypatch, caplog):
+    """Also where the system starts no process, and after any number of deaths."""
+    assert apart._pause_s(1) == apart._FIRST_PAUSE_S
+    assert apart._pause_s(5000) == apart._LONGEST_PAUSE_S
+
+    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.001)
+    service = serve(process=True)
+    recorder = service.recorder
+    good = sys.executable
+    monkeypatch.setattr(sys, "executable", "/no/such/python")
+    os.kill(recorder.pid, signal.SIGKILL)
+    until(lambda: "/no/such/python" in caplog.text, "a start that fails")
+    ask(service, "a")
+    monkeypatch.setattr(sys, "executable", good)
+    until(lambda: recorder.counts()["written"] == 1, recorder.counts)
+
+
+def test_what_was_deleted_while_it_waited_for_a_process_is_not_written(
+    serve, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(apart, "_FIRST_PAUSE_S", 0.001)
+    service = serve(process=True)
+    recorder = service.recorder
+    ask(service, "a")
+    until(lambda: recorder.counts()["written"] == 1, recorder.counts)
+    good = apart.COMMAND
+    monkeypatch.setattr(apart, "COMMAND", ["-c", "raise SystemExit(3)"])
+    os.kill(recorder.pid, signal.SIGKILL)
+    until(lambda: recorder._line is None, "its end to be noticed")
+    ask(service, "b")
+    assert open_backend("log:", tmp_path / "run").delete("acme").records == 1
+    monkeypatch.setattr(apart, "COMMAND", good)
+    until(lambda: num_waiting(recorder.counts()) == 0, recorder.counts)
+    counts = recorder.counts()
+    assert (counts["queued"], counts["written"], counts["deleted"]) == (2, 1, 1)
+
+
+def test_stopping_ends_a_process_that_is_being_started(serve, monkeypatch):
+    """What is kept for it counts as dropped, once."""
+    service = serve(process=True)
+    recorder = service.recorder
+    former = recorder.pid
+    monkeypatch.setattr(apart, "COMMAND", ["-c", "import time; time.sleep(600)"])
+    os.kill(former, signal.SIGKILL)
+    until(lambda: recorder._line is None, "its end to be noticed")
+    ask(service, "a")
+    until(lambda: recorder.pid != former, "another process")
+    recorder.close(5.0)
+    assert not recorder._keeper.is_alive()
+    with pytest.raises(ProcessLookupError):
+        os.kill(recorder.pid, 0)
+    assert recorder.counts()["dropped"] == 1 and num_waiting(recorder.counts()) == 0
+    recorder.put(finished(5))
+    assert recorder.counts()["dropped"] == 2, "so does what comes after that"
+
+
+def test_what_no_message_can_hold_is_counted_and_harms_no_request(tmp_path, caplog):
+    """``put`` is called by the engine's thread."""
+    ring = CaptureRing(64, 1, 16, is_shared=True)
+    settings = Settings.model_validate({"target": "none", "run_dir": tmp_path})
+    recorder = RecorderProcess(settings, ring.shared, (1,), spawn())
+    good = finished(5)
+    recorder.put(replace_in(good, tenant="\ud800"))
+    recorder.put(replace_in(good, rounds=[("a", 0, 0, 1.0, 1, 0.1, Fraction(1, 3)), 1, 0, 0, 0, 1]))
+    recorder.put(good)
+    recorder.close(60)
+    counts = recorder.counts()
+    assert (counts["queued"], counts["failed"], counts["written"]) == (3, 2, 1)
+    assert caplog.text.count("cannot be sent") == 1
+
+
 def test_settings_that_cannot_be_used_are_refused_before_serving(serve, tmp_path):
     key = tmp_path / "key"
     key.write_bytes(os.urandom(32))
@@ -176,6 +252,29 @@ def test_settings_that_cannot_be_used_are_refused_before_serving(serve, tmp_path
         serve("other", process=True, redact="no_such_module:function")
     with pytest.raises(ValueError, match="key"):
         serve("run", url=f"log:?key_file={tmp_path / 'none'}", process=True)
+
+
+def test_memory_of_one_process_is_refused():
+    """Nobody could read the traces that the recorder's process writes there."""
+    buffer = {"url": "memory:"}
+    for wanted, problems in ((True, 1), (False, 0), (None, 0)):
+        settings = Settings.model_validate({"buffer": buffer, "capture": {"process": wanted}})
+        found = check_settings(settings)
+        assert len(found) == problems
+    off = {"process": True, "enabled": False}
+    assert check_settings(Settings.model_validate({"buffer": buffer, "capture": off})) == []
+
+
+def test_a_process_that_dies_at_the_start_is_an_error_that_is_shown(serve, monkeypatch):
+    """``launch`` prints the message of an OSError. It says how the process ended, even though that
+    takes Python a moment after the connection."""
+    code = (
+        "import os, sys, time; border = int(sys.argv[1]); os.read(border, 1); os.close(border); "
+        "time.sleep(0.2); sys.exit(3)"
+    )
+    monkeypatch.setattr(apart, "COMMAND", ["-c", code])
+    with pytest.raises(OSError, match="ended with exit code 3 before it could write traces"):
+        serve(process=True)
 
 
 def test_a_function_that_redacts_runs_there(serve, tmp_path, monkeypatch):
@@ -261,6 +360,14 @@ def test_a_ring_can_be_read_through_its_descriptor(device, dtype):
     )
 
 
+def test_memory_that_cannot_be_shared_is_given_back():
+    """As where the driver refuses to pin it."""
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(ValueError):
+        SharedMemory(0)
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def finished(size, seq=0):
     fields = "p", 1, "f" * 64, seq, 0, "r", "t", SAMPLING, 1, [1] * size, [], True
     return Finished(*fields, [], [], [], [], [], [])
@@ -305,6 +412,45 @@ def test_a_socket_that_is_full_delays_nobody_and_the_oldest_are_dropped():
     other.close()
 
 
+class _Slow:
+    """A socket whose ``send`` takes until ``goes_on`` is set, once it has taken some bytes."""
+
+    def __init__(self, sock):
+        self._sock = sock
+        self.fileno, self.close = sock.fileno, sock.close
+        self.is_busy, self.goes_on = threading.Event(), threading.Event()
+        self._num_sent = 0
+
+    def send(self, data):
+        self._num_sent += 1
+        if self._num_sent == 1:
+            return 1
+        self.is_busy.set()
+        assert self.goes_on.wait(60)
+        return self._sock.send(data)
+
+
+def test_nobody_who_puts_waits_for_the_thread_that_sends():
+    own, other = socket.socketpair()
+    slow = _Slow(own)
+    line = _Line(slow, most_waiting=9)
+    line.put(b"abc")
+    assert slow.is_busy.wait(60)
+    putting = threading.Thread(target=line.put, args=(b"def",), daemon=True)
+    putting.start()
+    putting.join(5)
+    was_held_up = putting.is_alive()
+    slow.goes_on.set()
+    assert not was_held_up
+    other.settimeout(60)
+    found = b""
+    while len(found) < 5:
+        found += other.recv(9)
+    assert found == b"bcdef"  # the first byte was taken by ``_Slow``
+    line.close()
+    other.close()
+
+
 def test_counts_are_all_of_one_time():
     """While they are written, and when the writer was killed in between."""
     descriptor = new_counts()
@@ -325,8 +471,16 @@ def test_counts_are_all_of_one_time():
     stop.set()
     thread.join()
     last = counts.read()
-    theirs._memory[0] |= 1
-    theirs._memory[1] = 0
+
+    class Killed(dict):
+        def get(self, name, default=None):
+            if name == "failed":
+                raise KeyboardInterrupt
+            return 77
+
+    with pytest.raises(KeyboardInterrupt):
+        theirs.write(Killed())
     assert counts.read() == last
+    assert SharedCounts(descriptor).read() == last, "also who reads for the first time"
     counts.write({"written": 5})
     assert theirs.read()["written"] == 5
