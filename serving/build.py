@@ -41,7 +41,7 @@ from policies.savings import Savings, TimesPlainSteps
 from serving.capture.apart import RecorderProcess, Spawned, spawn
 from serving.capture.opening import memory_bytes, open_recorder
 from serving.capture.recorder import Recorder
-from serving.capture.redaction import Redaction, load_redact
+from serving.capture.redaction import Redaction, redaction_of
 from serving.capture.traces import Producer, TraceMaker
 from serving.engine.assembly import Choices, assemble
 from serving.engine.capture_ring import ROUNDS_ON_THE_WAY, CaptureRing
@@ -165,8 +165,7 @@ def _built(
     if settings.engine.cpu_threads is not None:
         torch.set_num_threads(settings.engine.cpu_threads)
     torch.set_flush_denormal(True)
-    redact = settings.capture.redact
-    redaction = None if redact is None else Redaction(load_redact(redact))
+    redaction = redaction_of(settings.capture)
     kinds = chosen(settings.drafter)
     if loaded is None:
         with timed("loaded the target", "loading the target"):

@@ -22,7 +22,15 @@ from typing import Any
 
 from benchmarks.harness.results import Row, say
 from configs.load import load_settings
-from serving.border.messages import VERSION, Frames, FromEngine, Hello, Outputs, Submit, frame
+from serving.border.messages import (
+    VERSION,
+    FromEngine,
+    Hello,
+    Outputs,
+    Submit,
+    frame,
+)
+from serving.framing import Frames
 from serving.requests import OnOutput, Output, Request
 from serving.sampling import SamplingParams
 from serving.served_model import ServedModel

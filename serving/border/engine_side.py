@@ -24,10 +24,8 @@ from serving.border.messages import (
     Cancel,
     Close,
     Failed,
-    Frames,
     FromHttp,
     Hello,
-    ProtocolError,
     Ready,
     Submit,
     Welcome,
@@ -35,6 +33,7 @@ from serving.border.messages import (
     refused,
 )
 from serving.border.outbox import Outbox
+from serving.framing import Frames, ProtocolError
 from serving.requests import DrainingError, Output, QueueFullError
 
 log = logging.getLogger(__name__)

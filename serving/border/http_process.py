@@ -23,7 +23,10 @@ import uvicorn
 from configs.logs import set_up_logging
 from configs.schema import Settings
 from serving.border.http_side import RemoteServer, Wire
-from serving.border.messages import ProtocolError, Welcome
+from serving.border.messages import (
+    Welcome,
+)
+from serving.framing import ProtocolError
 from serving.http.app import create_app
 from serving.http.connections import Listener
 from serving.http.drain import LAST_WORDS_S

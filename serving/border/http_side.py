@@ -20,12 +20,10 @@ from serving.border.messages import (
     Cancel,
     Close,
     Failed,
-    Frames,
     FromEngine,
     FromHttp,
     Hello,
     Outputs,
-    ProtocolError,
     Question,
     Ready,
     Refused,
@@ -34,6 +32,7 @@ from serving.border.messages import (
     error_of,
     frame,
 )
+from serving.framing import Frames, ProtocolError
 from serving.requests import (
     DrainingError,
     EngineFigures,

@@ -8,11 +8,11 @@ many bytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Literal
 
 import msgspec
 
+from serving.framing import framed
 from serving.requests import DrainingError, Output, QueueFullError, Request
 from serving.served_model import ServedModel
 
@@ -22,11 +22,6 @@ MOST_BYTES = 64 << 20
 tokens takes 40 MB."""
 BEAT_S = 1.0
 """Time between two ``Alive`` of an HTTP process."""
-_HEADER = 4
-
-
-class ProtocolError(Exception):
-    """The other side sent what is no message; the text says what."""
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -155,69 +150,16 @@ FromEngine = Welcome | Accepted | Refused | Outputs | Answer | Failed | Close
 # ---- bytes --------------------------------------------------------------------------------------
 
 _encoder = msgspec.msgpack.Encoder(enc_hook=str)  # of a status; all else is typed
-_T = TypeVar("_T")
 
 
 def frame(message: FromHttp | FromEngine) -> bytes:
-    """A message as it is sent.
-
-    Raises:
-        ValueError: it is too long to be sent.
-    """
-    buffer = bytearray(_HEADER)
-    _encoder.encode_into(message, buffer, _HEADER)
-    length = len(buffer) - _HEADER
-    if length >= 1 << 8 * _HEADER:
-        raise ValueError(f"{length} bytes are more than a message can have")
-    buffer[:_HEADER] = length.to_bytes(_HEADER, "big")
-    return bytes(buffer)
+    """A message as it is sent; see ``framing.framed``."""
+    return framed(message, _encoder)
 
 
 def raw(value: Any) -> msgspec.Raw:
     """The value of an ``Answer``."""
     return msgspec.Raw(_encoder.encode(value))
-
-
-class Frames(Generic[_T]):
-    """Cuts received bytes into messages."""
-
-    def __init__(self, kinds: Any, most_bytes: int | None = None) -> None:
-        """
-        Args:
-            kinds: the union of what may arrive.
-            most_bytes: longest message that is accepted; ``None``: any.
-        """
-        self._decoder: msgspec.msgpack.Decoder[_T] = msgspec.msgpack.Decoder(kinds)
-        self._most_bytes = most_bytes
-        self._data = bytearray()
-
-    def feed(self, data: bytes) -> Iterator[_T]:
-        """The messages that are complete with these bytes.
-
-        Raises:
-            ProtocolError: the bytes are no such message.
-        """
-        self._data += data
-        at = 0
-        try:
-            while (end := self._end(at)) is not None:
-                message = self._decoder.decode(bytes(self._data[at + _HEADER : end]))
-                at = end
-                yield message
-        except msgspec.MsgspecError as error:
-            raise ProtocolError(f"a message cannot be read: {error}") from error
-        finally:
-            del self._data[:at]
-
-    def _end(self, at: int) -> int | None:
-        """End of the message that begins at ``at``; ``None``: it is not all there."""
-        if len(self._data) < at + _HEADER:
-            return None
-        length = int.from_bytes(self._data[at : at + _HEADER], "big")
-        if self._most_bytes is not None and length > self._most_bytes:
-            raise ProtocolError(f"a message of {length} bytes, at most {self._most_bytes}")
-        end = at + _HEADER + length
-        return end if end <= len(self._data) else None
 
 
 # ---- refusals -----------------------------------------------------------------------------------

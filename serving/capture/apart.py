@@ -21,7 +21,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from configs.schema import Settings
-from serving.border.messages import Frames
 from serving.capture.finished import Finished
 from serving.capture.messages import (
     VERSION,
@@ -30,11 +29,12 @@ from serving.capture.messages import (
     FromRecorder,
     Opened,
     Refused,
-    framed,
+    frame,
 )
 from serving.capture.recorder import DONE, num_waiting
 from serving.capture.shared_counts import SharedCounts, new_counts
 from serving.engine.capture_ring import Shared
+from serving.framing import Frames
 from serving.python_process import ending, start_python
 
 log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ class RecorderProcess:
         counts = new_counts()
         self._descriptors = [ring.memory.descriptor, counts]
         """What every process is given; taken over."""
-        self._begin = framed(
+        self._begin = frame(
             Begin(VERSION, settings.model_dump_json(), ring.shape, ring.dtype, layer_ids)
         )
         self._shared = SharedCounts(counts)
@@ -142,7 +142,7 @@ class RecorderProcess:
     def put(self, finished: Finished) -> None:
         """Send a finished request. Never waits; on the engine's thread."""
         try:
-            data = framed(finished)
+            data = frame(finished)
         except Exception as error:  # as of a policy's note that no message can hold
             self._has_failed(error)
             return
@@ -188,7 +188,7 @@ class RecorderProcess:
             self._closing.set()
             line, process = self._line, self._process
         if line is not None:  # if not, it has not been told what to do yet
-            line.put(framed(End(timeout_s)), is_last=True)
+            line.put(frame(End(timeout_s)), is_last=True)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(timeout_s + 1.0)
         process.kill()

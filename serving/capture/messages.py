@@ -7,15 +7,13 @@ refused; nothing is unpickled. A message is a length in 4 bytes, big-endian, and
 
 from __future__ import annotations
 
-from typing import Any
-
 import msgspec
 
 from serving.capture.finished import Finished
 from serving.engine.captured_rows import StoredDtype
+from serving.framing import framed
 
 VERSION = 1
-_HEADER = 4
 
 
 class _Message(msgspec.Struct, frozen=True, array_like=True, tag=True, forbid_unknown_fields=True):
@@ -57,9 +55,6 @@ FromRecorder = Opened | Refused
 _encoder = msgspec.msgpack.Encoder(enc_hook=lambda value: value.item())  # of numpy's numbers
 
 
-def framed(message: Any) -> bytes:
-    """A message as it is sent."""
-    buffer = bytearray(_HEADER)
-    _encoder.encode_into(message, buffer, _HEADER)
-    buffer[:_HEADER] = (len(buffer) - _HEADER).to_bytes(_HEADER, "big")
-    return bytes(buffer)
+def frame(message: ToRecorder | FromRecorder) -> bytes:
+    """A message as it is sent; see ``framing.framed``."""
+    return framed(message, _encoder)

@@ -18,15 +18,15 @@ from collections.abc import Iterator
 from buffer.backends import open_backend
 from configs.logs import set_up_logging
 from configs.schema import Settings
-from serving.border.messages import Frames, ProtocolError
 from serving.capture.encoding import TraceEncoder
 from serving.capture.finished import Finished
-from serving.capture.messages import VERSION, Begin, End, Opened, Refused, ToRecorder, framed
+from serving.capture.messages import VERSION, Begin, End, Opened, Refused, ToRecorder, frame
 from serving.capture.opening import open_recorder
 from serving.capture.recorder import Recorder
-from serving.capture.redaction import Redaction, load_redact
+from serving.capture.redaction import Redaction, redaction_of
 from serving.capture.shared_counts import SharedCounts
 from serving.engine.captured_rows import CapturedRows
+from serving.framing import Frames, ProtocolError
 
 log = logging.getLogger("serving.capture")
 
@@ -63,10 +63,9 @@ def main(border: int) -> int:
             )
         backend = open_backend(settings.buffer.url, settings.run_dir)
         recorder = open_recorder(settings, backend, is_another=True)
-        redact = settings.capture.redact
-        redaction = None if redact is None else Redaction(load_redact(redact))
+        redaction = redaction_of(settings.capture)
     except ValueError as error:
-        sock.sendall(framed(Refused(str(error))))
+        sock.sendall(frame(Refused(str(error))))
         return 1
     encoder = TraceEncoder(
         CapturedRows.mapped(descriptors[0], begin.shape, begin.dtype), begin.layer_ids
@@ -79,7 +78,7 @@ def main(border: int) -> int:
         counts.write({**recorder.counts(), "lost_rows": encoder.num_lost_rows})
 
     publish()  # what former processes left
-    sock.sendall(framed(Opened()))
+    sock.sendall(frame(Opened()))
     recorder.start()
     stop = threading.Event()
     publisher = threading.Thread(target=_again_and_again, args=(publish, stop), daemon=True)

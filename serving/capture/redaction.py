@@ -14,6 +14,7 @@ from dataclasses import replace
 from buffer.codec import decode_trace, encode_trace
 from buffer.interface import Payload
 from buffer.records import Trace
+from configs.capture import CaptureSettings
 from serving.capture.recorder import EncodeTrace, WithheldError
 
 log = logging.getLogger(__name__)
@@ -46,6 +47,15 @@ def load_redact(spec: str) -> Redact:
         raise ValueError(f"capture.redact {spec!r} cannot be used: it is no function")
     redact: Redact = found
     return redact
+
+
+def redaction_of(settings: CaptureSettings) -> Redaction | None:
+    """What ``capture.redact`` asks for; ``None``: nothing.
+
+    Raises:
+        ValueError: there is no such function; says what is missing.
+    """
+    return None if settings.redact is None else Redaction(load_redact(settings.redact))
 
 
 class Redaction:

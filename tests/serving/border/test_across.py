@@ -19,7 +19,15 @@ from oracles.engines import request_of
 from oracles.random_bodies import TEXTS, is_same, question, said
 from serving.border.engine_side import Line, welcome_for
 from serving.border.in_process import Desk, InProcess
-from serving.border.messages import VERSION, Answer, Ask, Frames, FromEngine, Hello, frame
+from serving.border.messages import (
+    VERSION,
+    Answer,
+    Ask,
+    FromEngine,
+    Hello,
+    frame,
+)
+from serving.framing import Frames
 from serving.http.app import create_app
 from serving.http.drain import Drain
 from serving.http.responses import finite

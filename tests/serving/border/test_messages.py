@@ -7,16 +7,15 @@ import pytest
 
 from serving.border.messages import (
     Cancel,
-    Frames,
     FromEngine,
     FromHttp,
     Outputs,
-    ProtocolError,
     Submit,
     error_of,
     frame,
     refused,
 )
+from serving.framing import Frames, ProtocolError
 from serving.requests import (
     DrainingError,
     Output,

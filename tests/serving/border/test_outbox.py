@@ -6,8 +6,13 @@ import socket
 import threading
 import time
 
-from serving.border.messages import Accepted, Frames, FromEngine, Outputs
+from serving.border.messages import (
+    Accepted,
+    FromEngine,
+    Outputs,
+)
 from serving.border.outbox import Outbox
+from serving.framing import Frames
 from serving.requests import Output, SpeculationStats, join_outputs
 
 NUM_REQUESTS = 3

@@ -25,7 +25,7 @@ from serving.build import build_service
 from serving.capture import apart
 from serving.capture.apart import RecorderProcess, _Line, spawn
 from serving.capture.finished import Finished
-from serving.capture.messages import framed
+from serving.capture.messages import frame
 from serving.capture.recorder import num_waiting
 from serving.capture.shared_counts import SharedCounts, new_counts
 from serving.engine.capture_ring import CaptureRing
@@ -377,7 +377,7 @@ def test_a_socket_that_is_full_delays_nobody_and_the_oldest_are_dropped():
     own, other = socket.socketpair()
     own.setblocking(False)
     line = _Line(own, most_waiting=3)
-    data = [framed(finished(50_000 + number)) for number in range(40)]
+    data = [frame(finished(50_000 + number)) for number in range(40)]
     began_s = time.monotonic()
     dropped = sum(line.put(one) for one in data)
     assert time.monotonic() - began_s < 5
