@@ -363,7 +363,11 @@ def steps_to_plain(old: World, new: World, seed: int) -> int | None:
     server = Simulation(policy, seed)
     server.run(old, 3 * WARM_UP)
     ks: list[int] = []
-    server.run(new, MOST + PLAIN_RUN, on_step=lambda decision, _: ks.append(decision.draft_k))
+    server.run(
+        new,
+        MOST + PLAIN_RUN,
+        on_step=lambda one, _: ks.append(0 if one.explore else one.draft_k),
+    )
     return next((at for at in range(MOST) if not any(ks[at : at + PLAIN_RUN])), None)
 
 
