@@ -111,10 +111,11 @@ class Ledger:
 
     def turns_plain(self) -> None:
         """A drafter was left for plain decoding: what was saved for other K of it pays what other
-        arms owe, and their trials."""
-        saved_s = max(self._balances[Purpose.LENGTH], 0.0)
-        self._balances[Purpose.LENGTH] -= saved_s
-        self._balances[Purpose.ARM] += saved_s
+        arms owe."""
+        saved_s, owed_s = self._balances[Purpose.LENGTH], -self._balances[Purpose.ARM]
+        paid_s = max(min(saved_s, owed_s), 0.0)
+        self._balances[Purpose.LENGTH] -= paid_s
+        self._balances[Purpose.ARM] += paid_s
 
     def forgive(self, *purposes: Purpose) -> None:
         """Forget debts: what was bought is of no use any more."""
