@@ -41,7 +41,8 @@ _OPENED = 2.0
 _OVER = -1.0
 """and those at which the other one takes its place."""
 _EXPLAINED = 4.0
-"""Nats that a regime may predict rounds worse than hazards fitted to them do, and explain them."""
+"""Nats that a regime may predict rounds worse than hazards fitted to them do, and explain them; and
+by which the moment at which a shift most likely began must tell more than all rounds suspected."""
 _LEAST_ROUNDS = 20.0
 """Rounds from which on a regime is worth remembering."""
 _KEPT_ROUNDS = 4.0
@@ -161,7 +162,9 @@ def _shift(steps: Iterable[Counts], usual: Floats) -> Shift:
     known = np.clip(usual, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
     kept, lost = np.log(inside / known), np.log((1 - inside) / (1 - known))
     gains = (accepted * kept + (reached - accepted) * lost).sum(axis=1)
-    return Shift(tails[-1], tails[gains.argmax()])
+    best = int(gains.argmax())
+    # Of many moments one fits best by chance, and unequal requests resemble a shift.
+    return Shift(tails[-1], tails[best if gains[best] > gains[-1] + _EXPLAINED else -1])
 
 
 class Regimes:

