@@ -418,7 +418,7 @@ class Engine:
         self._prompts = None
         self.inbox.handover.run()
         host_waited = launched.landed.wait()
-        self._clock.chunks_were_read(host_waited, is_exact=not self.parts.overlaps)
+        self._clock.chunks_were_read(launched.done, host_waited, is_exact=not self.parts.overlaps)
         prefill = self.programs.prefill
         scored = launched.scored() if launched.is_scored else None
         first_ids, numbers = prefill.read(launched), prefill.numbers(launched.chunks)
