@@ -130,9 +130,10 @@ def mixes(settings: DrafterSettings, *, on_gpu: bool) -> dict[str, tuple[str, ..
     neural = (settings.kind, *_beside(settings))
     found = [neural] if settings.mixed and len(neural) > 1 else []
     has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.on_device
-    if settings.suffix.mixed and has_both:
+    if has_both and settings.suffix.mixed is not False:
         picks_itself = placed(_BESIDE, settings, on_gpu=on_gpu).traits.picks_itself
-        found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
+        if picks_itself or settings.suffix.mixed:
+            found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
     return mixes_of(*found)
 
 

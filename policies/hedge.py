@@ -37,6 +37,7 @@ from policies.calibration import Calibration
 from policies.interface import CostSample, Decision, Outcome, Pick, PolicyContext, StepObs
 from policies.lengths import spread
 from policies.live_costs import LiveCosts
+from policies.picks import picked_mixes
 from policies.versions import remember
 
 _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
@@ -142,7 +143,8 @@ class HedgePolicy:
             for kind in on_device or context.drafters
         }
         everyone = set(self._experts)
-        self._mix = next((name for name, of in context.mixes.items() if set(of) == everyone), None)
+        mixes = picked_mixes(context.drafters, context.mixes)
+        self._mix = next((name for name, of in mixes.items() if set(of) == everyone), None)
         """The mix that all experts draft in."""
         self._stretch: _Stretch | None = None
         self._rng = random.Random(context.seed)
