@@ -120,19 +120,23 @@ def _beside(settings: DrafterSettings) -> tuple[str, ...]:
     return kinds
 
 
-def mixes(settings: DrafterSettings, *, on_gpu: bool) -> dict[str, tuple[str, ...]]:
+def mixes(
+    settings: DrafterSettings, *, on_gpu: bool, are_cut: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Name -> kinds of the drafters that may draft in one round, each for some requests; neural
     ones first. An index on the device drafts with the main drafter alone.
 
     Args:
         on_gpu: see ``placed``.
+        are_cut: the policy has drafts cut, which those of a mix never are: the index mixes with
+            others only if that is asked for.
     """
     neural = (settings.kind, *_beside(settings))
     found = [neural] if settings.mixed and len(neural) > 1 else []
     has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.on_device
     if has_both and settings.suffix.mixed is not False:
         picks_itself = placed(_BESIDE, settings, on_gpu=on_gpu).traits.picks_itself
-        if picks_itself or settings.suffix.mixed:
+        if settings.suffix.mixed or (picks_itself and not are_cut):
             found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
     return mixes_of(*found)
 

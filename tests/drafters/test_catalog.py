@@ -64,6 +64,8 @@ def test_the_index_mixes_by_itself_where_it_looks_on_the_device():
     assert mixes(settings_with(suffix={"mixed": False}), on_gpu=True) == {}
     assert mixes(settings_with(suffix={"enabled": False}), on_gpu=True) == {}
     assert mixes(settings_with(kind="none"), on_gpu=True) == {}
+    assert mixes(settings_with(), on_gpu=True, are_cut=True) == {}
+    assert len(mixes(settings_with(suffix={"mixed": True}), on_gpu=True, are_cut=True)) == 1
 
 
 def test_a_drafter_beside_must_be_neural_and_known():
