@@ -392,13 +392,13 @@ def over_chosen(
     Returns:
         ``None`` with less than two turns.
     """
+    if len(by_turn[arm]) < 2:
+        return None
     found = []
     for turn, speed in enumerate(by_turn[arm]):
         others = {
             one: [value for at, value in enumerate(by_turn[one]) if at != turn] for one in rivals
         }
-        if not others[rivals[0]]:
-            return None
         medians = {one: statistics.median(values) for one, values in others.items()}
         best = max(rivals, key=medians.__getitem__)
         found.append(speed / by_turn[best][turn])
