@@ -13,6 +13,7 @@ from pydantic import Field
 from configs.burst import BurstSettings
 from configs.capture import CaptureSettings
 from configs.drafters import BesideSettings, SuffixSettings
+from configs.fitting import FittingSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -369,6 +370,7 @@ class TrainerSettings(Section):
     gate_confidence: float = Field(0.9, ge=0.5, lt=1)
     """Probability with which a candidate must be no worse than the last published version, judged
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
+    policy: FittingSettings = FittingSettings()
     cool_down_s: float = Field(30.0, ge=0)
     """Seconds after a roll-back in which no candidate is judged; learning goes on."""
     learn: Literal["always", "on_drift"] = "always"

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
@@ -27,6 +28,11 @@ IGNORED_CALIBRATIONS = "ignored_calibrations"
 """Key of ``WeightsInForce.counts``: versions that came with a calibration that is malformed."""
 FAILED_POLICIES = "failed_policies"
 """The same: swaps that the policy failed to take in."""
+
+
+def weights_are_same(one: Manifest, other: Manifest) -> bool:
+    """Two versions have the same tensors."""
+    return one.files.get(TENSORS) is not None and one.files.get(TENSORS) == other.files.get(TENSORS)
 
 
 class WeightsInForce:
@@ -71,6 +77,11 @@ class WeightsInForce:
     def versions(self) -> set[int]:
         """Versions that must not be pruned."""
         return {m.version for m in (self.current, self.former) if m is not None}
+
+    @property
+    def has_same_weights(self) -> bool:
+        """Current and former version differ in what came for the policy alone."""
+        return self.former is not None and weights_are_same(self.current, self.former)
 
     def make_room(self) -> None:
         """Allocate the former weights' buffer. Called on the loading thread, because it takes
