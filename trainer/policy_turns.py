@@ -224,6 +224,7 @@ def _published(trainer: Trainer, fits: Fits) -> None:
     fingerprint = parent.target_fingerprint  # the target may have been replaced meanwhile
     trainer.published = replace(manifest, target_fingerprint=fingerprint)
     candidate.highest = max(candidate.highest, manifest.version)
+    fits.passed_s = None
     trainer.journal.event(
         "policy_published",
         kind=fits.plan.kind,
