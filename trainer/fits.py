@@ -25,6 +25,7 @@ from trainer.fitted_policy import KINDS, FittedKind
 from trainer.fitting import Fitted, Request, answer_of, asked
 from trainer.recent import RecentTraces
 
+_LOOK_EVERY_S = 0.1
 _NEW_SHARE = 0.25
 """Of ``least_steps``, that must have come since a fit before the next one."""
 
@@ -194,6 +195,8 @@ class Fits:
     """What became of the last one that was judged."""
     told: str | None = None
     """What was last said to be waited for."""
+    looked_s: float = -math.inf
+    """Monotonic time at which the trainer has looked last."""
 
     @property
     def is_on(self) -> bool:
@@ -204,6 +207,15 @@ class Fits:
     def is_publishing(self) -> bool:
         """A version is on its way, so no other may be published now."""
         return self.publishing is not None
+
+    def is_time(self) -> bool:
+        """The trainer has not looked for a while: in between updates that take milliseconds, even
+        a look would cost."""
+        now_s = time.monotonic()
+        if now_s - self.looked_s < _LOOK_EVERY_S:
+            return False
+        self.looked_s = now_s
+        return True
 
     def waits_for(self) -> str | None:
         """What the next fit waits for; ``None`` if it is due."""

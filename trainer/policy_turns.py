@@ -32,7 +32,7 @@ _RETRY_S = 10.0
 def attend(trainer: Trainer) -> None:
     """Go on with the policy as far as that is possible at present. Cheap, and never waits."""
     fits = trainer.publisher.fits
-    if fits.plan is None:
+    if fits.plan is None or not fits.is_time():
         return
     if fits.process is not None:
         if fits.process.is_over:

@@ -17,14 +17,17 @@ from typing import Any
 import numpy as np
 import pytest
 
+from buffer.backends import open_backend
 from buffer.codec import encode_trace
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
+from buffer.weights_store import SupersededError
 from configs.schema import DrafterSettings, Settings
 from policies.features import NUM_FEATURES
 from policies.network import Network
 from policies.published import Origin
 from policies.weight_file import text_of
+from tests.policies.confident_logs import confident_log
 from tests.policies.logs import DRAFTER, MAX_DRAFT, always, any_k, log, profile, traces_of
 from tests.trainer.conftest import World
 from tests.trainer.test_loop import build, events, status
@@ -121,6 +124,15 @@ def test_too_few_steps_of_the_newest_version_are_waited_for(run_dir: Path) -> No
 def test_traces_without_figures_of_confidence_fit_no_head(run_dir: Path) -> None:
     with pytest.raises(NotYetError, match="0 positions with figures of confidence"):
         fit(request_for(run_dir, kind="specdecpp"), served(log(1200, any_k, (1,))))
+
+
+def test_a_head_must_beat_the_place_and_then_the_head_in_force(run_dir: Path) -> None:
+    request = request_for(run_dir, kind="specdecpp", least_steps=300)
+    found = fit(request, served(confident_log(400)))
+
+    assert found.passed and "their place alone" in found.lines[0], found.lines
+    again = fit(replace(request, in_force=text_of(found.network)), served(confident_log(400)))
+    assert not again.passed and "the network in force" in again.lines[0]
 
 
 # ---- what is kept for it -------------------------------------------------------------------------
@@ -346,6 +358,51 @@ def test_a_network_that_cannot_be_kept_is_told_and_nothing_half_is_there(
     assert gate["passed"] and not gate["kept"] and "cannot be kept" in gate["text"]
     assert status(run_dir)["policy"]["fits"] == {"failed": 1}
     assert FolderWeights(run_dir / "weights").versions() == [0]
+
+
+def test_after_a_restart_the_traces_that_are_held_are_fitted_to_as_well(
+    run_dir: Path, world: World
+) -> None:
+    write_traces(run_dir, world.traces)
+    learns = settings_for(
+        run_dir, world.target, max_steps=3, policy={"kind": "ltd", "least_steps": 1000}
+    )
+    first = build(learns)
+    run(first)
+
+    again = build(learns)
+
+    assert first.intake.recent is not None and again.intake.recent is not None
+    assert first.intake.recent.num_drafted == again.intake.recent.num_drafted == len(world.traces)
+
+
+def test_a_trainer_that_was_superseded_publishes_no_policy(run_dir: Path, world: World) -> None:
+    trainer = build(fitting(run_dir, world))
+    trainer.publisher.fits.keep(network(3))
+    store = FolderWeights(run_dir / "weights")
+    store.take_over()
+
+    with pytest.raises(SupersededError, match="another trainer took over"):
+        run(trainer)
+
+    assert store.versions() == [0]
+
+
+def test_a_deleted_tenants_traces_are_fitted_to_no_more(run_dir: Path, world: World) -> None:
+    write_traces(run_dir, served(log(400, any_k, (1,)), world.fingerprint))
+    trainer = build(fitting(run_dir, world))
+    trainer.intake.start()
+    while trainer.intake.counts.read < 8:
+        trainer.take_in_traces()
+    recent = trainer.intake.recent
+    assert recent is not None and recent.num_drafted > 0
+
+    open_backend("log:", run_dir).delete("default")
+    end = time.monotonic() + 30
+    while recent.num_drafted:
+        assert time.monotonic() < end
+        trainer.take_in_traces()
+    trainer.intake.close()
 
 
 def test_a_process_that_is_killed_is_told_and_publishes_nothing(
