@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
 from policies.calibration import Calibration
 from policies.interface import DraftPolicy, TakesPublished
+from policies.published import networks_of
 from serving.swap.flat_weights import FlatWeights, Staged
 
 log = logging.getLogger(__name__)
@@ -106,8 +108,12 @@ class WeightsInForce:
         log.info("swapped to version %d", staged.manifest.version)
 
     def exchange(self, event: str) -> None:
-        """Exchange current and former weights, for a trial."""
-        self._exchange()
+        """Exchange current and former weights, for a trial. It compares weights by what drafts
+        bring, so both decode with the policy of the newer version: another one may draft less in a
+        round, and gain by that."""
+        assert self.former is not None
+        newer = max(self.current, self.former, key=lambda one: one.version)
+        self._exchange(networks_of(newer.policy))
         self.note(event)
 
     def roll_back(self, why: str) -> None:
@@ -137,19 +143,28 @@ class WeightsInForce:
                 self.current.version, self.kind, "; ".join(problems),
             )  # fmt: skip
 
-    def _exchange(self) -> None:
+    def _exchange(self, networks: Mapping[str, str] | None = None) -> None:
         assert self._former_flat is not None and self.former is not None
         kept = self.weights.flat.clone()
         self.weights.flat.copy_(self._former_flat)
         self._former_flat.copy_(kept)
         weights_were_overwritten(self._neural)
         self.former, self.current = self.current, self.former
-        self._tell()
+        self._tell(networks)
 
-    def _tell(self) -> None:
+    def _tell(self, networks: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            networks: of the policy, in place of those that came with the current version.
+        """
         self._neural.version = self.current.version
+        calibration = self.current.policy
+        if networks is not None:
+            own = networks_of(calibration)
+            rest = {key: value for key, value in calibration.items() if key not in own}
+            calibration = {**rest, **networks}
         try:
-            self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+            self._policy.on_swap(self._neural.kind, self.current.version, calibration)
         except Exception:  # the weights are in force; a policy that fails must not end requests
             self.counts[FAILED_POLICIES] += 1
             log.exception(

@@ -180,6 +180,39 @@ def test_such_a_version_waits_while_the_weights_are_watched(service, tmp_path):
     wait_until(lambda: service.drafter_status()["version"] == 2)
 
 
+def test_in_a_trial_both_weights_decode_with_the_policy_of_the_newer_version(
+    tiny_target_dir, tmp_path
+):
+    """A trial compares tokens_per_step: with a policy of their own that drafts more, former weights
+    would look better than they are."""
+    settings = settings_for(tiny_target_dir, tmp_path)
+    update = {"kind": "ltd", "guard": False, "random_share": 0.0}
+    policy = settings.policy.model_copy(update=update)
+    service = build_service(settings.model_copy(update={"policy": policy}))
+    service.start()
+    force = service.swapper._force
+    try:
+        publish_next(tmp_path / "weights", policy={"ltd": always(4), "acceptance": [0.7]})
+        wait_until(lambda: service.figures().swaps["swapped"] == 1)
+        publish_next(tmp_path / "weights", noisy, policy={"ltd": always(1), "acceptance": [0.6]})
+        wait_until(lambda: service.figures().swaps["swapped"] == 2)
+
+        def speculated(name):
+            stats = ask(service, name, max_tokens=60).last.stats
+            return stats.drafter_version, round(stats.proposed / stats.steps)
+
+        assert speculated("new") == (2, 1)
+        force.exchange("trial of the former version")
+        assert speculated("trial") == (1, 1)
+        force.exchange("trial over")
+        assert speculated("over") == (2, 1)
+        force.roll_back("worse")
+        version, drafted = speculated("rolled back")
+        assert version == 1 and drafted >= 3
+    finally:
+        service.stop()
+
+
 def test_a_network_means_nothing_to_another_policy(service, tmp_path):
     publish_next(tmp_path / "weights", noisy, policy={"ltd": always(1), "specdecpp": "no head"})
     wait_until(lambda: service.figures().swaps["swapped"] == 1)
