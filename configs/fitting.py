@@ -15,7 +15,7 @@ class FittingSettings(Section):
 
     kind: Literal["auto", "ltd", "specdecpp", "none"] = "auto"
     """Policy whose network is fitted. ``auto``: that of ``policy.kind`` if it has one that is
-    fitted to traces, else none."""
+    fitted to traces and does not come from a file, else none."""
     every_s: float = Field(60.0, gt=0)
     """Least seconds between the starts of two fits."""
     least_steps: int = Field(2000, ge=512)

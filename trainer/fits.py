@@ -38,6 +38,8 @@ class Plan:
     """A name in ``trainer.fitting.FITS`` and in ``KINDS``."""
     drafter: str
     settings: FittingSettings
+    margin: float
+    """``trainer.gate_margin``."""
     run_dir: Path
     max_draft: int
     seed: int
@@ -54,6 +56,8 @@ class Plan:
         """
         how = self.settings
         in_force = published.policy.get(self.fitted.key)
+        if not self.fitted.is_usable(in_force, self.drafter):
+            in_force = None
         return Request(
             kind=self.kind,
             drafter=self.drafter,
@@ -63,14 +67,16 @@ class Plan:
             held_out=how.held_out,
             least_steps=how.least_steps,
             most_steps=how.most_steps,
-            in_force=in_force if isinstance(in_force, str) else None,
+            margin=self.margin,
+            in_force=in_force,
         )
 
 
 def plan_of(settings: Settings, line: str) -> Plan | None:
-    """What the trainer of one drafter fits; ``None``: nothing. Of the trainers of a run, that of
-    the drafter which the policy drafts with fits its network; the first one, if the run does not
-    have that drafter, because the policy then takes another.
+    """What the trainer of one drafter fits; ``None``: nothing, as where servers take the network
+    from a file. Of the trainers of a run, that of the drafter which the policy drafts with fits its
+    network; the first one, if the run does not have that drafter, because the policy then takes
+    another.
 
     Args:
         settings: of that drafter's trainer.
@@ -78,12 +84,13 @@ def plan_of(settings: Settings, line: str) -> Plan | None:
     """
     how, policy = settings.trainer.policy, settings.policy
     kind = policy.kind if how.kind == "auto" else how.kind
-    if kind not in KINDS:
+    if kind not in KINDS or (how.kind == "auto" and getattr(policy, kind).weights is not None):
         return None
     own, wanted = settings.drafter.kind, policy.drafter
     if own != wanted and (line or wanted in chosen(settings.drafter)):
         return None
-    return Plan(kind, own, how, settings.run_dir, settings.drafter.max_draft, settings.seed)
+    margin = settings.trainer.gate_margin
+    return Plan(kind, own, how, margin, settings.run_dir, settings.drafter.max_draft, settings.seed)
 
 
 class FittingProcess:

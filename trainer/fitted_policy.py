@@ -34,6 +34,16 @@ class FittedKind:
     def path(self, run_dir: Path) -> Path:
         return run_dir / "policy" / self.file
 
+    def is_usable(self, text: object, drafter: str) -> bool:
+        """Whether a server would take what came with a version of this drafter."""
+        try:
+            blob = self.weights.blob_of(text)
+            self.check(blob)
+            origin = Origin.of_blob(blob)
+        except ValueError:
+            return False
+        return origin is None or origin.drafter == drafter
+
     def text(self, run_dir: Path, drafter: str | None = None) -> str | None:
         """The file as it is, with what it says of the traces that it was fitted to; ``None``: there
         is none, it was fitted to another drafter, or it cannot be used, which is logged."""

@@ -29,6 +29,7 @@ import numpy as np
 
 from buffer.codec import decode_trace
 from buffer.records import Trace
+from configs.choices import SettingsError
 from policies.alike import first_alike
 from policies.confidence_head import Head
 from policies.logged import LoggedStep, of_drafter, of_newest_versions, steps_of
@@ -65,6 +66,8 @@ class Request:
     held_out: float
     least_steps: int
     most_steps: int
+    margin: float
+    """Ratio of its speed to what is in force that a network must reach."""
     in_force: str | None
     """Network of the newest version, as in its manifest; ``None``: it has none."""
 
@@ -98,11 +101,14 @@ def fit(request: Request, traces: Iterable[Trace]) -> Fitted:
 
     Raises:
         NotYetError: more traces are needed.
+        SettingsError: the run's profile of step times is damaged.
     """
     steps = steps_of(traces)[-request.most_steps :]
     try:
         steps, (oldest, newest) = of_newest_versions(steps, request.drafter, request.least_steps)
         return FITS[request.kind](request, steps, Origin(request.drafter, oldest, newest))
+    except SettingsError:
+        raise
     except ValueError as error:
         raise NotYetError(f"traces that say more: {error}") from error
 
@@ -133,14 +139,21 @@ def _fit_ltd(request: Request, steps: list[LoggedStep], origin: Origin) -> Fitte
     about = {"method": "full", "gain": f"{gain:.4f}", "at_least": f"{low:.4f}"}
     return Fitted(
         network=network.to_bytes(about | origin.metadata()),
-        passed=all(gate.passed for gate in gates),
+        passed=all(gate.passed for gate in gates) and 1 + gain >= request.margin,
         gain=gain,
         low=low,
-        lines=tuple(gate.to_line() for gate in gates),
+        lines=(*(gate.to_line() for gate in gates), *_too_little(gain, request.margin)),
         num_steps=int(rows.sum()),
         num_judged=num_judged,
         origin=origin,
     )
+
+
+def _too_little(gain: float, margin: float) -> list[str]:
+    """That a gain is not worth a version, if it is not."""
+    if 1 + gain >= margin:
+        return []
+    return [f"less than the {100 * (margin - 1):+.2f} % of trainer.gate_margin"]
 
 
 def _fit_head(request: Request, steps: list[LoggedStep], origin: Origin) -> Fitted:
@@ -196,12 +209,14 @@ def answer_of(answer: bytes) -> Fitted:
 
     Raises:
         NotYetError: more traces are needed.
-        ValueError: it is no answer.
+        ValueError: it could not fit, or it is no answer.
     """
     try:
         found = json.loads(answer)
         if "not_yet" in found:
             raise NotYetError(found["not_yet"])
+        if "failed" in found:
+            raise ValueError(found["failed"])
         return Fitted(
             **{
                 **found,
@@ -229,6 +244,8 @@ def main() -> None:
         found = fit(request, (decode_trace(one) for one in records))
     except NotYetError as error:
         answer: dict[str, Any] = {"not_yet": str(error)}
+    except SettingsError as error:
+        answer = {"failed": str(error)}
     else:
         answer = {**asdict(found), "network": base64.b64encode(found.network).decode()}
     sys.stdout.write(json.dumps(answer))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from trainer.fitting import Fitted
     from trainer.loop import Trainer
 
+MOST_S = 3600.0
+"""After which a process that fits is given up: it takes seconds to minutes, more on a busy host."""
 _RETRY_S = 10.0
 """Seconds after a version could not be published before that is tried again."""
 
@@ -37,6 +39,9 @@ def attend(trainer: Trainer) -> None:
     if fits.process is not None:
         if fits.process.is_over:
             _answered(trainer, fits)
+        elif time.monotonic() - fits.process.began_s > MOST_S:
+            fits.close()
+            _failed(trainer, fits, f"its process was ended after {MOST_S:g} s")
     elif (awaited := fits.waits_for()) is None:
         _begin(trainer, fits)
     else:

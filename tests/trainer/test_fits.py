@@ -22,6 +22,7 @@ from buffer.codec import encode_trace
 from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from buffer.weights_store import SupersededError
+from configs.policies import LtdSettings
 from configs.schema import DrafterSettings, Settings
 from policies.features import NUM_FEATURES
 from policies.network import Network
@@ -76,7 +77,7 @@ def request_for(run_dir: Path, in_force: bytes | None = None, **values: Any) -> 
         **{
             "kind": "ltd", "drafter": DRAFTER, "run_dir": str(run_dir), "max_draft": MAX_DRAFT,
             "seed": 0, "held_out": 0.25, "least_steps": 1000, "most_steps": 20_000,
-            "in_force": None if in_force is None else text_of(in_force), **values,
+            "margin": 1.005, "in_force": None if in_force is None else text_of(in_force), **values,
         }
     )  # fmt: skip
 
@@ -97,6 +98,13 @@ def test_a_network_must_beat_the_policy_that_served_and_the_best_fixed_k(run_dir
     assert again.lines[0].startswith("gate failed") and "the network in force" in again.lines[0]
     bad = fit(request_for(run_dir, network(MAX_DRAFT)), served(log(2560, any_k, (1,), moods)))
     assert bad.passed and bad.gain > 0.05, bad.lines
+
+
+def test_a_gain_that_is_not_worth_a_version_is_refused(run_dir: Path) -> None:
+    found = fit(request_for(run_dir, margin=1.5), served(log(2560, any_k, (1,), moods)))
+
+    assert not found.passed and 0 < found.gain < 0.5
+    assert found.lines[-1] == "less than the +50.00 % of trainer.gate_margin"
 
 
 def test_only_steps_of_versions_that_draft_like_the_newest_judge(run_dir: Path) -> None:
@@ -174,6 +182,9 @@ def test_what_is_fitted_follows_the_policy_that_serves(own, policy, wanted) -> N
     settings = Settings.model_validate(
         {"policy": {"kind": policy}, "trainer": {"policy": {"kind": own}}}
     )
+    from_file = settings.policy.model_copy(update={"ltd": LtdSettings(weights=Path("x"))})
+    if policy == "ltd":  # servers take nothing that is published then
+        assert plan_of(settings.model_copy(update={"policy": from_file}), "") is None
     plan = plan_of(settings, "")
     assert (None if plan is None else plan.kind) == wanted
     assert plan is None or plan.kind in FITS
@@ -425,6 +436,22 @@ def test_a_process_that_is_killed_is_told_and_publishes_nothing(
     assert FolderWeights(run_dir / "weights").versions() == [0]
 
 
+def test_what_keeps_it_from_fitting_is_told(run_dir: Path) -> None:
+    (run_dir / "step_times.json").write_text("no profile")
+    records = [bytes(encode_trace(one)) for one in served(log(1200, any_k, (1,)))]
+    for given, error, said in (
+        (records, ValueError, "step_times.json is no profile"),
+        (records[:4], NotYetError, r"steps are too few|traces that say more"),
+    ):
+        process = FittingProcess(request_for(run_dir), given)
+        while not process.is_over:
+            time.sleep(0.05)
+        with pytest.raises(error, match=said):
+            process.answer()
+        process.end()
+        (run_dir / "step_times.json").unlink(missing_ok=True)
+
+
 def test_the_process_ends_with_whoever_started_it(run_dir: Path) -> None:
     records = [bytes(encode_trace(one)) for one in served(log(2560, any_k, (1,), moods))]
     process = FittingProcess(request_for(run_dir), records)
@@ -455,5 +482,8 @@ def test_a_plan_says_what_is_in_force(run_dir: Path, world: World) -> None:
     plan = trainer.publisher.fits.plan
     assert isinstance(plan, Plan)
     assert plan.request(trainer.published).in_force is None
+    for refused in ("no base64", 7, text_of(network(3, "another"))):
+        damaged = replace(trainer.published, policy={"ltd": refused})
+        assert plan.request(damaged).in_force is None, "servers do not take it either"
     with_network = replace(trainer.published, policy={"ltd": text_of(network(3))})
     assert plan.request(with_network).in_force == text_of(network(3))
