@@ -1,6 +1,6 @@
 """Which versions' steps may teach the network of Learning to Draft, and which may judge it.
 
-    python -m benchmarks.policy_versions        # ten minutes on one core
+    python -m benchmarks.policy_versions        # four minutes of one core
 
 Simulated, at batch 1: text is easy for a hundred steps and hard for the next hundred, and each of
 two versions of a drafter has an acceptance of its own in both. The newer one has drafted a few
@@ -46,7 +46,7 @@ CASES = {
     "much worse": ((0.92, 0.45), (0.60, 0.15)),
 }
 """Acceptance of each position in easy and hard text: of the former version, and of the newer."""
-FEW, MANY, JUDGES = 500, 4000, 4000
+FEW, MANY, JUDGES = 500, 2400, 2400
 _STRETCH = 100
 
 
@@ -71,7 +71,8 @@ def steps_of(
 def fitted(steps: Sequence[LoggedStep], seed: int) -> Network:
     """A network fitted to all of some steps."""
     log = ReplayedLog.of(steps, LEARNED, SAMPLES, MAX_DRAFT)
-    return fit_full_information(log, np.ones(len(steps), np.bool_), FullInformation(seed=seed))
+    how = FullInformation(rounds=2, epochs=150, seed=seed)
+    return fit_full_information(log, np.ones(len(steps), np.bool_), how)
 
 
 def gain(network: Network, steps: Sequence[LoggedStep]) -> float:
@@ -113,9 +114,10 @@ def main(
     torch.set_num_threads(1)
     found = {}
     for name, (former, newer) in CASES.items():
-        found[name] = [case(former, newer, seed) for seed in range(seeds)]
-        for one in found[name]:
-            say(f"{name}: {one}")
+        found[name] = []
+        for seed in range(seeds):
+            found[name].append(case(former, newer, seed))
+            say(f"{name}: {found[name][-1]}")
     write_result(out, {"few": FEW, "many": MANY, "cases": found})
     write_rows("policy_versions", rows_of(found), SOURCE, out.parent)
     say(f"written: {out}")
