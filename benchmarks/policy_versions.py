@@ -112,7 +112,7 @@ def main(
 ) -> None:
     """Fit and judge all cases."""
     torch.set_num_threads(1)
-    found = {}
+    found = dict[str, list[dict[str, Any]]]()
     for name, (former, newer) in CASES.items():
         found[name] = []
         for seed in range(seeds):
