@@ -93,7 +93,8 @@ class LtdSettings(Section):
 
     weights: Path | None = None
     """safetensors file of a policy, as ``trainer policy`` writes it. ``None``: the one that comes
-    with the drafter's version; until there is one, the server decodes plainly."""
+    with the drafter's version; until there is one, K is the one that promises most tokens per
+    second by the acceptance of late."""
 
 
 class CuttingSettings(Section):
@@ -138,7 +139,7 @@ class SpecDecPpSettings(Section):
 
     weights: Path | None = None
     """safetensors file of a head, as ``trainer policy --method specdecpp`` writes it. ``None``: the
-    one that comes with the drafter's version; until there is one, the server decodes plainly."""
+    one that comes with the drafter's version; until there is one, drafts are not cut."""
     most_risk: float = Field(0.3, gt=0, lt=1)
     """A draft ends before the predicted probability that a token of it is rejected gets larger."""
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from configs.burst import BurstSettings
 from configs.capture import CaptureSettings
 from configs.drafters import BesideSettings, SuffixSettings
+from configs.fitting import FittingSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -365,10 +366,12 @@ class TrainerSettings(Section):
     updates have risen by what the last candidate lacked. 0: by the number of updates alone."""
     gate_margin: float = Field(1.005, gt=0)
     """Ratio of simulated tokens_per_step, candidate to last published version, required to
-    publish. At 1, being equal is not enough."""
+    publish; for a fitted network of ``ltd``, of its speed to that of what is in force. At 1, being
+    equal is not enough."""
     gate_confidence: float = Field(0.9, ge=0.5, lt=1)
     """Probability with which a candidate must be no worse than the last published version, judged
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
+    policy: FittingSettings = FittingSettings()
     cool_down_s: float = Field(30.0, ge=0)
     """Seconds after a roll-back in which no candidate is judged; learning goes on."""
     learn: Literal["always", "on_drift"] = "always"

@@ -105,3 +105,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "w2": (HIDDEN,),
     "b2": (1,),
 }
+
+
+NO_HEAD = Head(**{name: np.zeros(shape, np.float32) for name, shape in _SHAPES.items()})
+"""Says the same of every position: for steps whose drafts are not cut."""

@@ -2,8 +2,10 @@
 
 ``trainer policy`` fits it on a replayed log (``policies.replay_environment``), by PPO as in the
 paper, or from what every K would have brought in every step. The network comes from
-``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. A version
-without a network, or with one that is damaged or fitted to other features, decodes plainly.
+``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. With a
+version without a network, or with one that is damaged or fitted to other features, it plays the K
+that promises most tokens per second by the acceptance and the step times of late, so that there are
+traces to fit one to.
 
 Source: Zhang et al. 2026, arXiv:2603.01639. The paper learns depth and size of a tree for one
 request from log probabilities of its tokens; here the draft is a chain, so there is one length, and
@@ -45,7 +47,7 @@ class LtdPolicy(LengthPolicy):
     ) -> None:
         """
         Args:
-            network: ``None``: plain decoding until one is published with a version.
+            network: ``None``: none until one is published with a version.
             takes_published: have those that come with versions instead.
         """
         super().__init__(context, drafter)
@@ -100,11 +102,13 @@ class LtdPolicy(LengthPolicy):
 
     def law(self, batch: int, max_k: int) -> Sequence[float]:
         """The K with the highest score among those that can be used."""
-        network = self._published.network
+        network, shares = self._published.network, self.costs.shares(batch)
         if network is None:
-            return spread(0, max_k, 0.0)
-        vector = self._features.vector(batch, self.costs.shares(batch), self._groups, self._context)
-        scores = network.scores(vector)
+            scores = self._features.rates(shares)
+        else:
+            scores = network.scores(
+                self._features.vector(batch, shares, self._groups, self._context)
+            )
         usable = range(min(max_k + 1, len(scores)))
         return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
 

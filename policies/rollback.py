@@ -193,6 +193,17 @@ class SwapWatch:
             case _:
                 return Action.KEEP_GOING
 
+    def renamed(self, version: int, now: int) -> None:
+        """The same weights draft under another number from now on: there is nothing to watch, and
+        nothing to return to. What was seen of them stays.
+
+        Args:
+            version: their number so far; another than the one that is watched is passed over.
+        """
+        if self._version == version:
+            self._state, self._version = "steady", now
+            self._new = self._former = None
+
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""
         return {

@@ -368,15 +368,19 @@ def _best(network: Network, _at: int, features: list[float]) -> int:
 
 # ---- the gate ------------------------------------------------------------------------------------
 
+FIXED = "the best fixed K of each load"
+"""What a gate compares with, in words."""
+
 
 @dataclass(frozen=True, slots=True)
 class PolicyGate:
-    """A fitted policy against the best fixed K of each load, on steps that neither has seen."""
+    """A fitted policy against the best fixed K of each load, or against another policy, on steps
+    that neither has seen."""
 
     rate: float
     """Tokens per second of the policy,"""
     fixed_rate: float
-    """and of the K that were best on the steps that it was fitted on."""
+    """and of the K that were best on the steps that it was fitted on, or of the other policy."""
     low: float
     """Lower bound of rate / fixed_rate at 95 %, by resampling blocks of steps."""
     off_policy: Estimate | None
@@ -384,6 +388,8 @@ class PolicyGate:
     that these took; ``None`` if there are too few."""
     distinct_ks: int
     """Number of K that it plays in at least one step in a hundred: 1 is a constant."""
+    against: str = FIXED
+    """What it is compared with, in words."""
 
     @property
     def gain(self) -> float:
@@ -405,9 +411,8 @@ class PolicyGate:
             f"{100 * (own.high - 1):+.2f})"
         )
         return (
-            f"gate {verdict}: {100 * self.gain:+.2f} % over the best fixed K of each load on held-"
-            f"out steps, at least {100 * (self.low - 1):+.2f} % (95 %); {estimate}; plays "
-            f"{self.distinct_ks} K"
+            f"gate {verdict}: {100 * self.gain:+.2f} % over {self.against} on held-out steps, at "
+            f"least {100 * (self.low - 1):+.2f} % (95 %); {estimate}; plays {self.distinct_ks} K"
         )
 
 
@@ -418,6 +423,13 @@ def judge_network(network: Network, log: ReplayedLog, rows: Rows) -> PolicyGate:
     Args:
         rows: [S] steps on which the network was fitted, and on which the best fixed K is chosen.
     """
+    held_out = log.rows(~rows)
+    fixed = best_ks(held_out, log.rows(rows))
+    return compare_ks(held_out, chosen_ks(network, log)[~rows], fixed)
+
+
+def chosen_ks(network: Network, log: ReplayedLog) -> Ks:
+    """[S] K that the network plays in all steps of a log, one after the other."""
     chosen: list[int] = []
 
     def choose(at: int, features: list[float]) -> int:
@@ -425,15 +437,24 @@ def judge_network(network: Network, log: ReplayedLog, rows: Rows) -> PolicyGate:
         return chosen[-1]
 
     features_of(log, choose)
-    held_out = log.rows(~rows)
-    ks, fixed = np.array(chosen)[~rows], best_ks(held_out, log.rows(rows))
+    return np.array(chosen)
+
+
+def compare_ks(held_out: ReplayedLog, ks: Ks, others: Ks, against: str = FIXED) -> PolicyGate:
+    """Compare decisions on the steps that were held out.
+
+    Args:
+        ks: [S] of the policy that is judged.
+        others: [S] of what it is compared with, which ``against`` names.
+    """
     counts = np.bincount(ks)
     return PolicyGate(
         rate=rate_of(held_out, ks),
-        fixed_rate=rate_of(held_out, fixed),
-        low=_lower_bound(held_out, ks, fixed),
-        off_policy=off_policy_gain(held_out, ks, fixed),
+        fixed_rate=rate_of(held_out, others),
+        low=_lower_bound(held_out, ks, others),
+        off_policy=off_policy_gain(held_out, ks, others),
         distinct_ks=int((counts >= 0.01 * len(ks)).sum()),
+        against=against,
     )
 
 

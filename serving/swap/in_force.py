@@ -9,16 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from drafters.protocol import NeuralDrafter, weights_were_overwritten
 from policies.arms import ArmPolicies
 from policies.calibration import Calibration
 from policies.interface import DraftPolicy, TakesPublished
+from policies.published import networks_of
 from serving.swap.flat_weights import FlatWeights, Staged
 
 log = logging.getLogger(__name__)
@@ -27,6 +30,11 @@ IGNORED_CALIBRATIONS = "ignored_calibrations"
 """Key of ``WeightsInForce.counts``: versions that came with a calibration that is malformed."""
 FAILED_POLICIES = "failed_policies"
 """The same: swaps that the policy failed to take in."""
+
+
+def weights_are_same(one: Manifest, other: Manifest) -> bool:
+    """Two versions have the same tensors."""
+    return one.files.get(TENSORS) is not None and one.files.get(TENSORS) == other.files.get(TENSORS)
 
 
 class WeightsInForce:
@@ -72,6 +80,11 @@ class WeightsInForce:
         """Versions that must not be pruned."""
         return {m.version for m in (self.current, self.former) if m is not None}
 
+    @property
+    def has_same_weights(self) -> bool:
+        """Current and former version differ in what came for the policy alone."""
+        return self.former is not None and weights_are_same(self.current, self.former)
+
     def make_room(self) -> None:
         """Allocate the former weights' buffer. Called on the loading thread, because it takes
         time."""
@@ -95,8 +108,12 @@ class WeightsInForce:
         log.info("swapped to version %d", staged.manifest.version)
 
     def exchange(self, event: str) -> None:
-        """Exchange current and former weights, for a trial."""
-        self._exchange()
+        """Exchange current and former weights, for a trial. It compares weights by what drafts
+        bring, so both decode with the policy of the newer version: another one may draft less in a
+        round, and gain by that."""
+        assert self.former is not None
+        newer = max(self.current, self.former, key=lambda one: one.version)
+        self._exchange(networks_of(newer.policy))
         self.note(event)
 
     def roll_back(self, why: str) -> None:
@@ -126,19 +143,28 @@ class WeightsInForce:
                 self.current.version, self.kind, "; ".join(problems),
             )  # fmt: skip
 
-    def _exchange(self) -> None:
+    def _exchange(self, networks: Mapping[str, str] | None = None) -> None:
         assert self._former_flat is not None and self.former is not None
         kept = self.weights.flat.clone()
         self.weights.flat.copy_(self._former_flat)
         self._former_flat.copy_(kept)
         weights_were_overwritten(self._neural)
         self.former, self.current = self.current, self.former
-        self._tell()
+        self._tell(networks)
 
-    def _tell(self) -> None:
+    def _tell(self, networks: Mapping[str, str] | None = None) -> None:
+        """
+        Args:
+            networks: of the policy, in place of those that came with the current version.
+        """
         self._neural.version = self.current.version
+        calibration = self.current.policy
+        if networks is not None:
+            own = networks_of(calibration)
+            rest = {key: value for key, value in calibration.items() if key not in own}
+            calibration = {**rest, **networks}
         try:
-            self._policy.on_swap(self._neural.kind, self.current.version, self.current.policy)
+            self._policy.on_swap(self._neural.kind, self.current.version, calibration)
         except Exception:  # the weights are in force; a policy that fails must not end requests
             self.counts[FAILED_POLICIES] += 1
             log.exception(

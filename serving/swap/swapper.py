@@ -15,11 +15,17 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from buffer.bundles import BundleError
 from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
 from policies.rollback import Action, DraftingShare, SwapWatch
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
-from serving.swap.in_force import FAILED_POLICIES, IGNORED_CALIBRATIONS, WeightsInForce
+from serving.swap.in_force import (
+    FAILED_POLICIES,
+    IGNORED_CALIBRATIONS,
+    WeightsInForce,
+    weights_are_same,
+)
 
 log = logging.getLogger(__name__)
 
@@ -344,11 +350,23 @@ class Swapper:
         version = self._shelf.newest_after(self._force.newest_taken)
         if version is None:
             return
+        if self._watch.state != "steady" and self._brings_policy_alone(version):
+            return  # the weights are still watched, and what they had replaced must not be lost
         mark = self._shelf.store.change_mark(version)
         try:
             self._hand_over(self._load(version), timeout_s=30.0)
         except ValueError:
             self._shelf.note_failure(version, mark)
+
+    def _brings_policy_alone(self, version: int) -> bool:
+        """A version with the weights in force, while these draft enough to be judged soon."""
+        if self._drafting.value < _LEAST_SHARE:
+            return False
+        try:
+            manifest = self._shelf.store.read_manifest(version)
+        except BundleError:
+            return False  # loading it says why
+        return weights_are_same(manifest, self._force.current)
 
     # ---- the engine's thread -------------------------------------------------------------------
 
@@ -359,7 +377,10 @@ class Swapper:
             return
         order = self._orders.popleft()
         if order.staged is not None:
+            before = self._force.version
             self._force.take(order.staged)
+            if self._force.has_same_weights:
+                self._watch.renamed(before, self._force.version)
         else:
             self._force.roll_back("by order")
         order.done.set()
