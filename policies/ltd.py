@@ -1,28 +1,33 @@
-"""Learning to Draft: K by a small network that was fitted to traces.
+"""Learning to Draft: K, and how much of the drafts is verified, by small networks that were fitted
+to traces.
 
-``trainer policy`` fits it on a replayed log (``policies.replay_environment``), by PPO as in the
-paper, or from what every K would have brought in every step. The network comes from
-``policy.ltd.weights``, or with the drafter's version: then both change in the same swap. A version
+``trainer policy`` fits them on a replayed log (``policies.replay_environment``), by PPO as in the
+paper, or from what every K and every budget would have brought in every step. They come from
+``policy.ltd.weights``, or with the drafter's version: then all change in the same swap. A version
 without a network, or with one that is damaged or fitted to other features, decodes plainly.
 
 Source: Zhang et al. 2026, arXiv:2603.01639. The paper learns depth and size of a tree for one
-request from log probabilities of its tokens; here the draft is a chain, so there is one length, and
-it is decided before anything is drafted, from figures of earlier steps, for batches of any size.
-Step times are inputs instead of being learned by heart, so a policy fitted on one machine can move
-to another.
+request from log probabilities of its tokens. Here the draft is a chain, and both are decided before
+anything is drafted, from figures of earlier steps, for batches of any size: the **depth** is K, and
+the **size** is the share of the batch's draft tokens that is verified, the most confident ones
+(``policies.budgets``). A network without a size verifies all. Step times are inputs instead of
+being learned by heart, so a policy fitted on one machine can move to another.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
+from configs.policies import SizeUse
 from configs.schema import PolicySettings
+from policies.allocation import Allocation, Cut
+from policies.budgets import CUT, NOTED, SavedTimes, allocation_of, budget_of, size_inputs
 from policies.calibration import Calibration
 from policies.features import Features
-from policies.interface import Decision, Outcome, PolicyContext, StepObs
-from policies.lengths import LengthPolicy, drafter_for, spread
-from policies.network import FILE, MAX_BYTES, Network
+from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
+from policies.lengths import Law, LengthPolicy, drafter_for, spread
+from policies.network import FILE, MAX_BYTES, Network, Size
 from policies.published import Published, network_of_file
 
 CALIBRATION_KEY = "ltd"
@@ -30,7 +35,7 @@ CALIBRATION_KEY = "ltd"
 
 
 class LtdPolicy(LengthPolicy):
-    """Plays the K that the network scores highest."""
+    """Plays the K, and the share of its drafts, that the networks score highest."""
 
     kind = "ltd"
 
@@ -42,11 +47,13 @@ class LtdPolicy(LengthPolicy):
         random_share: float,
         *,
         takes_published: bool = True,
+        size_use: SizeUse = "play",
     ) -> None:
         """
         Args:
             network: ``None``: plain decoding until one is published with a version.
             takes_published: have those that come with versions instead.
+            size_use: see ``policy.ltd.size``.
         """
         super().__init__(context, drafter)
         self._published = Published(
@@ -54,6 +61,12 @@ class LtdPolicy(LengthPolicy):
         )
         self._random_share = random_share
         self._features = Features(max(context.max_draft, 1))
+        on_device = context.drafters[self.drafter].on_device
+        self._size_use: SizeUse = size_use if on_device else "off"
+        self._saved = SavedTimes(None)
+        self._ready: dict[int, _Ready] = {}
+        """What the last law of each batch was computed from."""
+        self._num_cut = 0
         self._groups: bytes | None = None
         self._context: int | None = None
         """See ``StepObs``: of the step that was observed or is planned."""
@@ -68,7 +81,7 @@ class LtdPolicy(LengthPolicy):
         network = cls.check(settings, drafter_for(settings.drafter, context))
         return cls(
             context, settings.drafter, network, settings.random_share,
-            takes_published=settings.ltd.weights is None,
+            takes_published=settings.ltd.weights is None, size_use=settings.ltd.size,
         )  # fmt: skip
 
     @classmethod
@@ -85,6 +98,28 @@ class LtdPolicy(LengthPolicy):
             "policy.ltd.weights", settings.ltd.weights, Network.from_bytes, MAX_BYTES,
             "trainer policy", drafter,
         )  # fmt: skip
+
+    @classmethod
+    def cuts_by(cls, settings: PolicySettings) -> tuple[Cut, ...]:
+        """Programs that cut are needed where a size can come: not for a file with K alone.
+
+        Raises:
+            SettingsError: ``policy.ltd.weights`` cannot be used.
+        """
+        network = cls.check(settings)
+        can_come = network is None or network.size is not None or settings.ltd.size == "note"
+        return (CUT,) if can_come and settings.ltd.size != "off" else ()
+
+    @classmethod
+    def uncut(cls, settings: PolicySettings) -> PolicySettings:
+        """Settings with which it decides on K alone."""
+        own = settings.ltd.model_copy(update={"size": "off"})
+        return settings.model_copy(update={"ltd": own})
+
+    def calibrate(self, samples: Sequence[CostSample]) -> None:
+        """Start the step times from those measured at start-up."""
+        super().calibrate(samples)
+        self._saved = SavedTimes.of_samples(samples, self.drafter, max(self.max_draft, 1))
 
     def plan(self, obs: StepObs) -> Decision:
         """Draw K from the law for these requests."""
@@ -106,7 +141,42 @@ class LtdPolicy(LengthPolicy):
         vector = self._features.vector(batch, self.costs.shares(batch), self._groups, self._context)
         scores = network.scores(vector)
         usable = range(min(max_k + 1, len(scores)))
-        return spread(max(usable, key=scores.__getitem__), max_k, self._random_share)
+        best = max(usable, key=scores.__getitem__)
+        ready = self._ready[batch] = _Ready(vector, {})
+        if best and network.size is not None and self._size_use != "off":
+            self._share(network.size, ready, batch, best)  # while the device works
+        return spread(best, max_k, self._random_share)
+
+    def _share(self, size: Size, ready: _Ready, batch: int, k: int) -> int:
+        """The share that the size scores highest for drafts of K tokens."""
+        found = ready.shares.get(k)
+        if found is None:
+            inputs = size_inputs(ready.vector, batch, k, max(self.max_draft, 1), self._saved)
+            found = ready.shares[k] = size.best(inputs)
+        return found
+
+    def completed(self, decision: Decision, batch: int) -> Decision:
+        """Add the budget, or, in a share of the steps, any; where there is no size, nothing, or
+        what notes the drafter's figures."""
+        network, ready = self._published.network, self._ready.get(batch)
+        size = None if network is None else network.size
+        if size is None or ready is None or self._size_use == "off":
+            return _with(decision, _NOTES) if self._size_use == "note" else decision
+        k, num, random = decision.draft_k, size.num_shares, self._random_share
+        best = self._share(size, ready, batch, k)
+        drawn = self._rng.randrange(num) if self._rng.random() < random else best
+        budget = budget_of(drawn, num, batch, k)
+        same = [budget_of(at, num, batch, k) == budget for at in range(num)]
+        chance = random * sum(same) / num + (1 - random) * same[best]
+        allocation = allocation_of(drawn, num, batch, k)
+        self._num_cut += allocation.may_cut
+        return _with(decision, allocation, chance, explore=not same[best])
+
+    def _observe_time(self, outcome: Outcome) -> None:
+        """What packed rows take says nothing of whole rounds."""
+        allocation = outcome.decision.allocation
+        if allocation is None or not allocation.may_cut:
+            super()._observe_time(outcome)
 
     def learn(self, outcome: Outcome, law: Sequence[float]) -> None:
         """Update the features; the network itself is fitted elsewhere."""
@@ -124,5 +194,37 @@ class LtdPolicy(LengthPolicy):
         return self._published.problem if drafter == self.drafter else None
 
     def state(self) -> dict[str, Any]:
-        """Whether there is a network, how old it is, and why the version's own was refused."""
-        return self._published.figures(self.version)
+        """Whether there is a network, how old it is, and why the version's own was refused; whether
+        it has a size, and in how many steps that cut drafts."""
+        network = self._published.network
+        has_size = network is not None and network.size is not None
+        return {
+            **self._published.figures(self.version), "has_size": has_size, "cut": self._num_cut
+        }  # fmt: skip
+
+
+class _Ready(NamedTuple):
+    """What a size is asked with."""
+
+    vector: list[float]
+    """Features of the next step."""
+    shares: dict[int, int]
+    """Best share by K, as far as anybody has asked."""
+
+
+_NOTES = Allocation(CUT, 0.0)
+"""Cuts nothing."""
+
+
+def _with(
+    decision: Decision, allocation: Allocation, chance: float = 1.0, *, explore: bool = False
+) -> Decision:
+    """A decision with an allocation that was chosen with some probability.
+    ``dataclasses.replace`` takes three times as long."""
+    law, budget = decision.note, allocation.budget_each
+    assert isinstance(law, Law), "every plan of K has one"
+    noted = law if budget is None else Law(law.chances, {NOTED: budget})
+    return Decision(
+        decision.drafter, decision.draft_k, decision.propensity * chance,
+        decision.explore or explore, decision.reason, decision.policy, allocation, note=noted,
+    )  # fmt: skip
