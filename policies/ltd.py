@@ -16,7 +16,8 @@ being learned by heart, so a policy fitted on one machine can move to another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, Self
 
 from configs.policies import SizeUse
@@ -27,7 +28,7 @@ from policies.calibration import Calibration
 from policies.features import Features
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.lengths import Law, LengthPolicy, drafter_for, spread
-from policies.network import FILE, MAX_BYTES, Network, Size
+from policies.network import FILE, MAX_BYTES, Network
 from policies.published import Published, network_of_file
 
 CALIBRATION_KEY = "ltd"
@@ -64,8 +65,8 @@ class LtdPolicy(LengthPolicy):
         on_device = context.drafters[self.drafter].on_device
         self._size_use: SizeUse = size_use if on_device else "off"
         self._saved = SavedTimes(None)
-        self._ready: dict[int, _Ready] = {}
-        """What the last law of each batch was computed from."""
+        self._best_shares: dict[int, list[int]] = {}
+        """[max_draft] number of the share that suits K = 1, 2, ..., by the last law of a batch."""
         self._num_cut = 0
         self._groups: bytes | None = None
         self._context: int | None = None
@@ -142,35 +143,27 @@ class LtdPolicy(LengthPolicy):
         scores = network.scores(vector)
         usable = range(min(max_k + 1, len(scores)))
         best = max(usable, key=scores.__getitem__)
-        ready = self._ready[batch] = _Ready(vector, {})
-        if best and network.size is not None and self._size_use != "off":
-            self._share(network.size, ready, batch, best)  # while the device works
+        size = network.size
+        if size is not None and self._size_use != "off":
+            # Of every K, while the device works: a plan may draw any.
+            most = max(self.max_draft, 1)
+            inputs = [size_inputs(vector, batch, k, most, self._saved) for k in range(1, most + 1)]
+            self._best_shares[batch] = size.best_each(inputs)
         return spread(best, max_k, self._random_share)
-
-    def _share(self, size: Size, ready: _Ready, batch: int, k: int) -> int:
-        """The share that the size scores highest for drafts of K tokens."""
-        found = ready.shares.get(k)
-        if found is None:
-            inputs = size_inputs(ready.vector, batch, k, max(self.max_draft, 1), self._saved)
-            found = ready.shares[k] = size.best(inputs)
-        return found
 
     def completed(self, decision: Decision, batch: int) -> Decision:
         """Add the budget, or, in a share of the steps, any; where there is no size, nothing, or
         what notes the drafter's figures."""
-        network, ready = self._published.network, self._ready.get(batch)
+        network = self._published.network
         size = None if network is None else network.size
-        if size is None or ready is None or self._size_use == "off":
-            return _with(decision, _NOTES) if self._size_use == "note" else decision
+        if size is None or self._size_use == "off":
+            return _with(decision, _WHOLE) if self._size_use == "note" else decision
         k, num, random = decision.draft_k, size.num_shares, self._random_share
-        best = self._share(size, ready, batch, k)
+        best = self._best_shares[batch][k - 1]
         drawn = self._rng.randrange(num) if self._rng.random() < random else best
-        budget = budget_of(drawn, num, batch, k)
-        same = [budget_of(at, num, batch, k) == budget for at in range(num)]
-        chance = random * sum(same) / num + (1 - random) * same[best]
-        allocation = allocation_of(drawn, num, batch, k)
-        self._num_cut += allocation.may_cut
-        return _with(decision, allocation, chance, explore=not same[best])
+        how = _budgeted(batch, k, num, drawn, best, random)
+        self._num_cut += how.allocation.may_cut
+        return _with(decision, how)
 
     def _observe_time(self, outcome: Outcome) -> None:
         """What packed rows take says nothing of whole rounds."""
@@ -203,28 +196,45 @@ class LtdPolicy(LengthPolicy):
         }  # fmt: skip
 
 
-class _Ready(NamedTuple):
-    """What a size is asked with."""
+class _Budgeted(NamedTuple):
+    """What a size adds to a decision."""
 
-    vector: list[float]
-    """Features of the next step."""
-    shares: dict[int, int]
-    """Best share by K, as far as anybody has asked."""
-
-
-_NOTES = Allocation(CUT, 0.0)
-"""Cuts nothing."""
+    allocation: Allocation
+    chance: float
+    """Probability with which this budget was chosen, given K."""
+    explore: bool
+    noted: Mapping[str, float]
+    """For traces."""
 
 
-def _with(
-    decision: Decision, allocation: Allocation, chance: float = 1.0, *, explore: bool = False
-) -> Decision:
-    """A decision with an allocation that was chosen with some probability.
-    ``dataclasses.replace`` takes three times as long."""
-    law, budget = decision.note, allocation.budget_each
+_WHOLE = _Budgeted(Allocation(CUT, 0.0), 1.0, False, {})
+"""Cuts nothing, and notes the drafter's figures."""
+
+
+@lru_cache(maxsize=4096)
+def _budgeted(
+    batch: int, draft_k: int, num_shares: int, drawn: int, best: int, random_share: float
+) -> _Budgeted:
+    """The share that was drawn, where the best one is drawn but for a share of the steps, in which
+    any is. Shares that come to the same budget are one choice."""
+    budgets = [budget_of(at, num_shares, batch, draft_k) for at in range(num_shares)]
+    same = [budget == budgets[drawn] for budget in budgets]
+    allocation = allocation_of(drawn, num_shares, batch, draft_k)
+    each = allocation.budget_each
+    return _Budgeted(
+        allocation,
+        random_share * sum(same) / num_shares + (1 - random_share) * same[best],
+        not same[best],
+        {} if each is None else {NOTED: each},
+    )
+
+
+def _with(decision: Decision, how: _Budgeted) -> Decision:
+    """A decision with a budget. ``dataclasses.replace`` takes three times as long."""
+    law = decision.note
     assert isinstance(law, Law), "every plan of K has one"
-    noted = law if budget is None else Law(law.chances, {NOTED: budget})
     return Decision(
-        decision.drafter, decision.draft_k, decision.propensity * chance,
-        decision.explore or explore, decision.reason, decision.policy, allocation, note=noted,
+        decision.drafter, decision.draft_k, decision.propensity * how.chance,
+        decision.explore or how.explore, decision.reason, decision.policy, how.allocation,
+        note=Law(law.chances, how.noted),
     )  # fmt: skip

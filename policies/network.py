@@ -102,6 +102,14 @@ class Size(Layers):
     def num_shares(self) -> int:
         return len(self.b2)
 
+    def best_each(self, inputs: list[list[float]]) -> list[int]:
+        """Number of the share with the highest score for each of several inputs, in the time of
+        two single ones."""
+        x = (np.array(inputs, np.float32) - self.mean) * self.scale
+        hidden = np.tanh(x @ self.w1.T + self.b1)
+        found: list[int] = (hidden @ self.w2.T + self.b2).argmax(axis=1).tolist()
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class Network(Layers):

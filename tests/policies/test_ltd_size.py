@@ -104,6 +104,7 @@ def test_a_size_is_told_k(tmp_path):
     assert policy.plan(obs(4)).allocation.budget_each == pytest.approx(6 / 4)
     assert policy.plan(obs(4, most=3)).draft_k == 3
     assert not policy.plan(obs(4, most=3)).allocation.may_cut
+    assert policy.plan(obs(4)).draft_k == 6, "and of longer ones again"
 
 
 def test_a_size_is_told_what_half_a_budget_saves(tmp_path):
