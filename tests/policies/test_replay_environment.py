@@ -166,9 +166,11 @@ def test_k_is_paid_by_the_share_that_its_frozen_partner_chooses():
 
 def test_features_see_what_a_cut_left():
     """As a server tells its policy: only what was verified."""
+    loses = BUDGETS.tokens[:, 5, 0] < BUDGETS.tokens[:, 5, 3] - 3
+    at = int(np.flatnonzero(loses)[0])
     for share in (0, 3):
         environment = SizeEnvironment(CUT_LOG, BUDGETS, lambda _: 5, episode_steps=2, warm_steps=0)
-        environment.reset(options={"start": 10})
+        environment.reset(options={"start": at})
         after = environment.step(share)[0]
-        kept = (BUDGETS.tokens[10, 5, share] / 4 - 1) / CUT_LOG.max_draft
+        kept = (BUDGETS.tokens[at, 5, share] / 4 - 1) / CUT_LOG.max_draft
         assert after[NAMES.index("last_accepted")] == pytest.approx(kept)

@@ -12,9 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from configs.schema import PolicySettings
-from policies.budgets import BudgetScores
+from policies.budgets import BudgetScores, cut_rows
 from policies.catalog import build_policy
-from policies.features import NUM_FEATURES
+from policies.features import NAMES, NUM_FEATURES
 from policies.ltd import CALIBRATION_KEY
 from policies.network import Network
 from policies.replayed_log import ReplayedLog, play
@@ -24,7 +24,7 @@ from tests.policies.logs import DRAFTER, any_k, log, write_run
 from trainer.cli import app
 from trainer.fitted_policy import fitted_policy, policy_path
 from trainer.ltd import FullInformation, fit_full_information, judge_network, split
-from trainer.ltd_networks import played
+from trainer.ltd_networks import features_of, played
 from trainer.ppo import Ppo
 from trainer.sizes import ALONE, fit_both, judge_size
 
@@ -128,6 +128,21 @@ def test_the_server_plays_what_was_fitted():
     ours = served.columns(whole)
     assert ours[0].sum() == pytest.approx(judged.tokens.sum(), rel=0.005)
     assert ours[2].sum() == pytest.approx(judged.seconds.sum(), rel=0.005)
+
+
+def test_features_of_a_cut_policy_see_what_was_verified():
+    whole, _, budgets = parts()
+    at = NAMES.index("tokens_slow")
+
+    def slow(share):
+        def cut(step, _, k):
+            return cut_rows(whole, step, k, share, 4)
+
+        return float(features_of(whole, lambda *_: 5, cut=cut)[-1, at]) * whole.max_draft
+
+    for share in (0, 3):
+        kept = budgets.tokens[:, 5, share].mean() / 8
+        assert slow(share) == pytest.approx(kept, rel=0.05)
 
 
 def write(folder, telling):
