@@ -70,7 +70,7 @@ class Head:
         Args:
             about: further entries of its metadata.
         """
-        return FILE.to_bytes(self, about)
+        return FILE.to_bytes({name: getattr(self, name) for name in self.__slots__}, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""

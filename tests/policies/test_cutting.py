@@ -72,7 +72,7 @@ def test_a_rule_that_does_not_keep_the_targets_law_is_refused_by_name(score):
 
 def test_only_policies_that_cut_need_programs_for_it():
     asking = {kind for kind in CATALOG if cuts_of(PolicySettings(kind=kind))}
-    assert asking == {*CUTTING, "ragged"}
+    assert asking == {*CUTTING, "ragged", "ltd"}
     assert not cuts_of(PolicySettings())
 
 
