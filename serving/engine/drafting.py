@@ -106,17 +106,17 @@ class Drafting:
         """Drafters whose rounds are noted for picks."""
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
-        kinds = {*self.hosts, *self.neural, *self.texts}
-        self._ordinary = self._offer_of(kinds - self.on_request)
-        self._offers: dict[frozenset[str], _Offer] = {}
+        self._resting = {k for k, rows in self.neural.items() if rows.traits.former_of is not None}
+        """Drafters that may not draft now: those with a former version while there is none."""
+        self._ordinary, self._offers = self._made_offers()
         self._ranking = _Ranking(hosts)
         self.grouping = Grouping()
         self._num_choosing = 0
         """Requests admitted and not finished that choose their drafters."""
-        learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
+        learning = (r.drafter for r in self.neural.values() if r.traits.learns)
         self._learning = next(learning, None)
-        self.has_one_line = next(learning, None) is None
-        """At most one drafter learns, so there is one version whoever drafts."""
+        self.has_one_version = sum(r.traits.has_versions for r in self.neural.values()) <= 1
+        """There is one version whoever drafts."""
 
     @property
     def drafters(self) -> dict[str, Drafter]:
@@ -140,16 +140,29 @@ class Drafting:
         return drafting | {m.kind: m.drafter.version for m in found.members}
 
     def versions(self) -> dict[str, int]:
-        """Version in use of each drafter that learns, by kind."""
+        """Version in use of each drafter that has versions, by kind. One that rests uses none."""
         return {
-            kind: rows.drafter.version for kind, rows in self.neural.items() if self.learns(kind)
+            kind: rows.drafter.version
+            for kind, rows in self.neural.items()
+            if self.has_versions(kind) and kind not in self._resting
         }
 
-    def learns(self, kind: str) -> bool:
+    def has_versions(self, kind: str) -> bool:
         """Whether rounds by this drafter say something about published weights."""
-        return kind in self.neural and self.neural[kind].drafter.traits.learns
+        return kind in self.neural and self.neural[kind].traits.has_versions
 
     # ---- who may draft ------------------------------------------------------------------------
+
+    def rest(self, kind: str, rests: bool) -> None:
+        """Let a drafter, and mixes with it, draft for no request from now on, or again. Rows of its
+        drafts under way are committed as usual. Called between two steps."""
+        (self._resting.add if rests else self._resting.discard)(kind)
+        self._ordinary, self._offers = self._made_offers()
+
+    def _made_offers(self) -> tuple[_Offer, dict[frozenset[str], _Offer]]:
+        """For requests that choose no drafters, and none yet for those that do."""
+        kinds = {*self.hosts, *self.neural, *self.texts}
+        return self._offer_of(kinds - self.on_request), {}
 
     def choice(self, batch: list[Sequence]) -> frozenset[str] | None:
         """Kinds that all requests of a batch allow; ``None`` if no request chooses. Requests that
@@ -172,6 +185,7 @@ class Drafting:
         return self._offers[choice]
 
     def _offer_of(self, kinds: Collection[str]) -> _Offer:
+        kinds = frozenset(kinds) - self._resting
         hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
         on_device = {
             kind: rows
