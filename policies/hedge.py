@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -49,6 +49,9 @@ _PUBLISHED_ROUNDS = 16.0
 """Rounds that a published acceptance counts for."""
 _MOST_WEIGHT = 4.0
 """Largest weight of what was heard against what was expected."""
+_LOST_WORTH, _LEAST_STEPS = 0.8, 3
+"""A stretch ends early, after so many steps, if one of its experts is worth less than this share of
+the best one: nobody has to hear a random drafter for a whole stretch."""
 
 
 @dataclass(slots=True)
@@ -283,12 +286,21 @@ class HedgePolicy:
                 heard = 1 - tokens / expert.costs.shares(batch)[k] / best
                 loss += min(1 / chance, _MOST_WEIGHT) * (heard - expected)
             expert.life.log_weight -= self._own.rate * loss
+        if any(worth.get(kind, best) < _LOST_WORTH * best for kind in own):
+            self._cut_stretch(own)
         lives = [expert.life for expert in experts.values()]
         highest = max(life.log_weight for life in lives)
         raw = [math.exp(life.log_weight - highest) for life in lives]
         shared = self._own.share * sum(raw) / len(raw)
         for life, weight in zip(lives, raw, strict=True):
             life.log_weight = math.log(weight + shared)
+
+    def _cut_stretch(self, own: Collection[str]) -> None:
+        """End the stretch under way early, if it is the one that these experts draft in."""
+        stretch = self._stretch
+        if stretch is not None and (stretch.drafter in own or len(own) > 1):
+            due = max(_LEAST_STEPS - self._own.stretch_steps + stretch.left, 0)
+            self._stretch = stretch._replace(left=min(stretch.left, due))
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """A version leaves with what it has shown, and the next one begins, or goes on."""

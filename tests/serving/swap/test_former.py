@@ -1,0 +1,254 @@
+"""The former version drafts beside the newest: outputs stay the target's whichever of them drafts,
+rounds, watch and rollback count those of the right version, and a restart finds both again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+
+from buffer.backends import open_backend
+from buffer.traces import TraceReader
+from configs.choices import SettingsError
+from configs.schema import DrafterSettings, Settings
+from drafters.catalog import chosen, mixes
+from oracles.engines import RandomPolicy
+from policies.interface import Decision
+from serving.build import build_service
+from serving.http.metrics import families
+from tests.serving.swap.test_swaps import ask, noisy, publish_next, wait_until
+
+NEWEST, FORMER = "eagle3", "eagle3:former"
+BOTH = f"{NEWEST}+{FORMER}"
+
+
+@dataclass
+class Choosing(RandomPolicy):
+    """Drafts with what the test names, any K; notes what it could choose from and was told."""
+
+    wanted: str = FORMER
+    seen: Counter = field(default_factory=Counter)
+    told: list = field(default_factory=list)
+
+    def plan(self, obs):
+        self.seen[obs.drafters] += 1
+        kinds = tuple(kind for kind in obs.drafters if self.wanted in (kind, "any"))
+        if not kinds:
+            kinds = (NEWEST,)
+        return super().plan(replace(obs, drafters=kinds))
+
+    def on_swap(self, drafter, version, calibration):
+        self.told.append((drafter, version))
+
+
+def settings_for(target, run_dir, **drafter):
+    return Settings.model_validate(
+        {
+            "target": str(target),
+            "run_dir": run_dir,
+            "device": "cpu",
+            "engine": {"max_batch": 3, "max_model_len": 200, "page_size": 4},
+            "drafter": {"max_draft": 3, "former": True, "suffix": {"enabled": False}, **drafter},
+            "policy": {"kind": "fixed", "draft_k": 3},
+            "swap": {"poll_s": 0.02, "watch_rounds": 96, "max_drop": 0.9},
+        }
+    )
+
+
+@contextmanager
+def serving(target, run_dir, policy, **drafter):
+    service = build_service(settings_for(target, run_dir, **drafter), wrap=lambda _: policy)
+    service.start()
+    try:
+        yield service
+    finally:
+        service.stop()
+
+
+def versions(service):
+    return service.figures().versions
+
+
+def swapped(service, run_dir, change=noisy):
+    """Publish a version and wait until it serves."""
+    version = publish_next(run_dir / "weights", change)
+    wait_until(lambda: service.drafter_status()["version"] == version)
+    return version
+
+
+def weights(service, kind):
+    module = service.engine.drafting.neural[kind].drafter.module
+    return torch.cat([one.detach().flatten() for one in module.parameters()])
+
+
+def test_weights_move_to_the_second_drafter_and_no_output_changes(tiny_target_dir, tmp_path):
+    policy = Choosing(wanted="any")
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        first = weights(service, NEWEST).clone()
+        greedy = ask(service, "greedy", 60).token_ids
+        seeded = ask(service, "seeded", 60, temperature=1.0, seed=7, max_draft=0).token_ids
+        assert set(policy.seen) == {(NEWEST,)}, "there is no former version yet"
+        assert versions(service) == {NEWEST: 0}
+
+        assert swapped(service, tmp_path) == 1
+        policy.seen.clear()
+        for number in range(3):
+            assert ask(service, f"greedy {number}", 60).token_ids == greedy
+            again = ask(service, f"seeded {number}", 60, temperature=1.0, seed=7)
+            assert again.token_ids == seeded
+        assert set(policy.seen) == {(NEWEST, FORMER, BOTH)}
+        assert weights(service, FORMER).equal(first)
+        assert not weights(service, NEWEST).equal(first)
+        second = weights(service, NEWEST).clone()
+        assert policy.told[-2:] == [(FORMER, 0), (NEWEST, 1)]
+
+        swapped(service, tmp_path, lambda tensors: tensors)
+        assert weights(service, FORMER).equal(second)
+        assert versions(service) == {NEWEST: 2, FORMER: 1}
+        found = {
+            sample.labels["drafter"]: sample.value
+            for family in families(service.figures(), "tiny")
+            for sample in family.samples
+            if sample.name == "slipstream:drafter_versions"
+        }
+        assert found == {NEWEST: 2, FORMER: 1}
+        assert service.figures().drafters[FORMER].rounds > 0
+        assert service.figures().policy_failures == 0
+
+
+def test_traces_name_the_version_that_drafted_also_request_by_request(tiny_target_dir, tmp_path):
+    policy = Choosing(wanted=NEWEST)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        ask(service, "before")
+        swapped(service, tmp_path)
+        for policy.wanted in (NEWEST, FORMER, BOTH):
+            answer = ask(service, policy.wanted, 40)
+            if policy.wanted == FORMER:
+                assert answer.last.stats.drafter_version == 0
+        wait_until(lambda: service.figures().traces.get("written") == 4)
+    rounds = Counter(
+        (one.drafter, one.version)
+        for trace in TraceReader(open_backend("log:", tmp_path)).read(10)
+        for one in trace.rounds
+        if one.draft_ids
+    )
+    assert set(rounds) == {(NEWEST, 0), (NEWEST, 1), (FORMER, 0)}
+
+
+def test_former_weights_draft_from_rows_of_their_own(tiny_target_dir, tmp_path):
+    """Whatever the slot held before: rows that another version left would make it look worse."""
+
+    class Longest(Choosing):
+        def plan(self, obs):
+            kind = self.wanted if self.wanted in obs.drafters else NEWEST
+            k = min(3, obs.max_draft)
+            return Decision(kind if k else "none", k, 1.0, False, "test")
+
+    def accepted(service, name):
+        before = service.figures().drafters.get(policy.wanted)
+        answer = ask(service, name, 120)
+        after = service.figures().drafters[policy.wanted]
+        kept = after.accepted - (before.accepted if before else 0)
+        return kept, answer.token_ids
+
+    policy = Longest(wanted=NEWEST)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        alone = accepted(service, "alone")
+        swapped(service, tmp_path, noisy)
+        policy.wanted = FORMER
+        ask(service, "rows of version 0 in the slot", 120)
+        swapped(service, tmp_path, lambda tensors: tensors)
+        swapped(service, tmp_path, noisy)
+        assert service.figures().versions == {NEWEST: 3, FORMER: 2}
+        assert accepted(service, "beside") == alone
+
+
+def test_a_version_rolled_back_by_order_drafts_no_more_and_the_next_one_has_a_former(
+    tiny_target_dir, tmp_path
+):
+    policy = Choosing(wanted=FORMER)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        swapped(service, tmp_path)
+        ask(service, "one", 40)
+        service.swapper.rollback()
+        status = service.drafter_status()
+        assert (status["version"], status["former"], status["denied"]) == (0, 1, [1])
+        assert not status["drafts_beside"] and versions(service) == {NEWEST: 0}
+        policy.seen.clear()
+        ask(service, "two", 40)
+        assert set(policy.seen) == {(NEWEST,)}
+
+        swapped(service, tmp_path)
+        ask(service, "three", 40)
+        assert versions(service) == {NEWEST: 2, FORMER: 0}
+        assert service.figures().policy_failures == 0
+
+
+def test_a_pinned_version_drafts_alone(tiny_target_dir, tmp_path):
+    policy = Choosing(wanted=FORMER)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        swapped(service, tmp_path)
+        service.swapper.swap(1)
+        ask(service, "pinned", 40)
+        assert versions(service) == {NEWEST: 1}
+        service.swapper.swap(None)
+        ask(service, "free", 40)
+        assert versions(service) == {NEWEST: 1, FORMER: 0}
+
+
+def test_the_version_that_drafts_stays_when_the_one_it_was_left_for_is_replaced(
+    tiny_target_dir, tmp_path
+):
+    """Otherwise two bad versions in a row would leave no good one."""
+    policy = Choosing(wanted=FORMER)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        swapped(service, tmp_path)
+        for number in range(4):
+            ask(service, str(number), 120)
+        swapped(service, tmp_path)
+        ask(service, "next", 20)
+        assert versions(service) == {NEWEST: 2, FORMER: 0}
+        events = [one["event"] for one in service.drafter_status()["history"]]
+        assert "given up for 0, which drafted more" in events
+
+        policy.wanted = NEWEST
+        for number in range(4):
+            ask(service, f"newest {number}", 120)
+        swapped(service, tmp_path)
+        ask(service, "last", 20)
+        assert versions(service) == {NEWEST: 3, FORMER: 2}
+
+
+def test_a_restart_finds_the_newest_version_and_its_parent(tiny_target_dir, tmp_path):
+    with serving(tiny_target_dir, tmp_path, Choosing()) as service:
+        want = ask(service, "want", 40).token_ids
+        swapped(service, tmp_path)
+        swapped(service, tmp_path, lambda tensors: tensors)
+        former = weights(service, FORMER).clone()
+
+    with serving(tiny_target_dir, tmp_path, Choosing()) as service:
+        wait_until(lambda: versions(service) == {NEWEST: 2, FORMER: 1})
+        assert weights(service, FORMER).equal(former)
+        assert ask(service, "again", 40).token_ids == want
+        assert service.figures().drafters[FORMER].rounds > 0
+        assert service.figures().swaps == {"swapped": 0, "rejected": 0, "rolled_back": 0}
+        service.swapper.rollback()
+        assert service.drafter_status()["version"] == 1
+
+    with serving(tiny_target_dir, tmp_path, Choosing(), former=False) as service:
+        assert ask(service, "without", 40).token_ids == want
+        assert set(service.engine.drafting.neural) == {NEWEST}
+
+
+def test_settings_that_leave_nothing_to_choose_are_refused():
+    with pytest.raises(SettingsError, match=r"drafter\.former.*'suffix' does not learn"):
+        chosen(DrafterSettings(kind="suffix", former=True))
+    on_device = DrafterSettings.model_validate(
+        {"former": True, "suffix": {"mixed": True, "place": "device"}}
+    )
+    with pytest.raises(SettingsError, match=r"drafter\.suffix\.mixed on the device"):
+        mixes(on_device, on_gpu=False)
+    assert mixes(DrafterSettings(former=True), on_gpu=True) == {BOTH: (NEWEST, FORMER)}
