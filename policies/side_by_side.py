@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from policies.rollback import Block, DraftingShare
 
 _ABANDONED = 2.0
-"""A version is abandoned if the other one has drafted so many times as often: 40 steps after a swap
-at the earliest."""
+"""A version is abandoned if the other one has drafted so many times as often, lately: 70 steps
+after a swap at the earliest."""
 
 
 @dataclass(slots=True)
