@@ -139,7 +139,8 @@ def test_traces_name_the_version_that_drafted_also_request_by_request(tiny_targe
 
 
 def test_former_weights_draft_from_rows_of_their_own(tiny_target_dir, tmp_path):
-    """Whatever the slot held before: rows that another version left would make it look worse."""
+    """Whatever the slot held before: another version's rows, of cached prompts too, would make it
+    look worse than it is."""
 
     class Longest(Choosing):
         def plan(self, obs):
@@ -147,23 +148,36 @@ def test_former_weights_draft_from_rows_of_their_own(tiny_target_dir, tmp_path):
             k = min(3, obs.max_draft)
             return Decision(kind if k else "none", k, 1.0, False, "test")
 
-    def accepted(service, name):
-        before = service.figures().drafters.get(policy.wanted)
-        answer = ask(service, name, 120)
-        after = service.figures().drafters[policy.wanted]
-        kept = after.accepted - (before.accepted if before else 0)
-        return kept, answer.token_ids
-
-    policy = Longest(wanted=NEWEST)
+    prompt = [40 + at % 50 for at in range(80)]
+    own = tmp_path / "own"
+    with serving(tiny_target_dir, own, Longest(wanted=NEWEST), former=False) as service:
+        ask(service, "alone", 80, prompt)
+        wait_until(lambda: service.figures().traces.get("written") == 1)
+    policy = Longest(wanted=FORMER)
     with serving(tiny_target_dir, tmp_path, policy) as service:
-        alone = accepted(service, "alone")
+        swapped(service, tmp_path, noisy)
+        swapped(service, tmp_path, lambda tensors: tensors)
+        ask(service, "by version 1", 80, prompt)
+        policy.wanted = NEWEST
+        for number in range(3):
+            ask(service, str(number), 80)  # so that the newest version is not given up
         swapped(service, tmp_path, noisy)
         policy.wanted = FORMER
-        ask(service, "rows of version 0 in the slot", 120)
-        swapped(service, tmp_path, lambda tensors: tensors)
-        swapped(service, tmp_path, noisy)
-        assert service.figures().versions == {NEWEST: 3, FORMER: 2}
-        assert accepted(service, "beside") == alone
+        assert versions(service) == {NEWEST: 3, FORMER: 2}
+        ask(service, "by version 2", 80, prompt)  # with the weights of version 0
+        wait_until(lambda: service.figures().traces.get("written") == 5)
+    drafts = {
+        trace.request_id: {
+            one.anchor: one.draft_ids for one in trace.rounds if len(one.draft_ids) == 3
+        }
+        for folder in (own, tmp_path)
+        for trace in TraceReader(open_backend("log:", folder)).read(10)
+    }
+    first, other, again = (drafts[x] for x in ("alone", "by version 1", "by version 2"))
+    common = first.keys() & other.keys() & again.keys()
+    assert len(common) > 20
+    assert all(first[at] == again[at] for at in common)
+    assert any(first[at] != other[at] for at in common)
 
 
 def test_a_version_rolled_back_by_order_drafts_no_more_and_the_next_one_has_a_former(
