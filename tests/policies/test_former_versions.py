@@ -49,7 +49,7 @@ def swap(simulated, newest, former):
 
 def used(simulated, world, steps):
     """How many requests each drafted for."""
-    counts = Counter()
+    counts = Counter[str]()
 
     def count(decision, rows):
         counts.update(rows.drafters or [decision.drafter] * len(rows))
@@ -131,7 +131,7 @@ def test_propensities_say_how_likely_either_version_was():
     swap(simulated, 1, 0)
     policy = simulated.policy
     seen = StepObs(0, 4, bytes((8,)) * 4, None, (NEWEST, FORMER, BOTH), 8, 0)
-    counts, claimed = Counter(), {}
+    counts, claimed = Counter[tuple[str, int]](), {}
     for number in range(3000):
         policy._stretch = None  # each decision begins a stretch
         plan = policy.plan(replace(seen, step=number))

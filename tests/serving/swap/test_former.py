@@ -14,7 +14,8 @@ from buffer.backends import open_backend
 from buffer.traces import TraceReader
 from configs.choices import SettingsError
 from configs.schema import DrafterSettings, Settings
-from drafters.catalog import chosen, mixes
+from drafters.catalog import chosen, former_name, mixes
+from drafters.trainable import learning_kinds
 from oracles.engines import RandomPolicy
 from policies.interface import Decision
 from serving.build import build_service
@@ -255,6 +256,19 @@ def test_a_restart_finds_the_newest_version_and_its_parent(tiny_target_dir, tmp_
     with serving(tiny_target_dir, tmp_path, Choosing(), former=False) as service:
         assert ask(service, "without", 40).token_ids == want
         assert set(service.engine.drafting.neural) == {NEWEST}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in learning_kinds() if kind != NEWEST])
+def test_any_drafter_that_learns_can_have_one(kind, tiny_target_dir, tmp_path):
+    with serving(tiny_target_dir, tmp_path, RandomPolicy(), kind=kind) as service:
+        want = ask(service, "want", 40, max_draft=0).token_ids
+        swapped(service, tmp_path)
+        answers = [ask(service, str(number), 40) for number in range(3)]
+        assert [answer.token_ids for answer in answers] == [want] * 3
+        assert versions(service) == {kind: 1, former_name(kind): 0}
+        counts = service.figures().drafters
+        assert counts[kind].rounds > 0 and counts[former_name(kind)].rounds > 0
+        assert service.figures().policy_failures == 0
 
 
 def test_settings_that_leave_nothing_to_choose_are_refused():
