@@ -108,7 +108,8 @@ class Drafting:
         self.on_request = frozenset(on_request)
         self._resting = {k for k, rows in self.neural.items() if rows.traits.former_of is not None}
         """Drafters that may not draft now: those with a former version while there is none."""
-        self._ordinary, self._offers = self._made_offers()
+        self._offers = self._first_offers()
+        """By what requests choose; under ``None`` that of those that do not."""
         self._ranking = _Ranking(hosts)
         self.grouping = Grouping()
         self._num_choosing = 0
@@ -157,12 +158,11 @@ class Drafting:
         """Let a drafter, and mixes with it, draft for no request from now on, or again. Rows of its
         drafts under way are committed as usual. Called between two steps."""
         (self._resting.add if rests else self._resting.discard)(kind)
-        self._ordinary, self._offers = self._made_offers()
+        self._offers = self._first_offers()
 
-    def _made_offers(self) -> tuple[_Offer, dict[frozenset[str], _Offer]]:
-        """For requests that choose no drafters, and none yet for those that do."""
+    def _first_offers(self) -> dict[frozenset[str] | None, _Offer]:
         kinds = {*self.hosts, *self.neural, *self.texts}
-        return self._offer_of(kinds - self.on_request), {}
+        return {None: self._offer_of(kinds - self.on_request)}
 
     def choice(self, batch: list[Sequence]) -> frozenset[str] | None:
         """Kinds that all requests of a batch allow; ``None`` if no request chooses. Requests that
@@ -173,16 +173,16 @@ class Drafting:
         chosen = set(choices)  # few are different; a set knows its hash
         if chosen <= {None}:
             return None
-        every = frozenset(self._ordinary.kinds)
+        every = frozenset(self._offers[None].kinds)
         allowed = [every if choice is None else choice for choice in chosen]
         return allowed[0] if len(allowed) == 1 else frozenset.intersection(*allowed)
 
     def _offer(self, choice: frozenset[str] | None) -> _Offer:
-        if choice is None:
-            return self._ordinary
-        if choice not in self._offers:
-            self._offers[choice] = self._offer_of(choice)
-        return self._offers[choice]
+        found = self._offers.get(choice)
+        if found is None:
+            assert choice is not None, "the first one is that of requests that do not choose"
+            found = self._offers[choice] = self._offer_of(choice)
+        return found
 
     def _offer_of(self, kinds: Collection[str]) -> _Offer:
         kinds = frozenset(kinds) - self._resting
@@ -278,7 +278,7 @@ class Drafting:
             if self._num_choosing:
                 follow = [drafter in self._following(sequence) for sequence in batch]
                 drafter.extend(list(compress(keys, follow)), list(compress(news, follow)))
-            elif drafter in self._ordinary.hosts:
+            elif drafter in self._offers[None].hosts:
                 drafter.extend(keys, news)
         for sequence, tokens in zip(batch, news, strict=True):
             sequence.num_told += len(tokens)
