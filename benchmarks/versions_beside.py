@@ -326,7 +326,8 @@ def live_rows(found: Sequence[Mapping[str, Any]]) -> Iterator[Row]:
     """The claims about real swaps."""
     for case in dict.fromkeys((one["version"], one["policy"]) for one in found):
         own = [one for one in found if (one["version"], one["policy"]) == case]
-        what = f"bundled target, 4 requests: {case[0]} version under {case[1]}, its predecessor beside it"
+        what = f"bundled target, 4 requests: {case[0]} version under {case[1]}"
+        what += ", its predecessor beside it"
         yield _settled_row(what, case[0], [one["settled"] for one in own])
 
 
