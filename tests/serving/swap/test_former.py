@@ -9,17 +9,24 @@ from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
+from safetensors.torch import load, save
+from transformers import AutoModelForCausalLM
 
 from buffer.backends import open_backend
+from buffer.fingerprint import target_fingerprint
+from buffer.folder_weights import FolderWeights
 from buffer.traces import TraceReader
 from configs.choices import SettingsError
+from configs.policies import HedgeSettings
 from configs.schema import DrafterSettings, Settings
 from drafters.catalog import chosen, former_name, mixes
+from drafters.initial import TargetFacts, made_drafter, new_drafter, publish_initial
 from drafters.trainable import learning_kinds
 from oracles.engines import RandomPolicy
 from policies.interface import Decision
 from serving.build import build_service
 from serving.http.metrics import families
+from tests.serving.swap import test_every_kind as every_kind
 from tests.serving.swap.test_swaps import ask, noisy, publish_next, wait_until
 
 NEWEST, FORMER = "eagle3", "eagle3:former"
@@ -200,6 +207,43 @@ def test_a_version_rolled_back_by_order_drafts_no_more_and_the_next_one_has_a_fo
         ask(service, "three", 40)
         assert versions(service) == {NEWEST: 2, FORMER: 0}
         assert service.figures().policy_failures == 0
+
+
+def test_a_bad_version_is_rolled_back_where_both_draft_in_every_step(tiny_target_dir, tmp_path):
+    """The watch counts rounds of the version that it judges, whoever else drafts."""
+    settings = every_kind.settings_for(tiny_target_dir, tmp_path, NEWEST, "block", None)
+    always_mixed = {"kind": "hedge", "guard": False, "hedge": HedgeSettings(mixing=1.0)}
+    settings = settings.model_copy(
+        update={
+            "drafter": settings.drafter.model_copy(update={"former": True}),
+            "policy": settings.policy.model_copy(update=always_mixed),
+        }
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_target_dir, dtype=torch.float32)
+    fingerprint = target_fingerprint(tiny_target_dir)
+    facts = TargetFacts(model.config, model.lm_head.weight.detach(), fingerprint)
+    manifest, content = made_drafter(NEWEST, facts, new_drafter(settings))
+    right = every_kind.made_right(NEWEST, manifest.drafter_config, load(content), model)
+    publish_initial(FolderWeights(tmp_path / "weights"), manifest, save(right))
+    service = build_service(settings)
+    service.start()
+    try:
+        before = every_kind.ask_all(service)
+        swapped(service, tmp_path, every_kind.negated)
+        answers = []
+        for _ in range(40):
+            answers.append(every_kind.ask_all(service))
+            if service.figures().swaps["rolled_back"]:
+                break
+        counts, status = service.figures().drafters, service.drafter_status()
+    finally:
+        service.stop()
+    assert (status["version"], status["denied"]) == (0, [1]), status["history"]
+    assert counts[FORMER].rounds > 0 and counts[FORMER].accepted > 0.3 * counts[FORMER].tokens
+    for greedy in (0, 3):
+        assert {tuple(found[greedy].token_ids) for found in [before, *answers]} == {
+            tuple(before[0].token_ids)
+        }
 
 
 def test_a_pinned_version_drafts_alone(tiny_target_dir, tmp_path):
