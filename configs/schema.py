@@ -145,6 +145,10 @@ class DrafterSettings(Section):
     mixed: bool = True
     """With ``beside``: also draft for the requests of one step with different neural drafters,
     where that is measurably faster. It doubles or triples the number of programs."""
+    former: bool = False
+    """Keep the version before the newest one as a drafter of its own, ``KIND:former``, once there
+    has been a swap, so that a policy that chooses among drafters, such as ``hedge``, can choose
+    between both on the same traffic. Takes the memory of one more drafter: weights and keys."""
     on_request: tuple[str, ...] | None = None
     """Names in the catalog of drafters that draft only for requests that name them in
     ``speculation.drafters``. With a list, even an empty one, requests may choose their drafters;

@@ -53,6 +53,7 @@ class _Traits:
     picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)
     prior_draft_cost: float = 0.05
+    former_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

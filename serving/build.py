@@ -23,7 +23,7 @@ from configs.ahead import Ahead
 from configs.capture import CaptureSettings
 from configs.phases import timed
 from configs.schema import Settings
-from drafters.catalog import chosen, kind_of, mixes, on_request, placed
+from drafters.catalog import base_of, chosen, kind_of, mixes, on_request, placed
 from drafters.initial import TargetFacts
 from drafters.protocol import (
     DrafterContext,
@@ -320,7 +320,8 @@ def _make_drafters(
 
 
 def _weights_of(kind: str, learning: Learning) -> Weights | None:
-    return learning[kind].weights if kind in learning else None
+    first = learning.get(base_of(kind))
+    return None if first is None else first.weights
 
 
 def _service(

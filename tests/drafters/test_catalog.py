@@ -65,6 +65,8 @@ def test_the_index_mixes_by_itself_where_it_looks_on_the_device():
     assert mixes(settings_with(suffix={"enabled": False}), on_gpu=True) == {}
     assert mixes(settings_with(kind="none"), on_gpu=True) == {}
     assert mixes(settings_with(), on_gpu=True, are_cut=True) == {}
+    # The drafter alone is what its former version is held against.
+    assert list(mixes(settings_with(former=True), on_gpu=True)) == ["eagle3+eagle3:former"]
     assert len(mixes(settings_with(suffix={"mixed": True}), on_gpu=True, are_cut=True)) == 1
 
 
