@@ -65,12 +65,11 @@ from serving.service import Service
 from specops import allocation
 from trainer.ltd import (
     FullInformation,
-    Ppo,
     fit_full_information,
-    fit_ppo,
     judge_network,
     split,
 )
+from trainer.ppo import Ppo, fit_ppo
 
 SOURCE = "python -m benchmarks.policies"
 DOMAINS: tuple[corpus.Domain, ...] = ("python", "docs", "c")

@@ -180,6 +180,12 @@ def _training(settings: Settings) -> Iterator[str]:
             f"trainer.deepspeed.stage {trainer.deepspeed.stage} divides AdamW alone, and "
             f"trainer.optimizer is {trainer.optimizer!r}; set it to 'adamw', or the stage to 0"
         )
+    fitting = trainer.policy
+    if fitting.least_steps > fitting.most_steps:
+        yield (
+            f"trainer.policy.least_steps {fitting.least_steps} is more than "
+            f"trainer.policy.most_steps {fitting.most_steps}: no policy would ever be fitted"
+        )
 
 
 def _is_loopback(host: str) -> bool:

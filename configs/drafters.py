@@ -32,9 +32,10 @@ class SuffixSettings(Section):
     """Shortest suffix of the request to look up, in tokens."""
     max_match: int = Field(12, ge=1)
     """Longest suffix to look up, in tokens."""
-    mixed: bool = False
+    mixed: bool | None = None
     """Let the index draft for some requests of a step in which neural drafters draft for others: on
-    the host as the policy picks, on the device where it is sure of its match."""
+    the host as the policy picks, on the device where it is sure of its match. ``None``: where it
+    looks on the device and the policy has no drafts cut."""
     place: Literal["auto", "host", "device"] = "auto"
     """Where it looks: ``device``: in a round's program, so that rounds need not wait for the host;
     ``host``: before a round is launched, by kinds of matches whose worth the policy learns;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -88,12 +88,21 @@ class HedgeSettings(Section):
     """Steps of a drafter after which its acceptance counts half."""
 
 
+SizeUse = Literal["off", "play", "note"]
+
+
 class LtdSettings(Section):
     """The policy ``ltd`` (Learning to Draft)."""
 
     weights: Path | None = None
     """safetensors file of a policy, as ``trainer policy`` writes it. ``None``: the one that comes
-    with the drafter's version; until there is one, the server decodes plainly."""
+    with the drafter's version; until there is one, K is the one that promises most tokens per
+    second by the acceptance of late."""
+    size: SizeUse = "play"
+    """Share of the draft tokens that is verified, where the policy has a network for it. ``play``:
+    that network decides; on a GPU programs that cut drafts are made at start-up, unless ``weights``
+    is a file without it. ``note``: as ``play``, and traces keep the drafter's figures of every
+    draft, to which such a network can be fitted. ``off``: everything is verified."""
 
 
 class CuttingSettings(Section):
@@ -138,7 +147,7 @@ class SpecDecPpSettings(Section):
 
     weights: Path | None = None
     """safetensors file of a head, as ``trainer policy --method specdecpp`` writes it. ``None``: the
-    one that comes with the drafter's version; until there is one, the server decodes plainly."""
+    one that comes with the drafter's version; until there is one, drafts are not cut."""
     most_risk: float = Field(0.3, gt=0, lt=1)
     """A draft ends before the predicted probability that a token of it is rejected gets larger."""
 

@@ -13,6 +13,7 @@ from pydantic import Field
 from configs.burst import BurstSettings
 from configs.capture import CaptureSettings
 from configs.drafters import BesideSettings, SuffixSettings
+from configs.fitting import FittingSettings
 from configs.launch import LaunchSettings
 from configs.policies import (
     AdaEdlSettings,
@@ -144,6 +145,10 @@ class DrafterSettings(Section):
     mixed: bool = True
     """With ``beside``: also draft for the requests of one step with different neural drafters,
     where that is measurably faster. It doubles or triples the number of programs."""
+    former: bool = False
+    """Keep the version before the newest one as a drafter of its own, ``KIND:former``, once there
+    has been a swap, so that a policy that chooses among drafters, such as ``hedge``, can choose
+    between both on the same traffic. Takes the memory of one more drafter: weights and keys."""
     on_request: tuple[str, ...] | None = None
     """Names in the catalog of drafters that draft only for requests that name them in
     ``speculation.drafters``. With a list, even an empty one, requests may choose their drafters;
@@ -365,10 +370,12 @@ class TrainerSettings(Section):
     updates have risen by what the last candidate lacked. 0: by the number of updates alone."""
     gate_margin: float = Field(1.005, gt=0)
     """Ratio of simulated tokens_per_step, candidate to last published version, required to
-    publish. At 1, being equal is not enough."""
+    publish; for a fitted network of ``ltd``, of its speed to that of what is in force. At 1, being
+    equal is not enough."""
     gate_confidence: float = Field(0.9, ge=0.5, lt=1)
     """Probability with which a candidate must be no worse than the last published version, judged
     by how much the gain differs between held-out traces. 0.5: only the estimate counts."""
+    policy: FittingSettings = FittingSettings()
     cool_down_s: float = Field(30.0, ge=0)
     """Seconds after a roll-back in which no candidate is judged; learning goes on."""
     learn: Literal["always", "on_drift"] = "always"

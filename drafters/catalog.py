@@ -10,14 +10,14 @@ This module imports no torch at run time: a command that only asks which kinds e
 from __future__ import annotations
 
 import pkgutil
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from configs.choices import SettingsError, known
 from configs.schema import DrafterSettings
 
 if TYPE_CHECKING:
-    from drafters.protocol import DrafterKind
+    from drafters.protocol import DrafterContext, DrafterKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +56,37 @@ _BESIDE = "suffix"
 JOINED = "+"
 """Between the kinds of drafters that draft in one round, in the name of their mix."""
 
+_FORMER = ":former"
+"""Behind the kind of a drafter that learns: the one with its version before the newest."""
+
+
+def former_name(kind: str) -> str:
+    """Name of the drafter that has the former version of one that learns."""
+    return kind + _FORMER
+
+
+def base_of(name: str) -> str:
+    """The kind in the catalog of a drafter of a server: of a former version, the drafter's."""
+    return name.removesuffix(_FORMER)
+
 
 def kind_of(name: str) -> DrafterKind:
-    """The ``DrafterKind`` of a kind in the catalog."""
-    kind: DrafterKind = pkgutil.resolve_name(CATALOG[name].kind)
-    return kind
+    """The ``DrafterKind`` of a kind in the catalog, or of a former version of one."""
+    base = base_of(name)
+    kind: DrafterKind = pkgutil.resolve_name(CATALOG[base].kind)
+    return kind if base == name else _as_former(kind, name, base)
+
+
+def _as_former(kind: DrafterKind, name: str, base: str) -> DrafterKind:
+    """The same drafter under another name, whose weights are none that a trainer updates."""
+    traits = replace(kind.traits, learns=False, former_of=base)
+
+    def build(context: DrafterContext) -> Any:
+        made: Any = kind.build(context)
+        made.kind, made.traits = name, traits
+        return made
+
+    return replace(kind, traits=traits, build=build)
 
 
 def placed(name: str, settings: DrafterSettings, *, on_gpu: bool) -> DrafterKind:
@@ -80,7 +106,8 @@ def chosen(settings: DrafterSettings) -> tuple[str, ...]:
 
     Raises:
         SettingsError: ``drafter.kind``, ``drafter.beside`` or ``drafter.on_request`` names a kind
-            that is not in the catalog, or ``drafter.beside`` one that is not neural.
+            that is not in the catalog, or ``drafter.beside`` one that is not neural; or
+            ``drafter.former`` asks for versions of a drafter that has none.
     """
     return (*_ordinary(settings), *on_request(settings))
 
@@ -102,9 +129,21 @@ def _ordinary(settings: DrafterSettings) -> tuple[str, ...]:
     known("drafter.kind", settings.kind, (*CATALOG, NONE))
     if settings.kind == NONE:
         return ()
-    neural = (settings.kind, *_beside(settings))
+    neural = (settings.kind, *_beside(settings), *_former(settings))
     has_beside = settings.suffix.enabled and settings.kind != _BESIDE
     return (*neural, _BESIDE) if has_beside else neural
+
+
+def _former(settings: DrafterSettings) -> tuple[str, ...]:
+    """The former version of the main drafter, if it is kept."""
+    if not settings.former:
+        return ()
+    if CATALOG[settings.kind].trainable is None:
+        raise SettingsError(
+            f"drafter.former keeps the version before the newest, but {settings.kind!r} does not "
+            f"learn; set it to false"
+        )
+    return (former_name(settings.kind),)
 
 
 def _beside(settings: DrafterSettings) -> tuple[str, ...]:
@@ -120,19 +159,35 @@ def _beside(settings: DrafterSettings) -> tuple[str, ...]:
     return kinds
 
 
-def mixes(settings: DrafterSettings, *, on_gpu: bool) -> dict[str, tuple[str, ...]]:
+def mixes(
+    settings: DrafterSettings, *, on_gpu: bool, are_cut: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Name -> kinds of the drafters that may draft in one round, each for some requests; neural
     ones first. An index on the device drafts with the main drafter alone.
 
     Args:
         on_gpu: see ``placed``.
+        are_cut: the policy has drafts cut, which those of a mix never are: the index mixes with
+            others only if that is asked for.
+
+    Raises:
+        SettingsError: ``drafter.former`` with such a mix, in which the main drafter alone drafts.
     """
-    neural = (settings.kind, *_beside(settings))
+    neural, former = (settings.kind, *_beside(settings)), _former(settings)
     found = [neural] if settings.mixed and len(neural) > 1 else []
+    if settings.mixed and former:  # beside the one without it: there may be no former version yet
+        found.append((*neural, *former))
     has_both = _BESIDE in _ordinary(settings)[1:] and kind_of(settings.kind).traits.on_device
-    if settings.suffix.mixed and has_both:
+    if has_both and settings.suffix.mixed is not False:
         picks_itself = placed(_BESIDE, settings, on_gpu=on_gpu).traits.picks_itself
-        found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
+        wanted = settings.suffix.mixed
+        if wanted and picks_itself and former:
+            raise SettingsError(
+                "drafter.former needs rounds of the drafter alone, but with drafter.suffix.mixed "
+                "on the device it drafts with the index only; set one of them to false"
+            )
+        if wanted or (picks_itself and not are_cut and not former):
+            found.append((*(neural[:1] if picks_itself else neural), _BESIDE))
     return mixes_of(*found)
 
 

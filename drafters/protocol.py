@@ -50,6 +50,14 @@ class Traits:
     """Prior seconds to draft one token, as a share of a plain decoding step."""
     match_kinds: tuple[str, ...] = ()
     """Names of the kinds of match, for readers; empty if there is one prior."""
+    former_of: str | None = None
+    """Kind of the drafter that learns whose version before the newest it has, and that it drafts
+    with as long as there is one; ``None``: its weights are its own, or it has none."""
+
+    @property
+    def has_versions(self) -> bool:
+        """Its rounds say something about published weights."""
+        return self.learns or self.former_of is not None
 
 
 class Drafter(Protocol):

@@ -38,5 +38,5 @@ def settings_of(settings: Settings, kind: str) -> Settings:
     drafter = settings.drafter
     named = (one for one in drafter.beside if one.kind == kind)
     own = next(named, BesideSettings(kind=kind))
-    alone = drafter.model_copy(update={**dict(own), "beside": ()})
+    alone = drafter.model_copy(update={**dict(own), "beside": (), "former": False})
     return settings.model_copy(update={"drafter": alone})

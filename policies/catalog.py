@@ -63,12 +63,26 @@ def check_policy(settings: PolicySettings) -> None:
 
 def cuts_of(settings: PolicySettings) -> tuple[Cut, ...]:
     """Ways in which the configured kind lets the device cut drafts, for which programs are made at
-    start-up: ``device_cuts`` of its class; none for most.
+    start-up: ``device_cuts`` of its class, or what its classmethod ``cuts_by`` says; none for most.
 
     Raises:
-        SettingsError: ``policy.kind`` is not in the catalog.
+        SettingsError: ``policy.kind`` is not in the catalog, or a file that it names cannot be
+            used.
     """
-    return tuple(getattr(policy_class(settings), "device_cuts", ()))
+    found = policy_class(settings)
+    by_settings = getattr(found, "cuts_by", None)
+    return tuple(
+        getattr(found, "device_cuts", ()) if by_settings is None else by_settings(settings)
+    )
+
+
+def uncut(settings: PolicySettings) -> PolicySettings | None:
+    """Settings with which the configured kind cuts nothing, by the classmethod ``uncut`` of its
+    class; ``None``: it always does."""
+    found = getattr(policy_class(settings), "uncut", None)
+    if not cuts_of(settings):
+        return settings
+    return None if found is None else found(settings)
 
 
 def build_policy(

@@ -144,7 +144,8 @@ def table(found: Evaluation) -> Iterator[str]:
     yield ""
     yield (
         "regret: against the best fixed K of each load in hindsight, and the oracle of each "
-        "round. headroom: share of the gap between both that is closed. by hazards: share of the "
+        "round. headroom: share of the gap between both that is closed. verified: share of the "
+        "draft tokens that the device leaves to be verified. by hazards: share of the "
         "tokens that is extrapolated, because K was longer than the one that ran. off-policy: "
         "doubly robust, from the steps in which the log did the same, with 95 % interval."
     )
@@ -167,6 +168,7 @@ _COLUMNS: tuple[tuple[str, int, Callable[[Judged], str]], ...] = (
     ("to oracle", 9, lambda one: _percent(one.regret_oracle)),
     ("headroom", 9, lambda one: _percent(one.headroom)),
     ("mean K", 6, lambda one: f"{one.mean_k:.2f}"),
+    ("verified", 8, lambda one: _percent(one.verified)),
     ("by hazards", 10, lambda one: _percent(one.extrapolated)),
     ("plan p99 us", 11, lambda one: "-" if one.plan_us is None else f"{one.plan_us:.0f}"),
     ("off-policy tokens/s", 26, _off_policy),

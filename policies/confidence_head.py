@@ -70,7 +70,7 @@ class Head:
         Args:
             about: further entries of its metadata.
         """
-        return FILE.to_bytes(self, about)
+        return FILE.to_bytes({name: getattr(self, name) for name in self.__slots__}, about)
 
     def to_text(self) -> str:
         """The same in base64, for the manifest of a bundle."""
@@ -105,3 +105,7 @@ _SHAPES: dict[str, tuple[int, ...]] = {
     "w2": (HIDDEN,),
     "b2": (1,),
 }
+
+
+NO_HEAD = Head(**{name: np.zeros(shape, np.float32) for name, shape in _SHAPES.items()})
+"""Says the same of every position: for steps whose drafts are not cut."""

@@ -88,9 +88,11 @@ class CostTable:
     def samples(self, drafter: str) -> list[CostSample]:
         """The table again, as a profile for a policy that is to be judged by it."""
         return [
-            CostSample(drafter if k else "none", k, int(batch), float(seconds), 0.0)
-            for batch, curve in zip(self._batches, self._curves, strict=True)
-            for k, seconds in enumerate(curve)
+            CostSample(drafter if k else "none", k, int(batch), float(seconds), float(drafting))
+            for batch, curve, shares in zip(
+                self._batches, self._curves, self._drafting, strict=True
+            )
+            for k, (seconds, drafting) in enumerate(zip(curve, shares, strict=True))
         ]
 
     def _at(self, batch: int) -> Floats:

@@ -48,7 +48,8 @@ class CuttingPolicy(LengthPolicy):
 
     @abstractmethod
     def allocation(self) -> Allocation | None:
-        """The cut of the next step, its budget left out; ``None``: decode plainly."""
+        """The cut of the next step, its budget left out; ``None``: decode plainly. A threshold of 0
+        cuts nothing."""
 
     def law(self, batch: int, max_k: int) -> Sequence[float]:
         """Always the same K, as long as there is a rule to cut by."""
@@ -59,13 +60,14 @@ class CuttingPolicy(LengthPolicy):
         """Add the cut, or, in a share of the steps, one that leaves everything."""
         allocation = self.allocation()
         assert allocation is not None, "without a rule K is 0"
-        if self._rng.random() < self._random_share:
-            chance = decision.propensity * self._random_share
+        share = self._random_share if allocation.may_cut else 0.0
+        if self._rng.random() < share:
+            chance = decision.propensity * share
             return replace(
                 decision, propensity=chance, explore=True,
                 allocation=replace(allocation, threshold=0.0),
             )  # fmt: skip
-        chance = decision.propensity * (1 - self._random_share)
+        chance = decision.propensity * (1 - share)
         budget = self._budget_each(batch, decision.draft_k)
         allocation = replace(allocation, budget_each=budget)
         return replace(decision, propensity=chance, allocation=allocation)

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from configs.schema import PolicySettings
-from policies.catalog import CATALOG, build_policy, cuts_of
+from policies.catalog import CATALOG, build_policy, cuts_of, uncut
 from policies.interface import Decision, DraftPolicy, StepObs
 from policies.logged import Floats
 from policies.off_policy import (
@@ -76,6 +76,8 @@ class Judged:
     """Mean over seeds, like all that follows."""
     extrapolated: float
     """Share of its tokens that rests on hazards."""
+    verified: float
+    """Share of its draft tokens that is verified; 1 unless the device cuts drafts."""
     plan_us: float | None
     """99th percentile of ``plan`` in microseconds of the processor; ``None`` for fixed K."""
     off_policy: Estimate | None
@@ -114,13 +116,14 @@ def evaluate(
         if kind == "fixed":
             continue
         own = settings.model_copy(update={"kind": kind, "drafter": log.drafter})
-        if cuts_of(own) and not any(step.has_figures for step in log.steps):
-            continue
+        for name, chosen in _variants(own, log).items():
 
-        def build(seed: int, own: PolicySettings = own) -> DraftPolicy:
-            return build_policy(own, log.traits, seed, log.max_draft)
+            def build(seed: int, own: PolicySettings = chosen) -> DraftPolicy:
+                return build_policy(own, log.traits, seed, log.max_draft)
 
-        judged.append(judge_policy(bench, kind, build, seeds))
+            found = judge_policy(bench, name, build, seeds)
+            if name == kind or found.rate != judged[-1].rate:  # or else nothing was cut
+                judged.append(found)
     oracle = bench.judge("oracle of each round", [bench.oracle_ks], None)
     # It knows what came of the logged steps, so those that it shares are no fair sample.
     judged.append(replace(oracle, off_policy=None))
@@ -137,6 +140,17 @@ def evaluate(
         loads=bench.loads,
         policies=tuple(sorted(judged, key=lambda one: -one.rate)),
     )
+
+
+def _variants(settings: PolicySettings, log: ReplayedLog) -> dict[str, PolicySettings]:
+    """Settings by which a kind is judged on a log, by name: those that are given, and, where they
+    let the device cut drafts of a policy that can do without, the same without cuts."""
+    kind, whole = settings.kind, uncut(settings)
+    if not cuts_of(settings):
+        return {kind: settings}
+    if not any(step.has_figures for step in log.steps):
+        return {} if whole is None else {kind: whole}
+    return {kind: settings} if whole is None else {kind: settings, f"{kind}, K alone": whole}
 
 
 def judge_policy(
@@ -168,6 +182,15 @@ def best_ks(log: ReplayedLog, by: ReplayedLog | None = None) -> Ks:
 def rate_of(log: ReplayedLog, ks: Ks) -> float:
     """Tokens per second over all loads, for the tokens that the log has."""
     return _Bench.of(log).rate(ks)
+
+
+def speed_of(log: ReplayedLog, tokens: Floats, seconds: Floats) -> float:
+    """Tokens per second over all loads, for the tokens that the log has.
+
+    Args:
+        tokens, seconds: [S] of each step.
+    """
+    return _Bench.of(log).speed(tokens, seconds)
 
 
 def _all_ks(log: ReplayedLog) -> range:
@@ -231,9 +254,10 @@ class _Bench:
     def rate(self, ks: Ks) -> float:
         """Tokens per second over all loads."""
         at = np.arange(len(ks))
-        return self._rate(self.log.tokens[at, ks], self.log.seconds[at, ks])
+        return self.speed(self.log.tokens[at, ks], self.log.seconds[at, ks])
 
-    def _rate(self, tokens: Floats, seconds: Floats) -> float:
+    def speed(self, tokens: Floats, seconds: Floats) -> float:
+        """Tokens per second over all loads."""
         log, rates = self.log, {}
         for load in self.loads:
             rows = log.sizes == load.smallest_batch.bit_length() - 1
@@ -266,7 +290,7 @@ class _Bench:
         """
         runs = played or [Played(ks, {}) for ks in ks_of]
         columns = [run.columns(self.log) for run in runs]
-        rate = float(np.mean([self._rate(tokens, seconds) for tokens, _, seconds in columns]))
+        rate = float(np.mean([self.speed(tokens, seconds) for tokens, _, seconds in columns]))
         best = self._joined({load.smallest_batch: load.best_rate for load in self.loads})
         oracle = self._joined({load.smallest_batch: load.oracle_rate for load in self.loads})
         plain = self._joined({load.smallest_batch: load.plain_rate for load in self.loads})
@@ -282,25 +306,26 @@ class _Bench:
             headroom=(rate - best) / gap if gap > 1e-9 * best else None,
             mean_k=float(np.mean([ks.mean() for ks in ks_of])),
             extrapolated=float(np.mean([guess.sum() / all.sum() for all, guess, _ in columns])),
+            verified=float(np.mean([run.verified for run in runs])),
             plan_us=plan_us,
             off_policy=None if is_cut else mean_of([off_policy_rate(self.log, ks) for ks in ks_of]),
         )
 
 
 def off_policy_rate(log: ReplayedLog, ks: Ks) -> Estimate | None:
-    """Tokens per second of these decisions, see ``_sampled_rate``; ``None`` if the log has no step
+    """Tokens per second of these decisions, see ``sampled_rate``; ``None`` if the log has no step
     in common with them, or too few."""
-    found = _sampled_rate(log, ks)
+    found = sampled_rate(log, ks)
     return None if found is None else found.estimate()
 
 
 def off_policy_gain(log: ReplayedLog, ks: Ks, others: Ks) -> Estimate | None:
     """Speed of some decisions over that of others; ``None`` if that of one of them is not known."""
-    ours, theirs = _sampled_rate(log, ks), _sampled_rate(log, others)
+    ours, theirs = sampled_rate(log, ks), sampled_rate(log, others)
     return None if ours is None or theirs is None else ours.over(theirs)
 
 
-def _sampled_rate(log: ReplayedLog, ks: Ks) -> Sampled | None:
+def sampled_rate(log: ReplayedLog, ks: Ks) -> Sampled | None:
     """Doubly robust tokens per second of these decisions. The model is the replayed log without a
     step's outcome, so it knows loads and hazards alone.
 

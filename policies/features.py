@@ -120,6 +120,19 @@ class Features:
         for j in range(_NUM_RECENT):
             self._recent[j] += _FADE * (self._hazards[j] - self._recent[j])
 
+    def rates(self, shares: Sequence[float]) -> list[float]:
+        """[max_draft + 1] tokens that each K is expected to bring a request, in the time of a plain
+        step: by the hazards of late alone.
+
+        Args:
+            shares: see ``vector``.
+        """
+        tokens, survival = [1.0], 1.0
+        for j in range(len(shares) - 1):
+            survival *= self._hazards[min(j, _NUM_HAZARDS - 1)]
+            tokens.append(tokens[-1] + survival)
+        return [mean / share for mean, share in zip(tokens, shares, strict=True)]
+
     def vector(
         self,
         batch: int,

@@ -15,8 +15,12 @@ and take the place of all other exploring: full information, for as many request
 
 A version is an expert's life. New weights start with the mean of all experts' weights and with the
 acceptance that was published with them; a version that comes back, in a rollback, finds the weight
-and the acceptance it left with. Within an expert K is the one with the most expected tokens per
-time, by Kaplan-Meier hazards whose counts fade; in a share of the steps any K runs.
+and the acceptance it left with. So does one that goes on as the former version of its drafter:
+where a server keeps that as a drafter of its own, this is a hedge over versions, and one that is
+worse than its predecessor is left within a few stretches.
+
+Within an expert K is the one with the most expected tokens per time, by Kaplan-Meier hazards whose
+counts fade; in a share of the steps any K runs.
 
 Source: HedgeSpec (arXiv:2510.20064) hedges over drafters with full information from the verified
 text, which needs every drafter to compute every request's rows; here only mixed steps do.
@@ -27,8 +31,8 @@ from __future__ import annotations
 import math
 import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 from configs.policies import HedgeSettings
@@ -37,6 +41,7 @@ from policies.calibration import Calibration
 from policies.interface import CostSample, Decision, Outcome, Pick, PolicyContext, StepObs
 from policies.lengths import spread
 from policies.live_costs import LiveCosts
+from policies.picks import picked_mixes
 from policies.versions import remember
 
 _PRIOR_KEPT, _PRIOR_ROUNDS = 1.2, 2.0
@@ -45,6 +50,9 @@ _PUBLISHED_ROUNDS = 16.0
 """Rounds that a published acceptance counts for."""
 _MOST_WEIGHT = 4.0
 """Largest weight of what was heard against what was expected."""
+_LOST_WORTH, _LEAST_STEPS = 0.8, 3
+"""A stretch ends early, after so many steps, if one of its experts is worth less than this share of
+the best one: nobody has to hear a random drafter for a whole stretch."""
 
 
 @dataclass(slots=True)
@@ -90,9 +98,9 @@ class _Expert:
 
     costs: LiveCosts
     life: _Life
+    known: dict[int, _Life]
+    """All versions, the one in force too. The same for a drafter and for its former version."""
     version: int | None = None
-    former: dict[int, _Life] = field(default_factory=dict)
-    """Versions that left."""
 
     def best_k(self, batch: int, max_k: int) -> int:
         """The K >= 1 with the most tokens per time."""
@@ -134,15 +142,20 @@ class HedgePolicy:
         self._own, self._random_share = own, random_share
         self._max_draft = context.max_draft
         on_device = [kind for kind, traits in context.drafters.items() if traits.on_device]
+        known: dict[str, dict[int, _Life]] = {}
         self._experts = {
             kind: _Expert(
                 LiveCosts(context.drafters, kind, context.max_draft),
                 _Life.of((), context.max_draft),
+                known.setdefault(context.drafters[kind].former_of or kind, {}),
             )
             for kind in on_device or context.drafters
         }
+        self._ready = tuple(self._experts)
+        """Those that could draft when this was asked last."""
         everyone = set(self._experts)
-        self._mix = next((name for name, of in context.mixes.items() if set(of) == everyone), None)
+        mixes = picked_mixes(context.drafters, context.mixes)
+        self._mix = next((name for name, of in mixes.items() if set(of) == everyone), None)
         """The mix that all experts draft in."""
         self._stretch: _Stretch | None = None
         self._rng = random.Random(context.seed)
@@ -174,6 +187,7 @@ class HedgePolicy:
         ready = [kind for kind in self._experts if kind in obs.drafters]
         if not ready or not max_k:
             return self._plain(1.0)
+        self._ready = tuple(ready)
         stretch, begins = self._stretch, False
         if stretch is None or not stretch.left or stretch.drafter not in obs.drafters:
             stretch, begins = self._drawn(ready, obs), True
@@ -264,21 +278,31 @@ class HedgePolicy:
             own: rounds of each expert that drafted.
             chance: probability with which these experts were heard.
         """
-        worth = {kind: one.worth(batch, self._max_draft) for kind, one in self._experts.items()}
+        experts = {kind: self._experts[kind] for kind in self._ready}
+        worth = {kind: one.worth(batch, self._max_draft) for kind, one in experts.items()}
         best = max(worth.values())
-        for kind, expert in self._experts.items():
+        for kind, expert in experts.items():
             loss = expected = 1 - worth[kind] / best
             if rounds := own.get(kind):
                 tokens = 1 + sum(kept for _, kept in rounds) / len(rounds)
                 heard = 1 - tokens / expert.costs.shares(batch)[k] / best
                 loss += min(1 / chance, _MOST_WEIGHT) * (heard - expected)
             expert.life.log_weight -= self._own.rate * loss
-        lives = [expert.life for expert in self._experts.values()]
+        if any(worth.get(kind, best) < _LOST_WORTH * best for kind in own):
+            self._cut_stretch(own)
+        lives = [expert.life for expert in experts.values()]
         highest = max(life.log_weight for life in lives)
         raw = [math.exp(life.log_weight - highest) for life in lives]
         shared = self._own.share * sum(raw) / len(raw)
         for life, weight in zip(lives, raw, strict=True):
             life.log_weight = math.log(weight + shared)
+
+    def _cut_stretch(self, own: Collection[str]) -> None:
+        """End the stretch under way early, if it is the one that these experts draft in."""
+        stretch = self._stretch
+        if stretch is not None and (stretch.drafter in own or len(own) > 1):
+            due = max(_LEAST_STEPS - self._own.stretch_steps + stretch.left, 0)
+            self._stretch = stretch._replace(left=min(stretch.left, due))
 
     def on_swap(self, drafter: str, version: int, calibration: dict[str, Any]) -> None:
         """A version leaves with what it has shown, and the next one begins, or goes on."""
@@ -286,18 +310,16 @@ class HedgePolicy:
         if expert is None:
             return
         self._stretch = None
-        if expert.version is not None:
-            remember(expert.former, expert.version, expert.life)
-        expert.version = version
-        known = expert.former.get(version)
-        if known is None:
-            known = _Life.of(Calibration.of(calibration).acceptance, self._max_draft)
+        life = expert.known.get(version)
+        if life is None:
+            life = _Life.of(Calibration.of(calibration).acceptance, self._max_draft)
             weights = [math.exp(one.life.log_weight) for one in self._experts.values()]
-            known.log_weight = math.log(sum(weights) / len(weights))
-        expert.life = known
+            life.log_weight = math.log(sum(weights) / len(weights))
+        remember(expert.known, version, life)
+        expert.version, expert.life = version, life
 
     def figures(self) -> dict[str, Any]:
-        """JSON-ready: weights, expected tokens of a whole draft, and steps by drafter."""
+        """JSON-ready: weights, versions, expected tokens of a whole draft, steps by drafter."""
         kinds = list(self._experts)
         return {
             "kind": self.kind,
@@ -307,6 +329,9 @@ class HedgePolicy:
             },
             "tokens": {
                 kind: round(one.life.tokens()[-1], 3) for kind, one in self._experts.items()
+            },
+            "versions": {
+                kind: one.version for kind, one in self._experts.items() if one.version is not None
             },
             "decisions": dict(self._counts),
         }

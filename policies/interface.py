@@ -59,6 +59,12 @@ class DrafterTraits(Protocol):
         ...
 
     @property
+    def former_of(self) -> str | None:
+        """Kind of the drafter whose version before the newest it has, while there is one; ``None``:
+        it is a drafter of its own."""
+        ...
+
+    @property
     def prior_acceptance(self) -> tuple[float, ...]:
         """Acceptance of the first draft token before anything is measured: one value, or one for
         each kind of match, the first of them for no match."""
@@ -144,7 +150,8 @@ class StepObs:
     numbers the kinds, as in its ``prior_acceptance``."""
     drafters: tuple[str, ...]
     """Kinds of the drafters that can propose now, and mixes; where nobody looked, none with
-    ``needs_match``, and no mix with such a drafter."""
+    ``needs_match``, and no mix with such a drafter. One with a former version can while there is
+    one."""
     max_draft: int
     """Largest K the engine can run."""
     version: int

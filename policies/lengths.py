@@ -17,15 +17,19 @@ from typing import Any, ClassVar, NamedTuple
 from policies.interface import CostSample, Decision, Outcome, PolicyContext, StepObs
 from policies.live_costs import LiveCosts
 
+_NOTHING: Mapping[str, float] = {}
+
 
 class Law(NamedTuple):
     """The note of a decision: what K was drawn from."""
 
     chances: Sequence[float]
     """[max_k + 1] probability of K = 0, 1, ... max_k."""
+    noted: Mapping[str, float] = _NOTHING
+    """What traces keep of what the policy decided besides K."""
 
     def columns(self) -> Mapping[str, float]:
-        return {}
+        return self.noted
 
 
 def spread(best: int, max_k: int, share: float) -> list[float]:

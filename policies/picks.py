@@ -51,6 +51,7 @@ class MixTraits:
     on_device: bool = True
     needs_match: bool = False
     picks_itself: bool = False
+    former_of: str | None = None
 
 
 def picked_mixes(

@@ -20,6 +20,11 @@ T = TypeVar("T")
 _DRAFTER, _OLDEST, _NEWEST = "drafter", "oldest_version", "newest_version"
 
 
+def networks_of(calibration: Mapping[str, Any]) -> dict[str, str]:
+    """The networks that came with a version: all of its calibration that is text."""
+    return {key: value for key, value in calibration.items() if isinstance(value, str)}
+
+
 @dataclass(frozen=True, slots=True)
 class Origin:
     """The traces that a network was fitted to."""

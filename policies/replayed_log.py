@@ -53,6 +53,7 @@ class _Traits:
     picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)
     prior_draft_cost: float = 0.05
+    former_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -205,6 +206,8 @@ class Played:
     cuts: dict[int, tuple[float, float, float]] = field(default_factory=dict)
     """Number of a step whose drafts were cut -> tokens of the whole batch, those of them that rest
     on hazards, and seconds."""
+    verified: float = 1.0
+    """Share of the draft tokens that is verified; 1 where nothing is drafted."""
 
     @property
     def is_cut(self) -> bool:
@@ -229,6 +232,7 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
     ks = np.zeros(len(log.steps), np.int64)
     version = None
     cuts: dict[int, tuple[float, float, float]] = {}
+    num_drafted = num_verified = 0
     for at, step in enumerate(log.steps):
         if version is not None and step.version != version:
             policy.on_swap(log.drafter, step.version, {})
@@ -236,12 +240,14 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
         decision = _decided(policy, at, step, log)
         k = ks[at] = decision.draft_k
         verified, accepted = log.outcome(at, int(k), rng)
+        num_drafted += sum(verified)
         seconds = float(log.seconds[at, k])
         if decision.allocation is not None and decision.allocation.may_cut and step.has_figures:
             verified = log.lengths(at, decision)
             accepted = list(map(min, accepted, verified))
             cuts[at] = found = _cut(log, at, decision, verified)
             seconds = found[2]
+        num_verified += sum(verified)
         step_s = seconds * haste[at]
         policy.observe(
             Outcome(
@@ -255,7 +261,8 @@ def play(policy: DraftPolicy, log: ReplayedLog, seed: int = 0) -> Played:
                 context=step.context,
             )
         )
-    return Played(ks, policy.figures(), cuts)
+    share = num_verified / num_drafted if num_drafted else 1.0
+    return Played(ks, policy.figures(), cuts, share)
 
 
 def _cut(

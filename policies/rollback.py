@@ -80,8 +80,8 @@ class Action(Enum):
 
 
 @dataclass(slots=True)
-class _Block:
-    """The block that is being filled."""
+class Block:
+    """A block of rounds that is being filled."""
 
     tokens: float = 0.0
     num_rounds: int = 0
@@ -107,8 +107,8 @@ class _Block:
 class DraftingShare:
     """Share of the steps of late in which a drafter has drafted."""
 
-    def __init__(self) -> None:
-        self.value = 1.0
+    def __init__(self, value: float = 1.0) -> None:
+        self.value = value
 
     def step(self) -> None:
         """A step begins."""
@@ -141,7 +141,7 @@ class SwapWatch:
         self._new: int | None = None
         self._former: int | None = None
         self._version: int | None = None
-        self._block = _Block()
+        self._block = Block()
         self._recent: deque[float] = deque(maxlen=self._num_blocks)
         self._reference: list[float] = []
         self._trial: list[float] = []
@@ -153,6 +153,11 @@ class SwapWatch:
         """Of ``_suspect``: those before the first trial."""
         self._num_trials = 0
         self._last_verdict: str | None = None
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of a full window."""
+        return self._num_blocks
 
     @property
     def state(self) -> str:
@@ -192,6 +197,28 @@ class SwapWatch:
                 return self._confirm(block)
             case _:
                 return Action.KEEP_GOING
+
+    def renamed(self, version: int, now: int) -> None:
+        """The same weights draft under another number from now on: there is nothing to watch, and
+        nothing to return to. What was seen of them stays.
+
+        Args:
+            version: their number so far; another than the one that is watched is passed over.
+        """
+        if self._version == version:
+            self._state, self._version = "steady", now
+            self._new = self._former = None
+
+    def go_on_from(self, version: int, blocks: Sequence[float]) -> None:
+        """The version that was watched is given up, without a verdict, for one that has drafted
+        beside it: the next one is compared with that.
+
+        Args:
+            blocks: mean tokens_per_step of its last blocks.
+        """
+        self._state = "steady"
+        self._switch_to(version)
+        self._recent.extend(blocks)
 
     def figures(self) -> dict[str, Any]:
         """JSON-ready state."""

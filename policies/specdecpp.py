@@ -3,7 +3,8 @@
 With ``c_j`` the predicted probability that position j is kept if all before it are, a draft ends
 before the first position with ``1 - c_1 c_2 ... c_j > h``. ``trainer policy --method specdecpp``
 fits the network to traces; it comes from ``policy.specdecpp.weights``, or with the drafter's
-version, in the same swap. With a version that brings none, the server decodes plainly.
+version, in the same swap. With a version that brings none, nothing is cut, and the figures that a
+head is fitted to are noted.
 
 Source: Huang et al. 2024, arXiv:2405.19715; what the network sees differs, see
 ``policies.confidence_head``.
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Self
 from configs.policies import CuttingSettings
 from configs.schema import PolicySettings
 from policies.allocation import Allocation, Cut
-from policies.confidence_head import FILE, MAX_BYTES, Head
+from policies.confidence_head import FILE, MAX_BYTES, NO_HEAD, Head
 from policies.cutting import CuttingPolicy
 from policies.interface import PolicyContext
 from policies.lengths import drafter_for
@@ -47,7 +48,7 @@ class SpecDecPpPolicy(CuttingPolicy):
     ) -> None:
         """
         Args:
-            head: ``None``: plain decoding until one is published with a version.
+            head: ``None``: none until one is published with a version.
             takes_published: have those that come with versions instead.
         """
         super().__init__(context, drafter, draft_k, random_share, how)
@@ -87,9 +88,11 @@ class SpecDecPpPolicy(CuttingPolicy):
         )  # fmt: skip
 
     def allocation(self) -> Allocation | None:
-        """The network's cut, once there is one."""
+        """The network's cut, once there is one; before that, drafts are left whole."""
         head = self._published.network
-        return None if head is None else Allocation(self.cut, self._threshold, head=head)
+        if head is None:
+            return Allocation(self.cut, 0.0, head=NO_HEAD)
+        return Allocation(self.cut, self._threshold, head=head)
 
     def forget(self, calibration: dict[str, Any]) -> None:
         """Take the head that comes with the version, if any."""

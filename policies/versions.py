@@ -56,7 +56,9 @@ class VersionMemory:
     def __init__(self, model: AcceptanceModel, drafters: Mapping[str, DrafterTraits]) -> None:
         self._model = model
         self._drafters = drafters
-        self._known: dict[str, dict[int, _Known]] = {kind: {} for kind in drafters}
+        self._line = {kind: traits.former_of or kind for kind, traits in drafters.items()}
+        """Whose versions each drafter has: those of a former version are the drafter's own."""
+        self._known: dict[str, dict[int, _Known]] = {line: {} for line in self._line.values()}
         self._current: dict[str, tuple[int, list[float]]] = {}
         """Version in force and what was published with it, by drafter."""
 
@@ -66,9 +68,13 @@ class VersionMemory:
         Args:
             calibration: see ``DraftPolicy.on_swap``; figures that are malformed are ignored.
         """
-        leaving, read = self._leaves(drafter), Calibration.of(calibration)
+        line, read = self._line[drafter], Calibration.of(calibration)
+        for other in self._current.keys() - {drafter}:
+            if self._line[other] == line:
+                self._leaves(other)  # its version may be the one that comes
+        leaving = self._leaves(drafter)
         self._current[drafter] = (version, read.acceptance)
-        own = self._known[drafter].get(version)
+        own = self._known[line].get(version)
         if own is not None:
             evidence = own.evidence.limited(_KNOWN_WEIGHT)
         else:
@@ -85,13 +91,13 @@ class VersionMemory:
         version, published = self._current.get(drafter, (None, []))
         evidence, hazards = self._model.usual(drafter)
         leaving = _Known(evidence, hazards, published)
-        known = self._known[drafter]
+        known = self._known[self._line[drafter]]
         if version is not None:
             remember(known, version, leaving)
         return leaving
 
     def _first_evidence(self, drafter: str, leaving: _Known, read: Calibration) -> Evidence:
-        known, published = self._known[drafter], read.acceptance
+        known, published = self._known[self._line[drafter]], read.acceptance
         parent = None if read.parent is None else known.get(read.parent)
         if published and parent is not None and read.parent_acceptance:
             evidence = _moved(parent, read.parent_acceptance, published)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from buffer.files import read_regular
-from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, join_tensors, parse_header
+from buffer.tensors import MAX_BUNDLE_HEADER_BYTES, TensorHeader, join_tensors, parse_header
 from configs.choices import SettingsError
 
 Weights = NDArray[np.float32]
@@ -34,45 +34,75 @@ class WeightFile:
     inputs: tuple[str, ...]
     """Names of the network's inputs."""
     max_bytes: int
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Names of the inputs of further networks that a file may hold, by the name of each."""
 
-    def to_bytes(self, weights: Any, about: Mapping[str, str] | None = None) -> bytes:
+    def to_bytes(
+        self,
+        weights: Mapping[str, Weights],
+        about: Mapping[str, str] | None = None,
+        parts: Mapping[str, Mapping[str, Weights]] | None = None,
+    ) -> bytes:
         """A safetensors file.
 
         Args:
-            weights: has one float array in each of its slots.
+            weights: arrays by name.
             about: further entries of the file's metadata.
+            parts: arrays of further networks.
         """
-        tensors = {
-            name: ("F32", np.ascontiguousarray(getattr(weights, name), np.float32))
-            for name in weights.__slots__
-        }
+        tensors = {name: _stored(values) for name, values in weights.items()}
         facts = {"schema": self.schema, "features": ",".join(self.inputs)}
+        for part, own in (parts or {}).items():
+            tensors |= {f"{part}.{name}": _stored(values) for name, values in own.items()}
+            facts[f"{part}_features"] = ",".join(self.parts[part])
         return join_tensors(tensors, {**(about or {}), **facts})
 
-    def read(self, blob: bytes, names: tuple[str, ...]) -> dict[str, Weights]:
+    def has(self, blob: bytes, part: str) -> bool:
+        """Whether a file holds one of the further networks, or anything of it.
+
+        Raises:
+            ValueError: it is no such file.
+        """
+        header = self._header(blob)
+        named = (name.startswith(f"{part}.") for name in header.tensors)
+        return f"{part}_features" in header.metadata or any(named)
+
+    def read(
+        self, blob: bytes, names: tuple[str, ...], part: str | None = None
+    ) -> dict[str, Weights]:
         """The tensors with these names; their shapes are for the caller to check.
+
+        Args:
+            part: of which of the further networks; ``None``: of the first one.
 
         Raises:
             ValueError: says what is wrong.
         """
-        if len(blob) > self.max_bytes:
-            raise ValueError(f"{self.what} has at most {self.max_bytes} bytes, got {len(blob)}")
-        header = parse_header(blob, len(blob), MAX_BUNDLE_HEADER_BYTES)
-        schema, features = (header.metadata.get(key) for key in ("schema", "features"))
-        if schema != self.schema:
-            raise ValueError(f"schema is {schema!r}, expected {self.schema!r}")
-        if features != ",".join(self.inputs):
+        header = self._header(blob)
+        key, prefix, inputs = "features", "", self.inputs
+        if part is not None:
+            key, prefix, inputs = f"{part}_features", f"{part}.", self.parts[part]
+        if header.metadata.get(key) != ",".join(inputs):
             raise ValueError("it was fitted to other features than this server computes")
-        if missing := set(names) - header.tensors.keys():
+        if missing := {f"{prefix}{name}" for name in names} - header.tensors.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         found: dict[str, Weights] = {}
         for name in names:
-            info = header.tensors[name]
+            info = header.tensors[f"{prefix}{name}"]
             if info.dtype != "F32":
-                raise ValueError(f"{name} must be F32, got {info.dtype}")
+                raise ValueError(f"{prefix}{name} must be F32, got {info.dtype}")
             values = np.frombuffer(blob[info.start : info.end], np.float32)
             found[name] = values.reshape(info.shape).copy()
         return found
+
+    def _header(self, blob: bytes) -> TensorHeader:
+        if len(blob) > self.max_bytes:
+            raise ValueError(f"{self.what} has at most {self.max_bytes} bytes, got {len(blob)}")
+        header = parse_header(blob, len(blob), MAX_BUNDLE_HEADER_BYTES)
+        schema = header.metadata.get("schema")
+        if schema != self.schema:
+            raise ValueError(f"schema is {schema!r}, expected {self.schema!r}")
+        return header
 
     def blob_of(self, text: Any) -> bytes:
         """What ``text_of`` wrote as text.
@@ -110,6 +140,10 @@ def weights_of(
         raise SettingsError(
             f"{setting}: {path} cannot be used: {error}; `{command}` writes such a file"
         ) from error
+
+
+def _stored(values: Weights) -> tuple[str, Weights]:
+    return "F32", np.ascontiguousarray(values, np.float32)
 
 
 def text_of(blob: bytes) -> str:

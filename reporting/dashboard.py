@@ -24,6 +24,7 @@ from reporting.names import (
     GATE,
     PAYBACK,
     PER_DRAFTER,
+    POLICY,
     SERVER,
     TABLES,
     TIME,
@@ -51,6 +52,7 @@ def workspace(entity: str, project: str) -> Any:
             ("Serving", _curves(SERVER)),
             ("Learning", _curves(TRAINER)),
             ("Gate and domains", _curves(GATE)),
+            ("Draft policy", _curves(POLICY)),
             ("Payback", _curves(PAYBACK)),
             ("Swaps and gate decisions", _tables()),
         )

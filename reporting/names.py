@@ -59,6 +59,13 @@ GATE = {
     "domain/{domain}/speedup_over_static": "The same, relative to the version that the trainer "
     "began from.",
 }
+POLICY = {
+    "policy/gain": "Of a fitted draft policy over the one in force, on held-out steps: relative "
+    "tokens per second, or how much better a head ranks positions.",
+    "policy/gain_at_least": "Its lower bound at 95 %.",
+    "policy/passed": "1 if the network that was fitted is better than what is in force.",
+    "policy/fit_s": "Seconds that fitting and judging it took, beside everything else.",
+}
 PAYBACK = {
     "payback/spent_s": "Seconds that learning has taken.",
     "payback/saved_s": "Seconds that drafting has saved in serving, against plain decoding.",
@@ -69,11 +76,12 @@ PAYBACK = {
 TABLES = {
     "events/swaps": "Versions taken and rolled back, as the server saw them.",
     "events/gate": "Candidates judged, and why each was published or not.",
+    "events/policy": "Draft policies fitted, and why each passed or not.",
 }
-FIGURES = SERVER | TRAINER | GATE | PAYBACK
+FIGURES = SERVER | TRAINER | GATE | POLICY | PAYBACK
 
 
-PER_DRAFTER = frozenset({*TRAINER, *GATE, *PAYBACK, "server/version", "server/staleness"})
+PER_DRAFTER = frozenset({*TRAINER, *GATE, *POLICY, *PAYBACK, "server/version", "server/staleness"})
 """Figures that each drafter of a run has."""
 _BESIDE = "(beside/[^/]+/)?"
 

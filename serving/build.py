@@ -23,7 +23,7 @@ from configs.ahead import Ahead
 from configs.capture import CaptureSettings
 from configs.phases import timed
 from configs.schema import Settings
-from drafters.catalog import chosen, kind_of, mixes, on_request, placed
+from drafters.catalog import base_of, chosen, kind_of, mixes, on_request, placed
 from drafters.initial import TargetFacts
 from drafters.protocol import (
     DrafterContext,
@@ -261,6 +261,7 @@ def _make_parts(
             f"engine.numerics is 'pinned', which needs a GPU; device is {target.device.type}; set "
             f"it to 'fast'"
         )
+    cuts = cuts_of(settings.policy)
     choices = Choices(
         rule=Rule.BLOCK if e.verification == "block" else Rule.STANDARD,
         prefix_cache=e.prefix_cache,
@@ -268,8 +269,8 @@ def _make_parts(
         max_queue=e.max_queue,
         overlaps=on_gpu,
         on_request=on_request(settings.drafter),
-        cuts=cuts_of(settings.policy),
-        mixes=mixes(settings.drafter, on_gpu=on_gpu),
+        cuts=cuts,
+        mixes=mixes(settings.drafter, on_gpu=on_gpu, are_cut=bool(cuts)),
     )
     eos_ids = _eos_ids(loaded.model)
     sequences = Sequences(loaded.tokenizer, eos_ids, settings.seed, _captures(settings.capture))
@@ -319,7 +320,8 @@ def _make_drafters(
 
 
 def _weights_of(kind: str, learning: Learning) -> Weights | None:
-    return learning[kind].weights if kind in learning else None
+    first = learning.get(base_of(kind))
+    return None if first is None else first.weights
 
 
 def _service(

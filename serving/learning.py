@@ -6,20 +6,23 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from buffer.interface import Backend
 from buffer.records import Manifest
 from buffer.signed_weights import open_weights
 from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.schema import Settings
+from drafters.catalog import former_name
 from drafters.initial import TargetFacts, first_drafter, new_drafter, unpublished_drafter
 from drafters.protocol import NeuralDrafter, Weights
 from drafters.several import learning, line_of, settings_of
 from policies.arms import ArmPolicies
 from policies.rollback import SwapWatch
+from serving.engine.drafting import Drafting
 from serving.engine.loop import EngineParts
 from serving.swap.flat_weights import Expected, FlatWeights
-from serving.swap.in_force import WeightsInForce
+from serving.swap.in_force import Beside, WeightsInForce
 from serving.swap.swapper import Shelf, Swapper
 
 log = logging.getLogger(__name__)
@@ -82,8 +85,8 @@ def shapes_of(first: Learning) -> str:
 
 
 def flat_weights(neural: list[NeuralDrafter]) -> dict[str, FlatWeights]:
-    """The weights of each drafter that learns, as a buffer that swaps overwrite."""
-    return {one.kind: FlatWeights(one.module) for one in neural if one.traits.learns}
+    """The weights of each drafter that has versions, as a buffer that swaps overwrite."""
+    return {one.kind: FlatWeights(one.module) for one in neural if one.traits.has_versions}
 
 
 def swappers(
@@ -101,19 +104,29 @@ def swappers(
         producer: name of this server in the stores.
         fingerprint: the target's.
     """
-    found = {}
+    found, drafting = {}, parts.programs.drafting
     for kind, one in first.items():
-        neural = parts.programs.drafting.neural[kind].drafter
         expected = Expected(kind, one.manifest.drafter_config, fingerprint)
         found[kind] = Swapper(
-            force=WeightsInForce(neural, flat[kind], one.manifest, policies, _denied(one.store)),
+            force=WeightsInForce(
+                drafting.neural[kind].drafter, flat[kind], one.manifest, policies,
+                _denied(one.store), _beside(drafting, former_name(kind), flat),
+            ),
             shelf=Shelf(one.store, producer, expected),
             poll_s=settings.swap.poll_s,
             watch=SwapWatch(settings.swap.watch_rounds, settings.swap.max_drop),
             automatic=settings.swap.enabled,
             wake_engine=parts.inbox.wake,
-        )
+        )  # fmt: skip
     return found
+
+
+def _beside(drafting: Drafting, name: str, flat: Mapping[str, FlatWeights]) -> Beside | None:
+    """The drafter of this name, which drafts with former weights; ``None`` if there is none."""
+    rows = drafting.neural.get(name)
+    if rows is None:
+        return None
+    return Beside(rows.drafter, flat[name].flat, partial(drafting.rest, name))
 
 
 def all_of(followers: list[Swapper]) -> dict[str, Callable[..., None]]:

@@ -219,5 +219,6 @@ class EngineFigures:
     drafters: dict[str, DrafterCounts] = field(default_factory=dict)
     """By kind; those that never proposed are missing."""
     versions: dict[str, int] = field(default_factory=dict)
-    """Version in use of each drafter that learns, by kind."""
+    """Version in use of each drafter that learns, and of its former version while that drafts, by
+    kind."""
     extra: dict[str, float] = field(default_factory=dict)

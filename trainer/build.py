@@ -40,6 +40,7 @@ from targets.head import TargetHead, load_target_head
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.dataset import ROW_TYPES, Emphasis, Expected, name_of, triple_of
 from trainer.duty import Duty, duty_of
+from trainer.fits import Fits, plan_of
 from trainer.gate import Judge, Static
 from trainer.group import Group, device_of, single
 from trainer.intake import Intake
@@ -48,6 +49,7 @@ from trainer.learner import Learner
 from trainer.loop import Trainer
 from trainer.pace import Pace
 from trainer.publish import Candidate, Publisher
+from trainer.recent import RecentTraces
 from trainer.replay import Memory, keys_in
 from trainer.reporting import Reporter
 from trainer.rows import RowStore, memory_bytes
@@ -177,6 +179,7 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
     journal = _journal(settings, root, line, shared)
     share = memory_bytes(settings.trainer, device) // shared.num_trainers
     rows = RowStore(device, share, has_outcomes=rewards)
+    fits = _fits(settings, line)
     trainer = Trainer(
         settings=settings,
         intake=Intake(
@@ -192,9 +195,13 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
             settings.trainer.max_sequence,
             journal,
             TargetWatch(settings.run_dir),
+            fits.recent if fits.is_on else None,
         ),
         publisher=Publisher(
-            store, store.take_over(), candidate=Candidate(beside=device.type == "cuda")
+            store,
+            store.take_over(),
+            candidate=Candidate(beside=device.type == "cuda"),
+            fits=fits,
         ),
         memory=Memory(settings.trainer, settings.seed, rows),
         learner=Learner(learns, model, head, settings.trainer, rows, group=shared.group),
@@ -235,6 +242,12 @@ def _trainer(settings: Settings, line: str, shared: _Shared) -> Trainer:
         resume(trainer, saved, backend)
     _capture_updates(trainer)
     return trainer
+
+
+def _fits(settings: Settings, line: str) -> Fits:
+    """The draft policy that is fitted beside a drafter, if one is."""
+    plan = plan_of(settings, line)
+    return Fits() if plan is None else Fits(plan, RecentTraces(plan.settings.most_steps))
 
 
 def _rewards(settings: Settings, learns: Trainable[Any]) -> bool:

@@ -138,7 +138,7 @@ def _published(
                 learning_s=learning_s,
                 keep=trainer.settings.trainer.keep_versions,
                 epoch=publisher.epoch,
-                policy=fitted_policy(trainer.settings.run_dir),
+                policy=fitted_policy(trainer.settings.run_dir, trainer.settings.drafter.kind),
                 above=publisher.candidate.highest,
             )
         except OSError as error:  # the disk is full, or the buffer's service away

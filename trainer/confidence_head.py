@@ -33,6 +33,8 @@ _STRETCH = 16
 """Consecutive steps that are fitted on, or held out, together: their texts resemble each other."""
 _LEAST_DEVIATION = 1e-3
 _RESAMPLES = 400
+PLACE = "their place alone"
+"""What a gate compares with, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +147,17 @@ def fit_head(samples: HeadSamples, how: HeadFit) -> Head:
 
 @dataclass(frozen=True, slots=True)
 class HeadGate:
-    """A head against the position alone, on positions that neither has seen."""
+    """A head against the position alone, or against another head, on positions that neither has
+    seen."""
 
     auc: float
     """Probability that it ranks a kept position above a rejected one; 0.5 tells nothing."""
     place_auc: float
-    """Of the position: how often each was kept where the head was fitted."""
+    """Of the position: how often each was kept where the head was fitted. Or of the other head."""
     low: float
     """Lower bound of the difference at 95 %, by resampling stretches of steps."""
+    against: str = PLACE
+    """What it is compared with, in words."""
 
     @property
     def passed(self) -> bool:
@@ -162,21 +167,27 @@ class HeadGate:
         verdict = "passed" if self.passed else "failed"
         return (
             f"gate {verdict}: ranks kept positions above rejected ones with probability "
-            f"{self.auc:.3f}, their place alone {self.place_auc:.3f}; difference at least "
+            f"{self.auc:.3f}, {self.against} {self.place_auc:.3f}; difference at least "
             f"{self.low:+.3f} (95 %)"
         )
 
 
-def judge_head(head: Head, fitted_on: HeadSamples, held_out: HeadSamples) -> HeadGate:
-    """Compare what the head and what the place in the draft says of held-out positions. Whether
-    cutting by it pays is for ``policies evaluate`` and the guard to say."""
-    most = int(max(fitted_on.places.max(), held_out.places.max())) + 1
-    counts = np.bincount(fitted_on.places, minlength=most)
-    kept = np.bincount(fitted_on.places, fitted_on.kept, minlength=most)
-    by_place = (kept / np.maximum(counts, 1))[held_out.places]
-    x = (held_out.inputs - head.mean) * head.scale
-    hidden = np.tanh(x @ head.w1.T + head.b1)
-    by_head = np.asarray(hidden @ head.w2 + head.b2, np.float64)
+def judge_head(
+    head: Head,
+    fitted_on: HeadSamples,
+    held_out: HeadSamples,
+    other: Head | None = None,
+    against: str = PLACE,
+) -> HeadGate:
+    """Compare what the head says of held-out positions with what the place in the draft does, or
+    another head. Whether cutting by it pays is for ``policies evaluate`` and the guard to say.
+
+    Args:
+        other: ``None``: the place.
+        against: what it is compared with, in words.
+    """
+    baseline = _by_place(fitted_on, held_out) if other is None else _logits(other, held_out)
+    by_head = _logits(head, held_out)
     rng = np.random.default_rng(0)
     names, of = np.unique(held_out.stretches, return_inverse=True)
     groups = [np.flatnonzero(of == g) for g in range(len(names))]
@@ -187,9 +198,24 @@ def judge_head(head: Head, fitted_on: HeadSamples, held_out: HeadSamples) -> Hea
         labels = held_out.kept[rows]
         if labels.all() or not labels.any():
             continue
-        differences.append(auc(by_head[rows], labels) - auc(by_place[rows], labels))
+        differences.append(auc(by_head[rows], labels) - auc(baseline[rows], labels))
     low = float(np.percentile(differences, 2.5)) if differences else -1.0
-    return HeadGate(auc(by_head, held_out.kept), auc(by_place, held_out.kept), low)
+    return HeadGate(auc(by_head, held_out.kept), auc(baseline, held_out.kept), low, against)
+
+
+def _by_place(fitted_on: HeadSamples, held_out: HeadSamples) -> Floats:
+    """[N] how often positions at the same place were kept where a head was fitted."""
+    most = int(max(fitted_on.places.max(), held_out.places.max())) + 1
+    counts = np.bincount(fitted_on.places, minlength=most)
+    kept = np.bincount(fitted_on.places, fitted_on.kept, minlength=most)
+    found: Floats = (kept / np.maximum(counts, 1))[held_out.places]
+    return found
+
+
+def _logits(head: Head, samples: HeadSamples) -> Floats:
+    x = (samples.inputs - head.mean) * head.scale
+    hidden = np.tanh(x @ head.w1.T + head.b1)
+    return np.asarray(hidden @ head.w2 + head.b2, np.float64)
 
 
 def auc(scores: Floats, labels: Bools) -> float:

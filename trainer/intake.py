@@ -12,9 +12,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-from buffer.deletions import Deletions
+from buffer.deletions import Deletions, Owner
 from buffer.interface import Location, ServiceAwayError
 from buffer.records import Trace
 from buffer.run_target import RunTarget
@@ -24,6 +24,7 @@ from configs.logs import Outage
 from drafters.samples import Sample
 from trainer.dataset import Expected, Refusal, key_of, sample_of
 from trainer.journal import Journal
+from trainer.recent import RecentTrace, RecentTraces
 from trainer.target import TargetWatch
 
 TRACES_AT_ONCE = 64
@@ -55,6 +56,16 @@ class _Batch:
     """Fingerprint of the target that its samples are of."""
     locations: Mapping[str, Location] = field(default_factory=dict)
     """Of its samples in the buffer, by key."""
+    recent: tuple[RecentTrace, ...] = ()
+    """What draft policies are fitted to."""
+
+
+class _Reached(NamedTuple):
+    """How far the trainer's traces go."""
+
+    places: dict[str, Any]
+    """The reader's."""
+    counts: TraceCounts
 
 
 class Intake:
@@ -67,6 +78,7 @@ class Intake:
         max_sequence: int,
         journal: Journal,
         watch: TargetWatch,
+        recent: RecentTraces | None = None,
     ) -> None:
         """
         Args:
@@ -75,7 +87,9 @@ class Intake:
             max_sequence: most positions of a piece.
             journal: told of refused traces.
             watch: knows which weights the run's target has.
+            recent: also keeps the traces of late, for draft policies; ``None``: nobody fits any.
         """
+        self.recent = recent
         self.expected = expected
         self.watch = watch
         self.num_refused: Counter[str] = Counter()
@@ -102,7 +116,7 @@ class Intake:
             self._reader.close()
         self._reader = reader
         offsets = reader.offsets()
-        self._places, self._counts = offsets["places"], reader.counts
+        self._reached = _Reached(offsets["places"], reader.counts)
         # The reader is ahead of the trainer, and its memory too large to copy for each batch.
         self._seen = SeenTraces.from_json(offsets["seen"])
 
@@ -144,7 +158,7 @@ class Intake:
         batch = self._next_batch() if self._ahead is None else self._ahead.take(wait)
         if batch is None:
             return []
-        self._places, self._counts = batch.places, batch.counts
+        self._reached = _Reached(batch.places, batch.counts)
         self._locations |= batch.locations
         for identity in batch.seen:
             self._seen.add(*identity)
@@ -156,9 +170,18 @@ class Intake:
         for key, refusal in batch.refused:
             self.num_refused[refusal.reason] += 1
             self._journal.event("refused", trace=key, reason=refusal.reason, text=refusal.text)
-        kept = [one for one in batch.samples if not _is_covered(one, self._reader.deletions)]
+        self._remember(batch)
+        kept = [one for one in batch.samples if not _is_covered(one.owner, self._reader.deletions)]
         self.num_deleted += len(batch.samples) - len(kept)
         return kept
+
+    def _remember(self, batch: _Batch) -> None:
+        """For draft policies."""
+        if self.recent is None or batch.target != self.expected.target_fingerprint:
+            return
+        for trace in batch.recent:
+            if not _is_covered(trace.owner, self._reader.deletions):
+                self.recent.add(trace)
 
     def moved_target(self) -> RunTarget | None:
         """The target of the run, if its weights are no longer those that samples are of.
@@ -171,6 +194,8 @@ class Intake:
         """Refuse traces of the former weights of the target from now on, also those that were read
         ahead."""
         self.expected = replace(self.expected, target_fingerprint=fingerprint)
+        if self.recent is not None:
+            self.recent.clear()
 
     def new_deletions(self) -> Deletions | None:
         """Tenants that were deleted, if any was since the last call."""
@@ -178,11 +203,13 @@ class Intake:
         if found == self._deletions:
             return None
         self._deletions = found
+        if self.recent is not None:
+            self.recent.forget(found.covers_owner)
         return found
 
     def offsets(self) -> dict[str, Any]:
         """Offsets behind the samples that ``read`` has returned, for a checkpoint."""
-        return {"places": self._places, "seen": self._seen.to_json()}
+        return {"places": self._reached.places, "seen": self._seen.to_json()}
 
     def locations(self, keys: Collection[str]) -> dict[str, Location]:
         """Where in the buffer the samples with these keys are, as far as they were handed over or
@@ -193,7 +220,7 @@ class Intake:
     @property
     def counts(self) -> TraceCounts:
         """Records by outcome, up to the samples that ``read`` has returned."""
-        return self._counts
+        return self._reached.counts
 
     def find(
         self, wanted: set[str], reader: TraceReader, locations: Mapping[str, Location]
@@ -232,8 +259,17 @@ class Intake:
         sample = sample_of(trace, self.expected, self._max_sequence)
         if not isinstance(sample, Sample):
             return {}
+        if (found := self._recent_of(trace)) is not None and self.recent is not None:
+            self.recent.add(found)
         self._locations[sample.key] = location
         return {sample.key: sample}
+
+    def _recent_of(self, trace: Trace) -> RecentTrace | None:
+        """For draft policies, if somebody fits one and the trace is of the target."""
+        kind, fingerprint = self.expected.counted, self.expected.target_fingerprint
+        if self.recent is None or kind is None or trace.target_fingerprint != fingerprint:
+            return None
+        return RecentTrace.of(trace, kind)
 
     def _note(self, problem: str | None) -> None:
         if problem is not None:
@@ -263,6 +299,7 @@ class Intake:
         places, counts = self._reader.places(), self._reader.counts
         seen = tuple((trace.producer, trace.epoch, trace.seq) for _, trace in located)
         target = expected.target_fingerprint
+        recent = (self._recent_of(trace) for _, trace in located)
         return _Batch(
             samples,
             refused,
@@ -272,6 +309,7 @@ class Intake:
             seen=seen,
             target=target,
             locations=locations,
+            recent=tuple(one for one in recent if one is not None),
         )
 
 
@@ -351,8 +389,8 @@ def _of_former(batch: _Batch) -> _Batch:
     return replace(batch, samples=[], refused=refused)
 
 
-def _is_covered(sample: Sample, deletions: Deletions) -> bool:
-    return sample.owner is not None and deletions.covers_owner(sample.owner)
+def _is_covered(owner: Owner | None, deletions: Deletions) -> bool:
+    return owner is not None and deletions.covers_owner(owner)
 
 
 def _num_seen(reader: TraceReader) -> int:

@@ -185,6 +185,23 @@ _TEXTS = {
     "gate": (logging.INFO, "gate at step %(step)d: %(reason)s; parent version %(parent)d"),
     "published": (logging.INFO, "published version %(version)d, trained from %(parent)d"),
     "publish_failed": (logging.ERROR, "the new version could not be published: %(text)s"),
+    "policy_waits": (logging.INFO, "%(text)s"),
+    "policy_gate": (
+        logging.INFO,
+        "policy %(kind)s fitted to %(steps)d steps of versions %(oldest)d to %(newest)d of "
+        "%(drafter)s in %(seconds).1f s: %(text)s",
+    ),
+    "policy_failed": (logging.ERROR, "the policy %(kind)s: %(text)s"),
+    "policy_published": (
+        logging.INFO,
+        "published version %(version)d: the weights of %(parent)d with a new network for the "
+        "policy %(kind)s",
+    ),
+    "policy_rolled_back": (
+        logging.WARNING,
+        "the server rolled back version %(rejected)d, which brought a policy alone: the network of "
+        "version %(version)d is taken again",
+    ),
     "deleted": (
         logging.INFO,
         "a tenant was deleted: %(traces)d traces are dropped from memory",

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from buffer.manifest import TENSORS
 from buffer.records import Manifest
 from configs.schema import Settings
-from trainer import candidate
+from trainer import candidate, policy_turns
 from trainer.checkpoint import Checkpoint, CheckpointError, read_checkpoint
 from trainer.figures import UpdateReport
 from trainer.gate import Judge
@@ -56,6 +57,7 @@ def run(*trainers: Trainer, still_ours: Callable[[], None] = lambda: None) -> No
             trainer.check_saved()
     finally:
         for trainer in trainers:
+            trainer.publisher.fits.close()
             trainer.intake.close()
 
 
@@ -70,6 +72,7 @@ def _train(trainers: Sequence[Trainer], still_ours: Callable[[], None]) -> None:
                 active[0].stop.wait(POLL_S)
         for trainer in active:
             candidate.attend(trainer)
+            policy_turns.attend(trainer)
             if trainer.candidate_is_due():
                 trainer.judge_candidate()
             if trainer.checkpoint_is_due():
@@ -214,7 +217,7 @@ class Trainer:
         """There were enough updates, or any at all if traffic paused or all steps are done."""
         if self.pace.steps_since_judged == 0 or self.learner.skips_in_row or self.stop.is_set():
             return False
-        if self.pace.is_cooling or self.publisher.candidate.is_busy:
+        if self.pace.is_cooling or self.publisher.is_busy:
             return False
         quiet_s = time.monotonic() - self.intake.last_trace_s
         is_quiet = quiet_s >= QUIET_S and self.waits_for() is not None
@@ -276,10 +279,12 @@ class Trainer:
         """Save a checkpoint if the weights are sound, and report the end."""
         self.intake.stop()
         self.settle()
+        policy_turns.settle(self)
         self.end_candidate()
         if self.candidate_is_due():  # there were updates since the last one
             self.judge_candidate()
             self.end_candidate()
+        policy_turns.end(self)
         if not self.learner.skips_in_row:
             self.checkpoint()
         self.report_checkpoint(wait=True)
@@ -373,7 +378,7 @@ class Trainer:
         Live traffic contradicted the gate's held-out traces, so both the weights and the incumbent
         are replaced.
         """
-        rejected = self.published.version
+        rejected = self.published
         manifest, model = newest_drafter(
             self.settings,
             self.publisher.store,
@@ -381,11 +386,22 @@ class Trainer:
             self.intake.expected.target_fingerprint,
         )
         self.published = manifest
+        policy_turns.withdraw(self)
+        if manifest.files.get(TENSORS) == rejected.files.get(TENSORS):
+            # The policy was at fault, not the weights, from which learning goes on.
+            self.pace.cool(self.settings.trainer.cool_down_s)
+            self.journal.event(
+                "policy_rolled_back", version=manifest.version, rejected=rejected.version
+            )
+            return
         self.learner.load_weights(model.state_dict())
         self.judge.promote(self.learner.model)
         self.pace.cool(self.settings.trainer.cool_down_s)
         self.journal.event(
-            "rolled_back", step=self.learner.step, version=manifest.version, rejected=rejected
+            "rolled_back",
+            step=self.learner.step,
+            version=manifest.version,
+            rejected=rejected.version,
         )
 
     def _follow(self, reports: Sequence[UpdateReport]) -> None:
@@ -443,6 +459,7 @@ class Trainer:
             "lr": self.learner.lr,
             **self.updates.latest,
             **self.worth.figures(),
+            "policy": self.publisher.fits.figures(),
             "sharing": self.pace.duty.figures(),
             "time": self.updates.times.figures(),
         }

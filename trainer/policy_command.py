@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
+import numpy as np
 import typer
+from numpy.typing import NDArray
 
 from buffer.command_line import located
 from buffer.files import write_atomically
@@ -15,11 +17,18 @@ from buffer.records import Trace
 from buffer.traces import traces_in
 from configs.cli import ConfigOption, SetOption, exit_code, settings_from_cli
 from configs.schema import Settings
+from policies.budgets import BudgetScores
 from policies.logged import LoggedStep, Replayed, drafters_of, of_newest_versions, steps_of
+from policies.network import MAX_SHARES, Network
 from policies.published import Origin
 from policies.replayed_file import write_replayed
+from policies.replayed_log import ReplayedLog
 from policies.run_log import Times, log_of_run, open_traces, time_doubts
 from trainer.fitted_policy import head_path, policy_path
+
+if TYPE_CHECKING:
+    from trainer.ltd import FullInformation
+    from trainer.ppo import Ppo
 
 Method = Literal["full", "ppo", "specdecpp"]
 _LEAST_STEPS = 2000
@@ -51,6 +60,15 @@ def fit_policy(
             "otherwise, and where that cannot be done, by the hazards of the log"
         ),
     ] = True,
+    budgets: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            max=MAX_SHARES,
+            help="shares of the draft tokens among which a second network chooses how many are "
+            "verified, kept if it pays; a GPU has programs for 4; 0: K alone",
+        ),
+    ] = 0,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="write it even if its gate refuses it")
     ] = False,
@@ -65,13 +83,16 @@ def fit_policy(
 
     A trainer publishes what is in ``run_dir/policy`` with the next version of the drafter, and
     both are swapped at once. ``policy.ltd.weights`` and ``policy.specdecpp.weights`` load a file
-    without a trainer. ``specdecpp`` needs traces of a policy that cuts drafts on the device, best
-    with a high ``policy.random_share``.
+    without a trainer. ``specdecpp`` and ``--budgets`` need traces that keep the drafter's figures:
+    of a policy that cuts drafts on the device, best with a high ``policy.random_share``, or of
+    ``ltd`` with ``policy.ltd.size=note``.
 
     What a drafter's drafts bring changes from version to version, so those of the newest are used
     alone where they are enough. The file says which they were, and a server how many versions ago.
     """
     settings = settings_from_cli(config, set_, False)
+    if budgets == 1:
+        _refuse("--budgets 1 leaves nothing to choose: the one share is everything; use 4, or 0", 2)
     try:
         url, run_dir = located(None, settings)
         reader = open_traces(url, run_dir)
@@ -89,28 +110,28 @@ def fit_policy(
         chances = _replayed(settings.model_copy(update={"run_dir": run_dir}), origin, traces)
         steps, _ = _newest(steps_of(traces, chances)[-most_steps:], origin.drafter)
     # --help and whoever was refused skip this import of torch.
-    from trainer.ltd import (
-        FullInformation,
-        Ppo,
-        fit_full_information,
-        fit_ppo,
-        judge_network,
-        split,
-    )
+    from trainer.ltd import FullInformation, fit_full_information, judge_network, split
+    from trainer.ppo import Ppo, fit_ppo
 
     try:
         log = log_of_run(steps, drafter, run_dir, times, settings.drafter.max_draft)
         rows = split(log, held_out)
+        scores = BudgetScores.of(log, budgets) if budgets else None
     except ValueError as error:
         _refuse(str(error), exit_code(error))
     if (doubts := time_doubts(log)) is not None:
         typer.echo(doubts)
+    how: FullInformation | Ppo
     if method == "full":
-        network = fit_full_information(log, rows, FullInformation(seed=settings.seed))
+        how = FullInformation(seed=settings.seed)
+        network = fit_full_information(log, rows, how)
     else:
-        network = fit_ppo(log, rows, Ppo(seed=settings.seed))
-    gate = judge_network(network, log, rows)
+        how = Ppo(seed=settings.seed)
+        network = fit_ppo(log, rows, how)
     typer.echo(f"{rows.sum()} steps to fit on, {(~rows).sum()} held out; {method}")
+    if scores is not None:
+        network = _with_size(network, log, rows, scores, how, ungated)
+    gate = judge_network(network, log, rows, scores)
     typer.echo(gate.to_line())
     if not gate.passed and not ungated:
         _refuse("not written: a fixed K for each load is as good; --ungated writes it anyway", 1)
@@ -119,6 +140,28 @@ def fit_policy(
     about = {"method": method, "gain": f"{gate.gain:.4f}", "at_least": f"{gate.low - 1:.4f}"}
     write_atomically(path, network.to_bytes(about | _metadata(origin)))
     typer.echo(f"written: {path}")
+
+
+def _with_size(
+    alone: Network,
+    log: ReplayedLog,
+    rows: NDArray[np.bool_],
+    budgets: BudgetScores,
+    how: FullInformation | Ppo,
+    ungated: bool,
+) -> Network:
+    """The network with a size, where that brings more than K alone; else the one without."""
+    from trainer.sizes import fit_both, judge_size
+
+    fitted = fit_both(log, rows, budgets, how)
+    for line in fitted.to_lines():
+        typer.echo(line)
+    gate = judge_size(fitted.network, alone, log, rows, budgets)
+    typer.echo(f"size: {gate.to_line()}")
+    if gate.passed or ungated:
+        return fitted.network
+    typer.echo("the size is left out: K alone is as good")
+    return alone
 
 
 def _replayed(settings: Settings, origin: Origin, traces: Sequence[Trace]) -> Replayed:

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from configs.phases import seconds_of_life, timed, took, uncollected
 from configs.schema import Settings
 from reporting.reports import Reports, reports_of
 from targets.find import checked_folder
+from trainer.lifeline import watch
 from trainer.lock import STOP_SIGNAL, RunGoneError, RunLock, only_trainer
 from trainer.run_target import Place, target_of_run
 
@@ -57,7 +58,7 @@ def run_among(settings: Settings, lifeline: int | None) -> None:
     if os.environ.get("RANK", "0") == "0":
         stop = stop_on_signal()
         if lifeline is not None:
-            _watch(lifeline, stop.set)
+            watch(lifeline, stop.set)
         with _owned(settings) as lock, reports_of(settings, "trainer") as reports:
             _train(settings, stop, reports, lock, is_alone=False)
         return
@@ -65,7 +66,7 @@ def run_among(settings: Settings, lifeline: int | None) -> None:
         # The first process stops and lets this one go; should it not, this one has no use.
         last_resort = threading.Timer(60, os._exit, (1,))
         last_resort.daemon = True  # else a process that has ended in time would wait for it
-        _watch(lifeline, last_resort.start)
+        watch(lifeline, last_resort.start)
     _work(settings)
 
 
@@ -114,15 +115,6 @@ def notice_suspension(duty: Duty) -> None:
     """Tell the trainer's duty when this process goes on after a signal had stopped it, so that the
     time in between counts neither as work nor as rest."""
     signal.signal(signal.SIGCONT, lambda _number, _frame: duty.was_suspended())
-
-
-def _watch(lifeline: int, at_end: Callable[[], None]) -> None:
-    def wait() -> None:
-        with contextlib.suppress(OSError):
-            os.read(lifeline, 1)  # nothing is ever written to it
-        at_end()
-
-    threading.Thread(target=wait, name="lifeline", daemon=True).start()
 
 
 def _train(

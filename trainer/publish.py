@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from buffer.tensors import tensor_layout
 from buffer.weights_store import WeightsStore
 from configs.logs import Outage
 from drafters.trainable import Trainable
+from trainer.fits import Fits
 from trainer.gate import Judgement, Judging
 from trainer.host import TAGS, HostCopies, Tensors, laid_out
 
@@ -97,6 +98,13 @@ class Publisher:
     """Where candidates lie until they are published."""
     candidate: Candidate = field(default_factory=Candidate)
     """The present one."""
+    fits: Fits = field(default_factory=Fits)
+    """The draft policy that is fitted, if one is."""
+
+    @property
+    def is_busy(self) -> bool:
+        """A version may be on its way, so that no other can be."""
+        return self.candidate.is_busy or self.fits.is_publishing
 
     def content_of(self, trainable: Trainable[Any], model: nn.Module) -> Sealed:
         """A drafter's tensors as they are published, in memory that the next call overwrites. The
@@ -213,6 +221,48 @@ def publish_version(
             **(policy or {}),
         },
         created_unix_ms=int(time.time() * 1000),
+    )
+    published = store.publish(manifest, {TENSORS: content}, epoch)
+    store.prune(keep)
+    return published
+
+
+def publish_policy(
+    store: WeightsStore,
+    parent: Manifest,
+    policy: Mapping[str, Any],
+    *,
+    without: Collection[str],
+    keep: int,
+    epoch: int | None = None,
+    above: int = 0,
+) -> Manifest:
+    """Write a version with the very weights of another, and other networks of draft policies.
+
+    Args:
+        parent: version whose weights, calibration and figures of the gate it has.
+        policy: networks, by their key in the calibration.
+        without: keys of networks of the parent's that it has not.
+        keep, epoch, above: see ``publish_version``.
+
+    Raises:
+        BundleError: the parent is no longer there, or damaged.
+        ValueError: another trainer has taken over; nothing is published.
+        OSError: the disk is full or failed; nothing is published.
+    """
+    content = store.read(parent.version).files[TENSORS]
+    acceptance = parent.policy.get("acceptance")
+    calibration = {key: value for key, value in parent.policy.items() if key not in without}
+    if acceptance is not None:
+        calibration |= {"parent": parent.version, "parent_acceptance": acceptance}
+    manifest = replace(
+        parent,
+        version=max(store.next_version(), parent.version + 1, above + 1),
+        parent=parent.version,
+        files={},
+        policy={**calibration, **policy},
+        created_unix_ms=int(time.time() * 1000),
+        signature=None,
     )
     published = store.publish(manifest, {TENSORS: content}, epoch)
     store.prune(keep)

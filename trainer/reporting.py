@@ -41,6 +41,10 @@ class Reporter:
                 self._gate(values)
             case "published":
                 self._published(values)
+            case "policy_gate":
+                self._policy(values)
+            case "policy_published":
+                self._published(values)
             case "status":
                 self._tell_updates(is_last=_is_last(values))
                 self._status(values)
@@ -103,6 +107,20 @@ class Reporter:
             pairs = [(speed / static, num) for speed, static, num in rows if static]
             figures[f"domain/{name}/speedup_over_static"] = _mean(pairs)
         return figures
+
+    def _policy(self, values: Mapping[str, Any]) -> None:
+        self._figures(
+            {
+                "policy/gain": values["gain"],
+                "policy/gain_at_least": values["at_least"],
+                "policy/passed": float(values["passed"]),
+                "policy/fit_s": values["seconds"],
+            }
+        )
+        cells = ("kind", "passed", "gain", "at_least", "steps", "judged_by", "newest", "version")
+        row = {name: values[name] for name in cells} | {"why": values["text"]}
+        row["drafter"] = self._drafter or FIRST
+        self._reports.row("events/policy", row)
 
     def _published(self, values: Mapping[str, Any]) -> None:
         version = values["version"]

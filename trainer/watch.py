@@ -59,6 +59,8 @@ class RunStatus:
                 f"traces     {_traces(last.get('traces'))}",
                 f"gate       {_gate(last.get('gate'))}",
             ]
+        if (policy := _policy(last.get("policy"))) is not None:
+            lines.append(f"policy     {policy}")
         if (sharing := _sharing(last.get("sharing"))) is not None:
             lines.append(f"sharing    {sharing}")
         if (parts := _time(last.get("time"))) is not None:
@@ -385,6 +387,21 @@ def _traces(found: Any) -> str:
     if not isinstance(found, dict):
         return "unknown"
     return f"{found.get('read')} read, {found.get('held')} held, {found.get('held_out')} held out"
+
+
+def _policy(found: Any) -> str | None:
+    """The draft policy that is fitted, and what became of the last fit; ``None`` if none is."""
+    if not isinstance(found, dict):
+        return None
+    last, counts = found.get("last"), found.get("fits")
+    numbers = counts if isinstance(counts, dict) else {}
+    done = ", ".join(f"{number} {what.replace('_', ' ')}" for what, number in numbers.items())
+    parts = [f"{found.get('kind')} {found.get('state')}", f"fits: {done or 'none yet'}"]
+    if found.get("unpublished"):
+        parts.append("a network that passed waits for a version")
+    if isinstance(last, dict):
+        parts.append(f"the last: {last.get('text')}")
+    return "; ".join(parts)
 
 
 def _sharing(found: Any) -> str | None:

@@ -335,8 +335,14 @@ def sequences(traces: Sequence[Trace], version: int | None = None) -> list[list[
 
 
 @contextmanager
-def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
-    """A running server in a folder, with version 0, the bundled drafter."""
+def world(
+    domains: Sequence[str], seed: int, folder: Path, settings: Sequence[str] = ()
+) -> Iterator[World]:
+    """A running server in a folder, with version 0, the bundled drafter.
+
+    Args:
+        settings: in place of those of this benchmark, as for ``--set``.
+    """
     chosen = [
         f"run_dir={folder / 'run'}",
         "engine.cpu_threads=1",
@@ -345,19 +351,20 @@ def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
         "policy.draft_k=4",
         "swap.poll_s=0.02",
         "trainer.replay_ratio=1000",
+        *settings,
     ]
-    settings = load_settings([Path("configs/demo.yaml")], chosen, {})
+    own = load_settings([Path("configs/demo.yaml")], chosen, {})
     made: list[Counting] = []
 
-    def wrap(own: Any) -> Counting:
-        made.append(Counting(own))
+    def wrap(policy: Any) -> Counting:
+        made.append(Counting(policy))
         return made[0]
 
-    service = build_service(settings, None, wrap)
+    service = build_service(own, None, wrap)
     service.start()
     try:
-        head = load_target_head(Path(settings.target), torch.device("cpu"), torch.float32)
-        first = open_backend(settings.buffer.url, settings.run_dir).open_weights().read(0)
+        head = load_target_head(Path(own.target), torch.device("cpu"), torch.float32)
+        first = open_backend(own.buffer.url, own.run_dir).open_weights().read(0)
         tokenizer = service.model.tokenizer
         prompts: dict[str, Iterator[tuple[int, ...]]] = {}
         for domain in domains:
@@ -365,6 +372,6 @@ def world(domains: Sequence[str], seed: int, folder: Path) -> Iterator[World]:
             ids = [tuple(tokenizer(text)["input_ids"]) for text in texts]
             prompts[domain] = itertools.cycle(ids)
         rows = RowStore(torch.device("cpu"), _STORE_BYTES)
-        yield World(settings, service, made[0], first, head, rows, prompts)
+        yield World(own, service, made[0], first, head, rows, prompts)
     finally:
         service.stop()

@@ -178,7 +178,7 @@ class Commits:
             anchor = len(sequence.tokens) - 1
             if picks is not None:
                 sequence.version = step.versions[picks[r].drafter]
-            elif draft is not None or self._drafting.has_one_line:
+            elif draft is not None or self._drafting.has_one_version:
                 sequence.version = step.version
             count = self._append(sequence, tokens, r, scored)
             sequence.num_computed = anchor + count

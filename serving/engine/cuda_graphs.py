@@ -41,6 +41,18 @@ class Landing:
         self.event.synchronize()
         return True
 
+    def seconds_since(self, before: Landing | None) -> float | None:
+        """Seconds on the device's clock between two copies that have arrived; ``None`` if it keeps
+        none of one of them.
+
+        Args:
+            before: the one that arrived first.
+        """
+        if self.event is None or before is None or before.event is None:
+            return None
+        milliseconds: float = before.event.elapsed_time(self.event)
+        return milliseconds * 1e-3
+
 
 class Graphs:
     """Captures programs in CUDA graphs that share one memory pool; on a CPU they run as they are.
@@ -79,8 +91,16 @@ class Graphs:
 
     def landing(self) -> Landing:
         """Of copies to one place, one after the other: each is waited for before the next."""
-        event = torch.cuda.Event() if self.are_real else None  # type: ignore[no-untyped-call]
-        return Landing(event)
+        if not self.are_real:
+            return Landing(None)
+        return Landing(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+
+    def mark(self) -> Landing:
+        """What arrives once all work that was launched before it is done."""
+        landing = self.landing()
+        if landing.event is not None:
+            landing.event.record()
+        return landing
 
     def copy_to(self, copy: Tensor, tensor: Tensor, landing: Landing | None = None) -> Landing:
         """Start a copy to a tensor that ``on_host`` has made.

@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from drafters.protocol import NeuralDrafter
+from drafters.protocol import NeuralDrafter, Traits
 from serving.engine.cuda_graphs import Graphs, fitting
 from serving.engine.drafts import AfterText, Drafts, drafted
 from serving.engine.graph_recorder import Program
@@ -119,6 +119,11 @@ class DrafterRows:
         return self.drafter.kind
 
     @property
+    def traits(self) -> Traits:
+        """The drafter's."""
+        return self.drafter.traits
+
+    @property
     def members(self) -> tuple[DrafterRows, ...]:
         """Itself; of a mix, all neural drafters."""
         return (self,)
@@ -131,7 +136,7 @@ class DrafterRows:
     @property
     def draws(self) -> bool:
         """See ``Traits.draws``."""
-        return self.drafter.traits.draws
+        return self.traits.draws
 
     @property
     def device(self) -> torch.device:
@@ -155,11 +160,11 @@ class DrafterRows:
 
     def weights_returned(self) -> bool:
         """Whether the drafter has gone back to other weights since this was asked last: to former
-        ones, or from these to the newest again."""
+        ones, or from these to the newest again. A drafter that has former ones always does."""
         version = self.drafter.version
         is_other, is_new = version != self._version, version > self._newest
         self._version, self._newest = version, max(version, self._newest)
-        return is_other and not is_new
+        return is_other and (not is_new or self.traits.former_of is not None)
 
     def forget(self, running: list[Sequence]) -> None:
         """Forget all rows, those of cached prefixes too: they were made by other weights."""

@@ -106,17 +106,18 @@ class Drafting:
         """Drafters whose rounds are noted for picks."""
         self.max_draft = max_draft
         self.on_request = frozenset(on_request)
-        kinds = {*self.hosts, *self.neural, *self.texts}
-        self._ordinary = self._offer_of(kinds - self.on_request)
-        self._offers: dict[frozenset[str], _Offer] = {}
+        self._resting = {k for k, rows in self.neural.items() if rows.traits.former_of is not None}
+        """Drafters that may not draft now: those with a former version while there is none."""
+        self._offers = self._first_offers()
+        """By what requests choose; under ``None`` that of those that do not."""
         self._ranking = _Ranking(hosts)
         self.grouping = Grouping()
         self._num_choosing = 0
         """Requests admitted and not finished that choose their drafters."""
-        learning = (r.drafter for r in self.neural.values() if r.drafter.traits.learns)
+        learning = (r.drafter for r in self.neural.values() if r.traits.learns)
         self._learning = next(learning, None)
-        self.has_one_line = next(learning, None) is None
-        """At most one drafter learns, so there is one version whoever drafts."""
+        self.has_one_version = sum(r.traits.has_versions for r in self.neural.values()) <= 1
+        """There is one version whoever drafts."""
 
     @property
     def drafters(self) -> dict[str, Drafter]:
@@ -140,16 +141,28 @@ class Drafting:
         return drafting | {m.kind: m.drafter.version for m in found.members}
 
     def versions(self) -> dict[str, int]:
-        """Version in use of each drafter that learns, by kind."""
+        """Version in use of each drafter that has versions, by kind. One that rests uses none."""
         return {
-            kind: rows.drafter.version for kind, rows in self.neural.items() if self.learns(kind)
+            kind: rows.drafter.version
+            for kind, rows in self.neural.items()
+            if self.has_versions(kind) and kind not in self._resting
         }
 
-    def learns(self, kind: str) -> bool:
+    def has_versions(self, kind: str) -> bool:
         """Whether rounds by this drafter say something about published weights."""
-        return kind in self.neural and self.neural[kind].drafter.traits.learns
+        return kind in self.neural and self.neural[kind].traits.has_versions
 
     # ---- who may draft ------------------------------------------------------------------------
+
+    def rest(self, kind: str, rests: bool) -> None:
+        """Let a drafter, and mixes with it, draft for no request from now on, or again. Rows of its
+        drafts under way are committed as usual. Called between two steps."""
+        (self._resting.add if rests else self._resting.discard)(kind)
+        self._offers = self._first_offers()
+
+    def _first_offers(self) -> dict[frozenset[str] | None, _Offer]:
+        kinds = {*self.hosts, *self.neural, *self.texts}
+        return {None: self._offer_of(kinds - self.on_request)}
 
     def choice(self, batch: list[Sequence]) -> frozenset[str] | None:
         """Kinds that all requests of a batch allow; ``None`` if no request chooses. Requests that
@@ -160,18 +173,19 @@ class Drafting:
         chosen = set(choices)  # few are different; a set knows its hash
         if chosen <= {None}:
             return None
-        every = frozenset(self._ordinary.kinds)
+        every = frozenset(self._offers[None].kinds)
         allowed = [every if choice is None else choice for choice in chosen]
         return allowed[0] if len(allowed) == 1 else frozenset.intersection(*allowed)
 
     def _offer(self, choice: frozenset[str] | None) -> _Offer:
-        if choice is None:
-            return self._ordinary
-        if choice not in self._offers:
-            self._offers[choice] = self._offer_of(choice)
-        return self._offers[choice]
+        found = self._offers.get(choice)
+        if found is None:
+            assert choice is not None, "the first one is that of requests that do not choose"
+            found = self._offers[choice] = self._offer_of(choice)
+        return found
 
     def _offer_of(self, kinds: Collection[str]) -> _Offer:
+        kinds = frozenset(kinds) - self._resting
         hosts = tuple(d for d in self.hosts.values() if d.kind in kinds)
         on_device = {
             kind: rows
@@ -264,7 +278,7 @@ class Drafting:
             if self._num_choosing:
                 follow = [drafter in self._following(sequence) for sequence in batch]
                 drafter.extend(list(compress(keys, follow)), list(compress(news, follow)))
-            elif drafter in self._ordinary.hosts:
+            elif drafter in self._offers[None].hosts:
                 drafter.extend(keys, news)
         for sequence, tokens in zip(batch, news, strict=True):
             sequence.num_told += len(tokens)

@@ -10,13 +10,16 @@ from itertools import compress
 from policies.interface import Decision, DraftPolicy, Outcome, RowOutcomes
 from policies.switching import FEW_ROWS
 from serving.engine.commit import Step
+from serving.engine.cuda_graphs import Landing
 from serving.engine.grouping import Composition
 from serving.engine.proposed import Decoded, Proposed
 from serving.engine.rounds import Launched, Rounds
 
 _MOST_UNTIMED = 8
 """Rounds beside prompt chunks in a row whose times are not reported to the policy: the host has
-more to do for them than for others. If there are no others, their times have to do."""
+more to do for them than for others. If there are no others, their times have to do, as far as they
+have no chunk in them: a drafter that ends requests sooner has chunks beside more of its rounds than
+plain decoding has, and would be charged for them."""
 
 Matches = bytes | None
 """Kind of the match that was observed for each request when a round was planned; ``None``: nobody
@@ -134,7 +137,12 @@ def _judged(draft: Proposed | None, groups: bytes | None) -> dict[str, RowOutcom
 
 
 class RoundClock:
-    """Times rounds from one outcome to the next, and knows which times mean something."""
+    """Times rounds from one outcome to the next, and knows which times mean something.
+
+    Where the device has a clock, a round is timed by that, from the end of what the device did
+    before it: the host may read an outcome late, because it launches chunks or has requests to
+    begin and to end, and it cannot tell a round from chunks that ran before it.
+    """
 
     def __init__(self) -> None:
         self.last_outcome_s = 0.0
@@ -144,6 +152,8 @@ class RoundClock:
         """Seconds of planning since the last outcome."""
         self._num_untimed = 0
         self._versions: Mapping[str, int] | None = None
+        self._last: Landing | None = None
+        """What the device did last before the round under way."""
 
     def was_launched_with(self, versions: Mapping[str, int]) -> bool:
         """A round was launched with these versions of the drafters that learn; whether they are
@@ -153,27 +163,45 @@ class RoundClock:
 
     def read(self, rounds: Rounds, planned: PlannedRound) -> Arrival:
         """Wait for a round."""
-        host_waited = planned.launched.landed.wait()
-        now_s = time.perf_counter()
-        step_s = now_s - max(planned.started_s, self.last_outcome_s)
-        self.last_outcome_s = now_s
+        step_s, host_waited = self.lap(planned.launched.landed, planned.started_s)
         # A host that still had to wait has planned while the device was busy anyway.
         plan_s, self.plan_s = 0.0 if host_waited else min(self.plan_s, step_s), 0.0
         return Arrival(rounds.read(planned.launched), step_s, host_waited, plan_s)
+
+    def lap(self, landed: Landing, started_s: float) -> tuple[float, bool]:
+        """Wait for an outcome.
+
+        Args:
+            started_s: ``time.perf_counter()`` when the engine began to plan its round.
+
+        Returns:
+            Seconds of the round, and whether the host had to wait.
+        """
+        host_waited = landed.wait()
+        now_s = time.perf_counter()
+        step_s = now_s - max(started_s, self.last_outcome_s)
+        if (device_s := landed.seconds_since(self._last)) is not None:
+            # The device may have had nothing to do before the round was planned.
+            step_s = min(device_s, now_s - started_s)
+        self.last_outcome_s, self._last = now_s, landed
+        return step_s, host_waited
 
     def round_was_committed(self) -> None:
         self._num_untimed = 0 if self.is_timed else self._num_untimed + 1
         self.is_timed = True
 
     def chunks_were_launched(self) -> None:
-        """The round under way is read later because of them."""
-        self.is_timed = self.is_timed and self._num_untimed >= _MOST_UNTIMED
+        """The round under way is read later because of them, unless the device times it."""
+        is_exact = self._last is not None and self._last.event is not None
+        self.is_timed = self.is_timed and (is_exact or self._num_untimed >= _MOST_UNTIMED)
 
-    def chunks_were_read(self, host_waited: bool, is_exact: bool) -> None:
+    def chunks_were_read(self, done: Landing, host_waited: bool, is_exact: bool) -> None:
         """A round behind them is timed from here on, unless nobody knows when they ended.
 
         Args:
+            done: the device's clock at their end, if it has one.
             is_exact: they have ended just now, and no round is under way.
         """
-        self.is_timed = is_exact or (host_waited and self._num_untimed >= _MOST_UNTIMED)
-        self.last_outcome_s = time.perf_counter()
+        is_known = host_waited or done.event is not None
+        self.is_timed = is_exact or (is_known and self._num_untimed >= _MOST_UNTIMED)
+        self.last_outcome_s, self._last = time.perf_counter(), done

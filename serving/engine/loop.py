@@ -60,7 +60,7 @@ class Listeners:
     """Receives each request that ended well and whose rows were captured."""
     on_rounds: Callable[[str, list[tuple[int, int]]], None] = _ignore
     """Receives (proposed, accepted) of each round of a step, with the kind of the drafter, if that
-    drafter learns."""
+    drafter has versions."""
     on_outcome: Callable[[Outcome], None] = _ignore
     """Receives the outcome of each step."""
     on_pass: Callable[[int, int], None] = _ignore
@@ -382,7 +382,7 @@ class Engine:
         return arrival.host_waited and not was_read
 
     def _report(self, planned: PlannedRound, outcome: Outcome, proposed: Proposed | None) -> None:
-        """Report a round to its policy and, for each drafter that learns, to ``on_rounds``."""
+        """Report a round to its policy, and to ``on_rounds`` for each drafter with versions."""
         self.deciding.report(planned.policy, outcome)
         self._listeners.on_outcome(outcome)
         if proposed is None:
@@ -395,7 +395,7 @@ class Engine:
             for kind, count in zip(proposed.kinds(), counts, strict=True):
                 kinds[kind].append(count)
         for kind, own in kinds.items():
-            if self.drafting.learns(kind):
+            if self.drafting.has_versions(kind):
                 self._listeners.on_rounds(kind, own)
 
     # ---- prompts -------------------------------------------------------------------------------
@@ -418,7 +418,7 @@ class Engine:
         self._prompts = None
         self.inbox.handover.run()
         host_waited = launched.landed.wait()
-        self._clock.chunks_were_read(host_waited, is_exact=not self.parts.overlaps)
+        self._clock.chunks_were_read(launched.done, host_waited, is_exact=not self.parts.overlaps)
         prefill = self.programs.prefill
         scored = launched.scored() if launched.is_scored else None
         first_ids, numbers = prefill.read(launched), prefill.numbers(launched.chunks)

@@ -48,6 +48,8 @@ class Prefilled:
     outputs: Tensor
     """[N, columns] int64 on the host, valid once ``landed``: outcome of a round without drafts."""
     landed: Landing
+    done: Landing
+    """The device's clock at its end; nobody need wait for it."""
 
     @property
     def is_scored(self) -> bool:
@@ -123,7 +125,8 @@ class Prefill:
         outputs, landed = torch.empty((0, Column.TOKENS), dtype=torch.int64), Landing(None)
         if ends:  # else there is nothing to wait for
             outputs, landed = self._graphs.to_host(self._outputs[: len(ends)])
-        return Prefilled(chunks, self._logits[: len(ends)], outputs, landed)
+        done = landed if ends else self._graphs.mark()
+        return Prefilled(chunks, self._logits[: len(ends)], outputs, landed, done)
 
     def read(self, prefilled: Prefilled) -> list[int | None]:
         """Wait for a program and read the first tokens of prompts that ended; ``None`` where the

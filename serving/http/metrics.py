@@ -241,7 +241,7 @@ def families(figures: EngineFigures, model_name: str) -> Iterator[Metric]:
     yield gauge("drafter_version", "Version in use.", figures.drafter_version)
     yield gauges(
         "drafter_versions",
-        "Version in use of each drafter that learns.",
+        "Version in use of each drafter that learns, and of KIND:former.",
         ("drafter",),
         {(kind,): version for kind, version in figures.versions.items()},
     )

@@ -79,7 +79,7 @@ class FlatWeights:
     def stage(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Fill a second flat buffer, on the module's device, from named tensors.
 
-        The caller owns it until ``take_over``, which returns it for reuse.
+        The caller owns it until ``take_over`` or ``give_back``, which return it for reuse.
 
         Args:
             tensors: on the host, all values finite.
@@ -132,6 +132,10 @@ class FlatWeights:
     def take_over(self, staged: Tensor) -> None:
         """Copy staged weights over the running ones, between two rounds of the calling thread."""
         self.flat.copy_(staged)
+        self.give_back(staged)
+
+    def give_back(self, staged: Tensor) -> None:
+        """Return staged weights for reuse, once the calling thread's stream has read them."""
         if self._taken is not None:
             self._taken.record()
             # Allocated on another stream: it may be freed when another buffer becomes the spare.

@@ -15,11 +15,18 @@ from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from buffer.bundles import BundleError
 from buffer.weights_store import StoreDamagedError, WeightsStore
 from configs.logs import Outage
-from policies.rollback import Action, DraftingShare, SwapWatch
+from policies.rollback import Action, SwapWatch
+from policies.side_by_side import SideBySide
 from serving.swap.flat_weights import Expected, RefusedError, Staged, load_bundle
-from serving.swap.in_force import FAILED_POLICIES, IGNORED_CALIBRATIONS, WeightsInForce
+from serving.swap.in_force import (
+    FAILED_POLICIES,
+    IGNORED_CALIBRATIONS,
+    WeightsInForce,
+    weights_are_same,
+)
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +46,8 @@ class _Order:
     staged: Staged | None
     """``None``: roll back."""
     done: threading.Event
+    is_former: bool = False
+    """The weights are for drafting beside those in force."""
 
 
 def log_outage(outage: Outage, error: OSError | None) -> None:
@@ -166,7 +175,7 @@ class Swapper:
         self._automatic = automatic
         self._wake_engine = wake_engine
 
-        self._drafting = DraftingShare()
+        self._sides = SideBySide(watch.num_blocks)
         self._pinned: int | None = None
         # No lock: a deque is safe between two threads, and the engine's thread must not take one.
         self._orders: deque[_Order] = deque()
@@ -207,6 +216,7 @@ class Swapper:
             "pinned": self._pinned,
             "versions": known,
             "former": force.former.version if force.former else None,
+            "drafts_beside": force.drafts_beside,
             "denied": sorted(force.denied),
             "gate": force.current.gate,
             "swaps": self.counts(),
@@ -284,9 +294,11 @@ class Swapper:
             self._hand_over(None, timeout_s)
             return self.status()
 
-    def _hand_over(self, staged: Staged | None, timeout_s: float) -> None:
+    def _hand_over(
+        self, staged: Staged | None, timeout_s: float, *, is_former: bool = False
+    ) -> None:
         """Give an order to the engine's thread and wait until it is carried out."""
-        order = _Order(staged, threading.Event())
+        order = _Order(staged, threading.Event(), is_former)
         self._orders.append(order)
         self._wake_engine()
         if not order.done.wait(timeout_s):
@@ -310,9 +322,24 @@ class Swapper:
     def _run(self) -> None:
         end_watch = self._shelf.store.watch(self._look_now.set)
         try:
+            self._take_parent()
             self._run_until_stopped()
         finally:
             end_watch()
+
+    def _take_parent(self) -> None:
+        """After a start, let the parent of the version in force draft beside it, as it did before:
+        the newest version may be one that the policy had abandoned."""
+        force = self._force
+        parent = force.current.parent
+        if force.beside_kind is None or parent is None or parent in force.denied:
+            return
+        try:
+            with self._one_swap:
+                if force.former is None and parent in self._shelf.known_versions():
+                    self._hand_over(self._load(parent), timeout_s=30.0, is_former=True)
+        except (OSError, ValueError) as error:
+            log.info("version %d does not draft beside its successor: %s", parent, error)
 
     def _run_until_stopped(self) -> None:
         outage = Outage("look for new versions")
@@ -337,32 +364,60 @@ class Swapper:
     def _on_trial(self) -> bool:
         """True while a version is judged; another swap would spoil the evidence."""
         is_judged = self._watch.state in ("trial", "confirming")
-        return is_judged and self._drafting.value >= _LEAST_SHARE
+        return is_judged and self._sides.drafter.value >= _LEAST_SHARE
 
     def _look(self) -> None:
         """Swap to the newest version, unless it is not newer or failed before and is unchanged."""
         version = self._shelf.newest_after(self._force.newest_taken)
         if version is None:
             return
+        if self._watch.state != "steady" and self._brings_policy_alone(version):
+            return  # the weights are still watched, and what they had replaced must not be lost
         mark = self._shelf.store.change_mark(version)
         try:
             self._hand_over(self._load(version), timeout_s=30.0)
         except ValueError:
             self._shelf.note_failure(version, mark)
 
+    def _brings_policy_alone(self, version: int) -> bool:
+        """A version with the weights in force, while these draft enough to be judged soon."""
+        if self._sides.drafter.value < _LEAST_SHARE:
+            return False
+        try:
+            manifest = self._shelf.store.read_manifest(version)
+        except BundleError:
+            return False  # loading it says why
+        return weights_are_same(manifest, self._force.current)
+
     # ---- the engine's thread -------------------------------------------------------------------
 
     def between_steps(self) -> None:
         """Carry out a waiting order: one in-place copy."""
-        self._drafting.step()
+        self._force.draft_alone(self._pinned is not None)
+        self._sides.step(self._force.drafting())
         if not self._orders:
             return
         order = self._orders.popleft()
-        if order.staged is not None:
-            self._force.take(order.staged)
-        else:
+        if order.staged is None:
             self._force.roll_back("by order")
+        elif order.is_former:
+            self._force.take_former(order.staged)
+        else:
+            self._take(order.staged)
         order.done.set()
+
+    def _take(self, staged: Staged) -> None:
+        """Serve a loaded version. Beside it stays the one that has drafted most of those two that
+        could: that need not be its predecessor."""
+        better = self._sides.preferred_to(self._force.version)
+        keeps_former = better is not None and better != staged.manifest.version
+        if better is not None and keeps_former:
+            self._force.note(f"given up for {better}, which drafted more")
+            self._watch.go_on_from(better, self._sides.blocks_of(better))
+        self._force.take(staged, keeps_former=keeps_former)
+        former = self._force.former
+        if former is not None and self._force.has_same_weights:
+            self._watch.renamed(former.version, self._force.version)
 
     def target_changed(self, fingerprint: str) -> None:
         """The target's weights were replaced. The drafter in force goes on."""
@@ -371,14 +426,18 @@ class Swapper:
 
     def on_rounds(self, drafter: str, rounds: list[tuple[int, int]]) -> None:
         """Report (proposed, accepted) of each of a drafter's rounds in one step."""
-        if drafter != self._force.kind:
-            return
-        self._drafting.drafted()
-        if self._pinned is not None:
+        version = self._force.version_of(drafter)
+        if version is None:
             return
         proposed, accepted = sum(p for p, _ in rounds), sum(a for _, a in rounds)
         num_rounds = sum(p > 0 for p, _ in rounds)
-        action = self._watch.observe(self._force.version, proposed, accepted, num_rounds)
+        self._sides.drafted(version, accepted, num_rounds)
+        if drafter != self._force.kind:
+            return
+        self._sides.drafter.drafted()
+        if self._pinned is not None:
+            return
+        action = self._watch.observe(version, proposed, accepted, num_rounds)
         if action is Action.TRY_FORMER:
             self._force.exchange("trial of the former version")
         elif action is Action.RETURN_TO_NEW:

@@ -26,7 +26,8 @@ from configs.options import _NAMES, unknown_words
         ("--server.port 1", ["no such option: --server.port; settings are given as --set "
                              "server.port=1"]),
         ("--kind x", ["no such option: --kind; settings are given as --set drafter.kind=x or "
-                      "--set policy.kind=x"]),
+                      "--set policy.kind=x "
+                      "or --set trainer.policy.kind=x"]),
         ("--api-key sk-1", ["no such option: --api-key; settings are given as "
                             "SLIPSTREAM_SERVER__API_KEY in the environment"]),
         ("--confg a", ["no such option: --confg; did you mean --config?"]),

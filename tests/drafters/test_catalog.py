@@ -53,6 +53,23 @@ def test_the_index_mixes_with_neural_drafters_if_settings_say_so():
     assert mixes(settings_with(kind="suffix_request", suffix=mixed), on_gpu=False) == {}
 
 
+def test_the_index_mixes_by_itself_where_it_looks_on_the_device():
+    there = {"place": "device"}
+
+    assert mixes(settings_with(), on_gpu=True) == {"eagle3+suffix": ("eagle3", "suffix")}
+    assert mixes(settings_with(suffix=there), on_gpu=False) == {
+        "eagle3+suffix": ("eagle3", "suffix")
+    }
+    assert mixes(settings_with(suffix={"place": "host"}), on_gpu=True) == {}
+    assert mixes(settings_with(suffix={"mixed": False}), on_gpu=True) == {}
+    assert mixes(settings_with(suffix={"enabled": False}), on_gpu=True) == {}
+    assert mixes(settings_with(kind="none"), on_gpu=True) == {}
+    assert mixes(settings_with(), on_gpu=True, are_cut=True) == {}
+    # The drafter alone is what its former version is held against.
+    assert list(mixes(settings_with(former=True), on_gpu=True)) == ["eagle3+eagle3:former"]
+    assert len(mixes(settings_with(suffix={"mixed": True}), on_gpu=True, are_cut=True)) == 1
+
+
 def test_a_drafter_beside_must_be_neural_and_known():
     with pytest.raises(SettingsError, match=r"drafter\.beside names 'suffix', which is not neural"):
         chosen(settings_with(beside=[{"kind": "suffix"}]))

@@ -39,6 +39,7 @@ class Traits:
     prior_acceptance: tuple[float, ...]
     prior_draft_cost: float
     picks_itself: bool = False
+    former_of: str | None = None
 
 
 NEURAL = Traits(True, False, (0.6,), 0.08)

@@ -85,6 +85,7 @@ class Traits:
     picks_itself: bool = False
     prior_acceptance: tuple[float, ...] = (0.6,)
     prior_draft_cost: float = 0.08
+    former_of: str | None = None
 
 kinds = ("slow", "fast")
 settings = load_settings((), sys.argv[1:], {})

@@ -72,7 +72,7 @@ def test_a_rule_that_does_not_keep_the_targets_law_is_refused_by_name(score):
 
 def test_only_policies_that_cut_need_programs_for_it():
     asking = {kind for kind in CATALOG if cuts_of(PolicySettings(kind=kind))}
-    assert asking == {*CUTTING, "ragged"}
+    assert asking == {*CUTTING, "ragged", "ltd"}
     assert not cuts_of(PolicySettings())
 
 
@@ -123,9 +123,12 @@ def test_a_head_comes_from_a_file_or_with_a_version(tmp_path):
     bare = build_policy(
         PolicySettings(kind="specdecpp", guard=False, drafter=DRAFTER), {DRAFTER: NEURAL}, 0, 8
     )
-    assert bare.plan(obs()).draft_k == 0, "without a head nothing is drafted"
+    whole = [bare.plan(obs()) for _ in range(200)]
+    assert {(one.draft_k, one.propensity, one.explore) for one in whole} == {(4, 1.0, False)}
+    assert not any(one.allocation.may_cut for one in whole), "without a head nothing is cut"
     bare.on_swap(DRAFTER, 1, {"specdecpp": head.to_text()})
-    assert bare.plan(obs()).draft_k == 4
+    assert bare.plan(obs()).allocation.head is not None and bare.plan(obs()).draft_k == 4
+    assert any(bare.plan(obs()).allocation.may_cut for _ in range(5))
 
 
 @pytest.mark.parametrize(
@@ -137,11 +140,11 @@ def test_a_head_comes_from_a_file_or_with_a_version(tmp_path):
 )
 def test_a_damaged_head_is_none(damage, said):
     policy = build("specdecpp", random_share=0.0)
-    assert policy.plan(obs()).draft_k
+    assert policy.plan(obs()).allocation.may_cut
 
     policy.on_swap(DRAFTER, 2, {"specdecpp": damage(random_head()).to_text()})
 
-    assert policy.plan(obs()).draft_k == 0
+    assert not policy.plan(obs()).allocation.may_cut
     assert said in policy.figures()["problem"]
 
 

@@ -129,3 +129,15 @@ def test_without_a_ready_drafter_it_decodes_plainly():
     policy = built(FIRST_IS_BETTER)
     assert policy.plan(StepObs(0, 1, bytes((8,)), None, (), 8, 0)).draft_k == 0
     assert policy.plan(StepObs(0, 1, bytes((0,)), None, ("eagle3",), 0, 0)).draft_k == 0
+
+
+def test_a_mix_in_which_the_device_picks_shows_no_expert():
+    text = replace(NEURAL, picks_itself=True)
+    policy = build_policy(
+        PolicySettings(kind="hedge", guard=False, hedge={"mixing": 1.0}),
+        {"eagle3": NEURAL, "second": text}, 0, 8, MIXED,
+    )  # fmt: skip
+    policy.calibrate(FIRST_IS_BETTER.profile())
+
+    seen = StepObs(0, 4, bytes((8,)) * 4, None, ("eagle3", "second", MIX), 8, 0)
+    assert {policy.plan(seen).drafter for _ in range(50)} <= {"eagle3", "second", "none"}

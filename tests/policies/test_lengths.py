@@ -218,9 +218,23 @@ def test_a_network_decides_and_random_steps_are_known(tmp_path):
     assert policy.plan(obs(most=3)).draft_k <= 3
 
 
-def test_without_a_network_nothing_is_drafted_until_one_comes_with_a_version():
+@pytest.mark.parametrize(("acceptance", "longest"), [([0.95], 8), ([0.8, 0.5], 4), ([0.05], 0)])
+def test_without_a_network_k_is_what_acceptance_and_times_promise(acceptance, longest):
+    """So that there are traces to fit a network to, of drafts that are worth their time."""
     policy = build("ltd", random_share=0.0)
-    assert {d.draft_k for d in decode(policy, 20)} == {0}
+    policy.on_swap(DRAFTER, 1, {"acceptance": acceptance})
+    hazards = [acceptance[min(j, len(acceptance) - 1)] for j in range(MAX_DRAFT)]
+    rates = [expected_tokens(k, hazards) / step_s(k, 1) for k in range(MAX_DRAFT + 1)]
+
+    k = policy.plan(obs()).draft_k
+
+    assert k == max(range(MAX_DRAFT + 1), key=rates.__getitem__)
+    assert k == 0 if longest == 0 else 0 < k <= longest
+    assert policy.plan(obs(most=2)).draft_k <= 2
+
+
+def test_a_network_comes_with_a_version():
+    policy = build("ltd", random_share=0.0)
 
     policy.on_swap(DRAFTER, 1, {"acceptance": [0.8], "ltd": network(3).to_text()})
     assert {d.draft_k for d in decode(policy, 20)} == {3}
@@ -234,11 +248,16 @@ def test_a_version_without_a_network_has_none(version):
     policy.on_swap(DRAFTER, 1, bundle)
 
     policy.on_swap(DRAFTER, version, {"acceptance": [0.8]})
-    assert {d.draft_k for d in decode(policy, 20)} == {0}
     assert not policy.figures()["has_weights"]
+    assert policy.plan(obs()).draft_k != 3
 
     policy.on_swap(DRAFTER, 1, bundle)
     assert {d.draft_k for d in decode(policy, 20)} == {3}
+
+
+def untrained():
+    """K of a policy that never had a network."""
+    return build("ltd", random_share=0.0).plan(obs()).draft_k
 
 
 def fitted_to(drafter, oldest="4", newest="6"):
@@ -286,7 +305,7 @@ def test_a_network_that_was_fitted_to_another_drafter_is_refused():
     policy = build("ltd", random_share=0.0)
     policy.on_swap(DRAFTER, 9, {"ltd": fitted_to("another")})
 
-    assert {d.draft_k for d in decode(policy, 20)} == {0}
+    assert policy.plan(obs()).draft_k == untrained() != 3
     assert "fitted to drafts of 'another'" in policy.figures()["problem"]
 
 
@@ -316,7 +335,8 @@ def test_a_damaged_network_is_none(what):
 
     policy.on_swap(DRAFTER, 2, {"ltd": damaged()[what]})
 
-    assert {d.draft_k for d in decode(policy, 20)} == {0}
+    assert policy.plan(obs()).draft_k == untrained() != 3
+    assert not policy.figures()["has_weights"]
     assert policy.figures()["problem"]
 
 

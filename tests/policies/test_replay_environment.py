@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from policies.features import NUM_FEATURES, Features
-from policies.replay_environment import ReplayEnvironment
+from policies.budgets import BudgetScores
+from policies.features import NAMES, NUM_FEATURES, Features
+from policies.network import SIZE_NAMES
+from policies.replay_environment import ReplayEnvironment, SizeEnvironment
 from policies.replayed_log import ReplayedLog
+from tests.policies import confident_logs
+from tests.policies.confident_logs import confident_log
 from tests.policies.logs import DRAFTER, MAX_DRAFT, any_k, log, profile
 from trainer.gymnasium_env import ReplayGym
 
@@ -97,3 +101,76 @@ def test_features_follow_acceptance():
     after = features.vector(1, [1.0, 1.1, 1.2])
     assert len(before) == len(after) == NUM_FEATURES
     assert after[6] > 0.95 and after[4] == pytest.approx(5 / 8, abs=0.01)
+
+
+# ---- two decisions -------------------------------------------------------------------------------
+
+CUT_LOG = ReplayedLog.of(
+    confident_log(200, batch=4, threshold=0.0, share=1.0),
+    DRAFTER, confident_logs.profile(), confident_logs.MAX_DRAFT,
+)  # fmt: skip
+BUDGETS = BudgetScores.of(CUT_LOG, 4)
+
+
+def test_gymnasium_accepts_the_environment_of_a_size():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it warns that there is no human to render for
+        inner = SizeEnvironment(CUT_LOG, BUDGETS, lambda _: 4)
+        check_env(ReplayGym(inner), skip_render_check=True)
+
+
+@pytest.mark.parametrize("share", [0, 2, 3])
+def test_a_size_is_paid_by_the_k_of_its_frozen_partner(share):
+    seen = []
+
+    def draft_k(features):
+        seen.append(features)
+        return 2 + len(seen) % 3
+
+    environment = SizeEnvironment(CUT_LOG, BUDGETS, draft_k, episode_steps=20)
+    observation, _ = environment.reset(options={"start": 50})
+    for at in range(50, 70):
+        k = 2 + len(seen) % 3
+        assert observation[SIZE_NAMES.index("draft_k")] == pytest.approx(k / CUT_LOG.max_draft)
+        assert observation[:NUM_FEATURES].tolist() == pytest.approx(seen[-1])
+        observation, reward, _, truncated, info = environment.step(share)
+        tokens, seconds = BUDGETS.tokens[at, k, share], BUDGETS.seconds[at, k, share]
+        assert (info["tokens"], info["seconds"]) == (tokens, seconds)
+        assert reward == pytest.approx(tokens / seconds / CUT_LOG.plain_rate[at])
+        assert truncated is (at == 69)
+    with pytest.raises(ValueError, match=r"the share must be in 0\.\.3"):
+        environment.step(4)
+
+
+def test_k_is_paid_by_the_share_that_its_frozen_partner_chooses():
+    asked = []
+
+    def share(inputs):
+        asked.append(inputs)
+        return len(asked) % 4
+
+    environment = ReplayEnvironment(CUT_LOG, episode_steps=20, budgets=BUDGETS, share=share)
+    environment.reset(options={"start": 0})
+    for at in range(20):
+        before = len(asked)
+        k = at % (CUT_LOG.max_draft + 1)
+        _, reward, _, _, info = environment.step(k)
+        assert len(asked) == before + (k > 0), "nothing is asked where nothing is drafted"
+        chosen = len(asked) % 4 if k else 3
+        tokens, seconds = BUDGETS.tokens[at, k, chosen], BUDGETS.seconds[at, k, chosen]
+        assert (info["tokens"], info["seconds"]) == (tokens, seconds)
+        assert reward == pytest.approx(tokens / seconds / CUT_LOG.plain_rate[at])
+        if k:
+            assert len(asked[-1]) == len(SIZE_NAMES)
+
+
+def test_features_see_what_a_cut_left():
+    """As a server tells its policy: only what was verified."""
+    loses = BUDGETS.tokens[:, 5, 0] < BUDGETS.tokens[:, 5, 3] - 3
+    at = int(np.flatnonzero(loses)[0])
+    for share in (0, 3):
+        environment = SizeEnvironment(CUT_LOG, BUDGETS, lambda _: 5, episode_steps=2, warm_steps=0)
+        environment.reset(options={"start": at})
+        after = environment.step(share)[0]
+        kept = (BUDGETS.tokens[at, 5, share] / 4 - 1) / CUT_LOG.max_draft
+        assert after[NAMES.index("last_accepted")] == pytest.approx(kept)

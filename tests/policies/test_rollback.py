@@ -177,6 +177,21 @@ def test_a_newer_version_starts_a_new_watch():
     assert drive(watch, 3, 4, 11) is Action.ACCEPT  # better beyond doubt
 
 
+def test_the_same_weights_under_another_number_are_not_watched():
+    """Their policy may draft less in a round, and gain by that; ``max_drop`` is about weights."""
+    watch = SwapWatch(100, 0.15)
+    drive(watch, 0, 3, 12)
+    watch.renamed(0, 1)
+    assert watch.state == "steady"
+    assert drive(watch, 1, 1, 40) is None
+    assert watch.figures()["version"] == 1
+
+    drive(watch, 2, 3, 1)
+    assert watch.state == "watching", "the next weights are compared with those of before"
+    watch.renamed(1, 5)
+    assert watch.state == "watching" and watch.figures()["version"] == 2
+
+
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match="watch_rounds"):
         SwapWatch(0, 0.15)

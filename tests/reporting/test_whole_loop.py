@@ -8,11 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from buffer.fingerprint import target_fingerprint
 from configs.schema import Settings
 from oracles.engines import Collected, request_of
 from oracles.wandb_files import offline_runs
@@ -23,6 +25,8 @@ from reporting.reports import Reports, reports_of
 from serving.build import build_service
 from serving.reporting import reported
 from serving.service import Service
+from tests.policies.logs import any_k, log, traces_of
+from tests.trainer.traffic import write_traces
 from trainer.build import build_trainer
 from trainer.loop import run
 
@@ -108,8 +112,15 @@ class Drafts:
 
 
 def train(settings: Settings, reports: Reports | None = None) -> Any:
+    """Train until all steps are done and, if a policy is fitted, it was judged."""
     trainer = build_trainer(settings, threading.Event(), reports)
-    run(trainer)
+    thread = threading.Thread(target=lambda: run(trainer))
+    thread.start()
+    fits = trainer.publisher.fits
+    if fits.is_on:
+        wait_until(lambda: trainer.published.version > 0 and fits.last is not None, 110)
+        trainer.stop.set()
+    thread.join()
     return trainer
 
 
@@ -129,8 +140,14 @@ def test_an_offline_run_of_the_loop_holds_all_that_the_dashboard_names(
         wandb={"mode": "offline", "artifacts": True},
         reports={"every_s": 0.1, "domains": DOMAINS, "close_s": 60.0},
     )
+    more = {"max_steps": None, "policy": {"kind": "ltd", "least_steps": 1000}}
+    own = settings.trainer.model_validate({**settings.trainer.model_dump(), **more})
+    settings = settings.model_copy(update={"trainer": own})
     service = build_service(settings, wrap=Drafts)
     service.start()
+    fingerprint = target_fingerprint(tiny_target_dir)
+    steps = traces_of(log(1280, any_k, (1,)))
+    write_traces(tmp_path, (replace(one, target_fingerprint=fingerprint) for one in steps))
     try:
         with reported(service, settings), reports_of(settings, "trainer") as reports:
             ask_all(service, requests_of(36))
@@ -155,6 +172,7 @@ def test_an_offline_run_of_the_loop_holds_all_that_the_dashboard_names(
     assert {one.group for one in runs.values()} == {tmp_path.name}
     assert all(TIME in row for one in runs.values() for row in one.rows if len(row) > 1)
     gates = runs["trainer"].table("events/gate")
+    assert {row["kind"] for row in runs["trainer"].table("events/policy")} == {"ltd"}
     assert any(row["passed"] for row in gates) and {row["why"] for row in gates} >= {"passed"}
     assert [row["version"] for row in runs["server"].table("events/swaps")][-1] == status["version"]
     assert any(name.endswith("-drafter") for name in runs["trainer"].artifacts)

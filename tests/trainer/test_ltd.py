@@ -25,12 +25,11 @@ from trainer.fitted_policy import fitted_policy, policy_path
 from trainer.ltd import (
     FullInformation,
     PolicyGate,
-    Ppo,
     fit_full_information,
-    fit_ppo,
     judge_network,
     split,
 )
+from trainer.ppo import Ppo, fit_ppo
 
 EASY, HARD = (0.92,) * MAX_DRAFT, (0.25,) * MAX_DRAFT
 

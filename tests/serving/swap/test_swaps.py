@@ -8,6 +8,7 @@ import threading
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load, save
@@ -16,7 +17,9 @@ from buffer.folder_weights import FolderWeights
 from buffer.manifest import TENSORS
 from configs.schema import Settings
 from oracles.engines import Collected, request_of
+from policies.features import NUM_FEATURES
 from policies.fixed import FixedPolicy
+from policies.network import Network
 from serving.build import build_service
 
 PROMPT = [40, 41, 42, 43]
@@ -120,6 +123,101 @@ def test_a_network_that_came_with_a_version_and_is_refused_is_named_and_counted(
     assert "version 1 of eagle3" in said and "must be base64" in said
     assert ask(service, "after").last.stats.drafter_version == 1
     service.stop()
+
+
+def always(k, max_draft=4):
+    """A network of the policy ``ltd`` that plays this K."""
+    blank = np.zeros(NUM_FEATURES, np.float32)
+    hidden = np.zeros((2, NUM_FEATURES), np.float32), np.zeros(2, np.float32)
+    out = np.zeros((max_draft + 1, 2), np.float32), np.eye(max_draft + 1, dtype=np.float32)[k]
+    return Network(blank, blank + 1, *hidden, *out).to_text()
+
+
+def test_a_version_that_brings_a_policy_alone_changes_the_policy_and_is_not_watched(
+    tiny_target_dir, tmp_path
+):
+    """It has the weights of the version in force. Judged by tokens_per_step, a policy that rightly
+    drafts less would be rolled back."""
+    settings = settings_for(tiny_target_dir, tmp_path)
+    update = {"kind": "ltd", "guard": False, "random_share": 0.0}
+    policy = settings.policy.model_copy(update=update)
+    service = build_service(settings.model_copy(update={"policy": policy}))
+    service.start()
+    try:
+        publish_next(tmp_path / "weights", policy={"ltd": always(4)})
+        wait_until(lambda: service.figures().swaps["swapped"] == 1)
+        before = ask(service, "before", max_tokens=150)
+        assert before.last.stats.proposed >= 3 * before.last.stats.steps
+        assert service.drafter_status()["state"] == "steady"
+
+        publish_next(tmp_path / "weights", policy={"ltd": always(1)})
+        wait_until(lambda: service.figures().swaps["swapped"] == 2)
+        for number in range(3):
+            after = ask(service, f"after {number}", max_tokens=150)
+
+        assert after.token_ids == before.token_ids
+        assert after.last.stats.proposed <= after.last.stats.steps
+        status = service.drafter_status()
+        assert (status["version"], status["state"]) == (2, "steady")
+        assert [one["event"] for one in status["history"]] == ["swapped", "swapped"]
+    finally:
+        service.stop()
+
+
+def test_such_a_version_waits_while_the_weights_are_watched(service, tmp_path):
+    """Taken at once, it would take the place of the weights that those in force may go back to."""
+    publish_next(tmp_path / "weights", noisy)
+    wait_until(lambda: service.drafter_status()["version"] == 1)
+    swapper = service.swapper
+    swapper._watch._state = "watching"
+    store = FolderWeights(tmp_path / "weights")
+    bundle = store.read(1)
+    store.publish(replace(bundle.manifest, version=2, parent=1, files={}), bundle.files)
+    time.sleep(0.3)
+    assert service.drafter_status()["version"] == 1
+
+    swapper._watch._state = "steady"
+    wait_until(lambda: service.drafter_status()["version"] == 2)
+
+
+def test_in_a_trial_both_weights_decode_with_the_policy_of_the_newer_version(
+    tiny_target_dir, tmp_path
+):
+    """A trial compares tokens_per_step: with a policy of their own that drafts more, former weights
+    would look better than they are."""
+    settings = settings_for(tiny_target_dir, tmp_path)
+    update = {"kind": "ltd", "guard": False, "random_share": 0.0}
+    policy = settings.policy.model_copy(update=update)
+    service = build_service(settings.model_copy(update={"policy": policy}))
+    service.start()
+    force = service.swapper._force
+    try:
+        publish_next(tmp_path / "weights", policy={"ltd": always(4), "acceptance": [0.7]})
+        wait_until(lambda: service.figures().swaps["swapped"] == 1)
+        publish_next(tmp_path / "weights", noisy, policy={"ltd": always(1), "acceptance": [0.6]})
+        wait_until(lambda: service.figures().swaps["swapped"] == 2)
+
+        def speculated(name):
+            stats = ask(service, name, max_tokens=60).last.stats
+            return stats.drafter_version, round(stats.proposed / stats.steps)
+
+        assert speculated("new") == (2, 1)
+        force.exchange("trial of the former version")
+        assert speculated("trial") == (1, 1)
+        force.exchange("trial over")
+        assert speculated("over") == (2, 1)
+        force.roll_back("worse")
+        version, drafted = speculated("rolled back")
+        assert version == 1 and drafted >= 3
+    finally:
+        service.stop()
+
+
+def test_a_network_means_nothing_to_another_policy(service, tmp_path):
+    publish_next(tmp_path / "weights", noisy, policy={"ltd": always(1), "specdecpp": "no head"})
+    wait_until(lambda: service.figures().swaps["swapped"] == 1)
+    assert service.figures().ignored_calibrations == 0
+    assert ask(service, "after").last.stats.proposed > 0
 
 
 def test_a_policy_that_fails_in_a_swap_does_not_stop_it(tiny_target_dir, tmp_path, caplog):
