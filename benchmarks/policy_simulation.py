@@ -10,8 +10,8 @@ same GPU. Figures are speeds relative to the best fixed arm of the scenario, K =
 hindsight and on the same requests: ``settled`` after the first 500 steps (20 after a swap to a
 version that comes with its figures), ``whole`` from the first step. ``vs_plain`` is relative to
 plain decoding, from the first step. ``swaps`` are steps from a swap on until the mean speed of the
-next 40 is 0.95 of the best fixed arm of the new version. ``shifts`` are steps until the policy
-decodes plainly, for 20 steps in a row, after a good drafter has become useless without a swap.
+next 40 is 0.95 of the best fixed arm of the new version. Changes of the traffic without a swap are
+in ``benchmarks/policy_changes.py``.
 
 The engine is that of ``tests/policies/simulated.py``; one core, no GPU. Writes
 ``policy_simulation.json`` and ``rows/policy_simulation.json`` in ``benchmarks/results``.
@@ -48,10 +48,9 @@ STEPS = 2000
 SOON = 20
 """Rounds after a swap from which on the policy must be near its final speed."""
 NEAR, NEAR_STEPS, STRIDE, MOST = 0.95, 40, 4, 600
-SWAP_SEEDS, SHIFT_SEEDS = 5, 8
-PLAIN_RUN, TURN = 20, 150
-"""Plain steps in a row that tell that a policy has stopped drafting; and steps of a text that turns
-between easy and hard."""
+SWAP_SEEDS = 5
+TURN = 150
+"""Steps of a text that turns between easy and hard."""
 
 SMALL = World(plain_s=0.00069, draft_s=0.00011, verify_per_token_s=2e-6, cold_s=0.0003)
 """A small target on a fast GPU: launches and the host set the time of a step."""
@@ -339,34 +338,6 @@ def steps_to_near(old: Phase, new: Phase, seed: int) -> int | None:
     return None
 
 
-def shifts(seeds: int = SHIFT_SEEDS) -> Iterator[dict[str, Any]]:
-    """Steps from a fall of acceptance without a swap until plain decoding, the worst and the median
-    of some seeds; ``None``: not within ``MOST``."""
-    for batch in (1, 4, 8, 32):
-        world = replace(SMALL, batch=batch, eagle=DRAFTS["good"], has_index=False)
-        found = [
-            steps_to_plain(world, replace(world, eagle=DRAFTS["random"]), s) for s in range(seeds)
-        ]
-        ordered = sorted(MOST if one is None else one for one in found)
-        yield {
-            "name": f"gpu, batch {batch}, good to random without a swap",
-            "median": ordered[seeds // 2],
-            "worst": None if None in found else ordered[-1],
-        }
-
-
-def steps_to_plain(old: World, new: World, seed: int) -> int | None:
-    """Steps from a change of the traffic to the first of a run of plain ones."""
-    drafters = {kind: traits for kind, traits in DRAFTERS.items() if kind in old.drafters}
-    policy = build_policy(PolicySettings(), drafters, seed, max_draft=8)
-    policy.calibrate(old.profile())
-    server = Simulation(policy, seed)
-    server.run(old, 3 * WARM_UP)
-    ks: list[int] = []
-    server.run(new, MOST + PLAIN_RUN, on_step=lambda decision, _: ks.append(decision.draft_k))
-    return next((at for at in range(MOST) if not any(ks[at : at + PLAIN_RUN])), None)
-
-
 def _sum(parts: Sequence[Totals]) -> Totals:
     by_difficulty = Counter[float]()
     for part in parts:
@@ -407,18 +378,6 @@ def swap_claims(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
             worst,
             f"at most {most}",
             worst is not None and worst <= most,
-        )
-
-
-def shift_claims(found: Sequence[dict[str, Any]]) -> Iterator[Row]:
-    """Rows of the table of claims about shifts without a swap."""
-    for one in found:
-        yield Row(
-            f"default policy, {one['name']}, {SHIFT_SEEDS} seeds",
-            "steps until it decodes plainly, the worst",
-            one["worst"],
-            "at most 50",
-            one["worst"] is not None and one["worst"] <= 50,
         )
 
 
@@ -463,16 +422,13 @@ def main(
     swapped = [] if only else list(swaps())
     for row in swapped:
         print(row["median"], row["worst"], row["name"], flush=True)
-    shifted = [] if only else list(shifts())
-    for row in shifted:
-        print(row["median"], row["worst"], row["name"], flush=True)
     result = {
         "seeds": seeds, "warm_up_steps": WARM_UP, "summary": summary(rows), "rows": rows,
-        "swaps": swapped, "shifts": shifted,
+        "swaps": swapped,
     }  # fmt: skip
     write_result(out, result)
     if not only:
-        found = [*claims(rows), *swap_claims(swapped), *shift_claims(shifted)]
+        found = [*claims(rows), *swap_claims(swapped)]
         write_rows("policy_simulation", found, "python -m benchmarks.policy_simulation")
     print(result["summary"])
 

@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from policies.dispersion import Dispersion
 from policies.interface import DrafterTraits
 from policies.log_odds import log_odds
-from policies.regimes import Evidence, Regimes, Since
+from policies.regimes import Evidence, Regimes, Shift, Since
 from policies.round_counts import Beyond, ByBucket, Outcomes, counts_of
 
 _PRIOR_WEIGHT, _DEEP_WEIGHT = 4.0, 12.0
@@ -140,7 +140,7 @@ class DrafterAcceptance:
             beyond: see ``AcceptanceModel``.
         """
         expected = self._all_expected()[0].tolist()
-        shifted: dict[int, Floats] = {}
+        shifted: dict[int, Shift] = {}
         half_life = max(self._half_life_rounds, _MIN_STEPS * batch)
         factors, lasting_factors = [1.0] * len(expected), [1.0] * len(expected)
         recent, lasting = self._recent, self._lasting
@@ -156,9 +156,9 @@ class DrafterAcceptance:
                 surprise -= excess.tokens
                 accepted = (np.array(accepted) - excess.kept).tolist()
             new.append((reached, accepted))
-            since = self._since.notices(row, new[-1], surprise, rounds)
-            if since is not None:
-                shifted[row] = since
+            shift = self._since.notices(row, new[-1], surprise, rounds, self._usual[row])
+            if shift is not None:
+                shifted[row] = shift
             if row == POOL:
                 self._dispersion.observe(reached[0], accepted[0], expected[row][1] - 1, batch)
             idle = max(0.0, clock - self._seen_at[row] - rounds)
@@ -183,22 +183,22 @@ class DrafterAcceptance:
         self._expected = None
 
     def _follow(
-        self, step: Mapping[int, Floats], shifted: Mapping[int, Floats], clock: float
+        self, step: Mapping[int, Floats], shifted: Mapping[int, Shift], clock: float
     ) -> None:
         """Let the regimes of rows change, after a step's rounds were taken in.
 
         Args:
             step: [2, K] rounds of each row.
-            shifted: [2, K] rounds since a shift, of rows in which one was noticed.
+            shifted: rows in which a shift was noticed.
         """
         recent, lasting = self._recent, self._lasting
         for row, counts in step.items():
-            regimes, since = self._regimes.get(row % len(self._hazards)), shifted.get(row)
-            if since is not None:
-                factor = _SHIFT_WEIGHT / max(float(since[0, 0]), _SHIFT_WEIGHT)
-                recent.reached[row], recent.accepted[row] = factor * since
+            regimes, shift = self._regimes.get(row % len(self._hazards)), shifted.get(row)
+            if shift is not None:
+                factor = _SHIFT_WEIGHT / max(float(shift.since[0, 0]), _SHIFT_WEIGHT)
+                recent.reached[row], recent.accepted[row] = factor * shift.since
             if regimes is None:
-                if since is not None:
+                if shift is not None:
                     factor = _limit(lasting, row, _LASTING_SHIFT_WEIGHT)
                     lasting.reached[row] *= factor
                     lasting.accepted[row] *= factor
@@ -208,8 +208,8 @@ class DrafterAcceptance:
                 factor = _limit(recent, row, _RETURN_WEIGHT)
                 recent.reached[row] *= factor
                 recent.accepted[row] *= factor
-            elif since is not None:
-                own = regimes.begins(since, lasting.row(row), clock)
+            elif shift is not None:
+                own = regimes.begins(shift, lasting.row(row), clock)
             else:
                 continue
             lasting.reached[row], lasting.accepted[row] = own

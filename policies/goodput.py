@@ -396,6 +396,8 @@ class GoodputPolicy:
         """The best arm, or that of a step of a stretch, with its probability and the reason."""
         choice, blind = weighed.choice, weighed.blind
         self._rest.left, self._rest.is_resting = 0, False
+        if choice.base == "none" and not self._rest.is_plain:
+            self._ledger.turns_plain()
         self._rest.is_plain = choice.base == "none"
         self._steps.look = weighed if looked else None
         stretch, propensity = None, 1.0

@@ -83,20 +83,39 @@ class Ledger:
         """Whether so much may be spent now: by default, whether nothing is owed."""
         return self._balances[purpose] >= cost
 
-    def charge(self, purpose: Purpose, cost: float, *, most_owed: float = math.inf) -> None:
+    def charge(
+        self,
+        purpose: Purpose,
+        cost: float,
+        *,
+        most_owed: float = math.inf,
+        most: float = math.inf,
+    ) -> None:
         """Take a cost from a balance, or add to it what was gained, at a cost below 0. That of a
         stretch counts as spent.
 
         Args:
             most_owed: the balance does not stay below this debt, whatever led to it.
+            most: what is gained does not lift the balance above this.
         """
-        self._balances[purpose] = max(self._balances[purpose] - cost, -most_owed)
+        balance = max(self._balances[purpose] - cost, -most_owed)
+        if cost < 0:
+            balance = min(balance, max(self._balances[purpose], most))
+        self._balances[purpose] = balance
         if purpose in _STRETCHES:
             self._spent_s[purpose] += cost
 
     def credit(self, purpose: Purpose, gain: float, most: float) -> None:
         """Add a gain to a balance, which does not exceed ``most``."""
         self._balances[purpose] = min(self._balances[purpose] + gain, most)
+
+    def turns_plain(self) -> None:
+        """A drafter was left for plain decoding: what was saved for other K of it pays what other
+        arms owe."""
+        saved_s, owed_s = self._balances[Purpose.LENGTH], -self._balances[Purpose.ARM]
+        paid_s = max(min(saved_s, owed_s), 0.0)
+        self._balances[Purpose.LENGTH] -= paid_s
+        self._balances[Purpose.ARM] += paid_s
 
     def forgive(self, *purposes: Purpose) -> None:
         """Forget debts: what was bought is of no use any more."""

@@ -206,12 +206,15 @@ class Lessons:
             took, is_late = self._times.in_plain_steps(drafter, k, batch, step_s)
             pace = self._chooser.pace if predicted.on_trial else self._chooser.plain_lead
             worth = outcome.rows.tokens_each / pace
+            if predicted.on_trial:
+                worth += self._unforeseen(outcome, pace)
             self._explorer.note_gain(
                 drafter,
                 worth - step_s / plain_s,
                 plain_s,
                 on_trial=predicted.on_trial,
                 catches_up=predicted.catches_up,
+                kept=outcome.rows.tokens_each - 1,
                 on_time=worth - took,
                 is_late=is_late,
             )
@@ -223,6 +226,19 @@ class Lessons:
                 catches_up=predicted.catches_up,
                 is_own=drafter == self._chooser.base != "none",
             )
+
+    def _unforeseen(self, outcome: Outcome, pace: float) -> float:
+        """Plain steps' worth of time by which drafts of the base, as long as these, would have
+        brought less in these very rounds than is believed of it, where they tell.
+
+        After a change, what is believed of it lags behind, and whatever is tried would seem to
+        gain."""
+        own = outcome.rows.judged.get(self._chooser.base)
+        if own is None:
+            return 0.0
+        k, batch = outcome.decision.draft_k, outcome.batch
+        took = self._times.arm_times(self._chooser.base, batch)[k - 1] / self._times.plain_s(batch)
+        return took - own.tokens_each / pace
 
     @staticmethod
     def _presumed_s(predicted: Predicted, plain_s: float) -> float:

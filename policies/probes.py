@@ -44,6 +44,13 @@ _ADVANCED_STEPS = 2.0
 """Plain steps that a trial beside another drafter leaves owed at most, and that one after a change
 of the traffic may owe before it has begun. More would keep a server silent that then turns out to
 be faster by plain decoding, which earns less."""
+_FEW_KEPT = 0.25
+"""Draft tokens of a request, in a step, below which a trial beside plain decoding need not go on
+once its drafts have lost what coming back to them took. Whatever drafts take, so few hardly pay;
+where more are kept, it is their time that may be believed wrongly, and one step tells little of
+that."""
+_GAINED_STEPS = 3.0
+"""Plain steps to which what a trial gains lifts the account: enough to try the others."""
 _MOST_LOST = 2.0
 """Largest loss of a step that counts against its stretch, in plain steps."""
 _WORTH_MORE, _WORTH_SHARE = 1.0, 0.05
@@ -83,6 +90,8 @@ class Option(NamedTuple):
     num_steps: int
     purpose: Purpose
     """That pays for it."""
+    usual_steps: int = 0
+    """Those that it is mostly over after, if fewer; 0: all."""
 
 
 Priced = tuple[Option, float]
@@ -103,6 +112,12 @@ class _Gain:
     """and steps in which it has."""
     lost: float = 0.0
     """Plain steps' worth of time that it has lost unforeseen."""
+    least_steps: float = math.inf
+    """Steps after which it is over if its drafts keep next to nothing,"""
+    num_played: int = 0
+    """those that are known,"""
+    kept: float = 0.0
+    """and what a request has kept of their drafts."""
 
 
 class Explorer:
@@ -156,7 +171,7 @@ class Explorer:
         left, self.under_way = self.under_way, None
         has_changed, self._num_changes = num_changes != self._num_changes, num_changes
         if not has_changed:
-            return None if self._is_dear else left
+            return None if self._is_over else left
         return None if choice.base == "none" else Stretch(PLAIN_ARM, _USUAL_STRETCH, 1.0)
 
     def note_gain(
@@ -167,6 +182,7 @@ class Explorer:
         *,
         on_trial: bool,
         catches_up: bool,
+        kept: float = math.inf,
         on_time: float | None = None,
         is_late: bool = False,
     ) -> None:
@@ -176,10 +192,13 @@ class Explorer:
         Args:
             on_trial: the stretch was charged nothing when it began; what its steps gain and lose
                 is.
+            kept: draft tokens of a request that it has kept.
             on_time: what it has saved if lateness is left out. The stretch is judged and charged by
                 that, but for a step that catches up and the second late step in a row: by then it
                 is what the arm costs. ``None``: as ``num_steps``.
         """
+        self._gain.num_played += 1
+        self._gain.kept += kept
         was_late, self._was_late = self._was_late, is_late
         if not (on_time is None or catches_up or (is_late and was_late)):
             num_steps = on_time
@@ -197,7 +216,8 @@ class Explorer:
             most = _MOST_EXCESS if catches_up or (is_slow and self._was_slow) else _MOST_LOST
             self._was_slow = is_slow
             cost_s = -max(num_steps, -most) * plain_s
-            self._ledger.charge(Purpose.ARM, cost_s, most_owed=self._most_owed_s)
+            most_s = _GAINED_STEPS * plain_s
+            self._ledger.charge(Purpose.ARM, cost_s, most_owed=self._most_owed_s, most=most_s)
 
     @property
     def more(self) -> str:
@@ -210,11 +230,19 @@ class Explorer:
 
     def goes_on_unplanned(self, num_changes: int) -> bool:
         """Whether a stretch may go on without a plan, which would cost as much as its steps."""
-        return num_changes == self._num_changes and not self._is_dear
+        return num_changes == self._num_changes and not self._is_over
 
     @property
-    def _is_dear(self) -> bool:
-        return self._gain.lost > self._gain.most_lost
+    def _is_over(self) -> bool:
+        """The stretch under way costs more than was foreseen, or has shown what it was to show."""
+        own = self._gain
+        if own.lost > own.most_lost:
+            return True
+        if own.least_steps == math.inf:
+            return False
+        if own.drafter != "none":
+            return True
+        return own.num_played >= own.least_steps and own.kept < _FEW_KEPT * own.num_played
 
     def settle(
         self, step_s: float, predicted_s: float, plain_s: float, *, catches_up: bool, is_own: bool
@@ -267,18 +295,23 @@ class Explorer:
         affordable: list[Priced] = []
         total = weighted_steps = wanted_s = 0.0
         for priced in options:
-            (_, weight, num_steps, purpose), loss_s = priced
+            (_, weight, num_steps, purpose, usual_steps), loss_s = priced
             if loss_s > wanted_s:
                 wanted_s = loss_s
             if loss_s <= (own_s if purpose is _LENGTH else other_s):
                 affordable.append(priced)
                 total += weight
-                weighted_steps += weight * num_steps
+                weighted_steps += weight * (usual_steps or num_steps)
         self._ledger.wanted_s = wanted_s
         if not affordable:
             return None, 1.0
         mean_steps = weighted_steps / total
-        chance = min(self._explore * self._haste * num_since / mean_steps, 0.5)
+        chance = self._explore * self._haste * num_since / mean_steps
+        if choice.base == "none" and self._tries_beside:
+            # What is saved brings nothing while it is not spent.
+            most_s = max(loss_s for _, loss_s in affordable)
+            chance *= other_s / max(most_s, 1e-9)
+        chance = min(chance, 0.5)
         if self._rng.random() >= chance:
             return None, 1 - chance
         at, reached = self._rng.random() * total, 0.0
@@ -306,7 +339,7 @@ class Explorer:
         least_s = loss_s - (_ADVANCED_STEPS * choice.plain_s if owes else 0.0)
         if owes is not None and not self._ledger.affords(Purpose.ARM, least_s):
             return None
-        return self._begin(one, loss_s, choice, 1.0)
+        return self._begin(one, loss_s, choice, 1.0, is_whole=owes is None)
 
     def draws_match(self, loss_s: float, num_since: int) -> tuple[bool, float]:
         """Whether to draft at a match that is believed not to be worth it, and the probability of
@@ -324,7 +357,15 @@ class Explorer:
         self._ledger.charge(Purpose.MATCH, loss_s)
         return True, chance
 
-    def _begin(self, one: Option, loss_s: float, choice: Choice, propensity: float) -> Stretch:
+    def _begin(
+        self,
+        one: Option,
+        loss_s: float,
+        choice: Choice,
+        propensity: float,
+        *,
+        is_whole: bool = False,
+    ) -> Stretch:
         if self._is_on_trial(one.arm, choice):
             self._most_owed_s = _OWED_STEPS * max(choice.plain_s, choice.loss_s(one.arm))
             if choice.base != "none":
@@ -332,7 +373,9 @@ class Explorer:
         else:
             self._ledger.charge(one.purpose, loss_s)
         is_beside = choice.base != "none" and self._tries_beside
-        self._gain = _Gain(most_lost=_TRIAL_LOSS if is_beside else _MUCH_STEPS)
+        least = math.inf if is_whole or not one.usual_steps else one.usual_steps
+        most = _TRIAL_LOSS if is_beside else _MUCH_STEPS
+        self._gain = _Gain(most, least_steps=least)
         return Stretch(one.arm, one.num_steps, propensity)
 
     def options(
@@ -372,8 +415,9 @@ class Explorer:
                 best = max(by_k)
                 at, loss_s = by_k.index(best), (most - best) / speed
                 if kind != base and kind in on_device:
-                    if base != "none" and self._tries_beside:
+                    if base == "none" or self._tries_beside:
                         at = choice.telling(kind)[1]
+                        loss_s = (most - by_k[at]) / speed
                     found.append(self._priced((kind, at), _OTHER, _ARM, choice, loss_s))
                 else:
                     found.append((_other(kind, at), loss_s))
@@ -409,8 +453,12 @@ class Explorer:
             return Option(arm, weight, _TRIAL_STEPS, purpose), min(first_s, choice.plain_s)
         if (other := round(switch_s / step_s)) > num_steps:
             num_steps = min(other, _MOST_STRETCH)
-        if (other := round(_MUCH_STEPS * choice.plain_s / step_s)) < num_steps:
-            num_steps = max(other, least)
+        if (most := round(_MUCH_STEPS * choice.plain_s / step_s)) < num_steps:
+            num_steps = max(most, least)
+        if on_trial and self._tries_beside:
+            usual = min(max(other, 1), num_steps)
+            loss_s = min(first_s * usual - switch_s * (usual - 1), choice.plain_s)
+            return Option(arm, weight, num_steps, purpose, usual), loss_s
         loss_s = first_s * num_steps - switch_s * (num_steps - 1)
         if on_trial:
             loss_s = min(loss_s, choice.plain_s)

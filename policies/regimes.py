@@ -19,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import mul
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,7 +41,8 @@ _OPENED = 2.0
 _OVER = -1.0
 """and those at which the other one takes its place."""
 _EXPLAINED = 4.0
-"""Nats that a regime may predict rounds worse than hazards fitted to them do, and explain them."""
+"""Nats that a regime may predict rounds worse than hazards fitted to them do, and explain them; and
+by which the moment at which a shift most likely began must tell more than all rounds suspected."""
 _LEAST_ROUNDS = 20.0
 """Rounds from which on a regime is worth remembering."""
 _KEPT_ROUNDS = 4.0
@@ -86,6 +88,16 @@ class Evidence:
         return Evidence(factors * self.reached, factors * self.accepted)
 
 
+class Shift(NamedTuple):
+    """Rounds of a shift, [2, K] that reached each position and that accepted it."""
+
+    suspected: Floats
+    """All since the detector was at rest: whether they fit what is known is judged by these, of
+    which no chance was picked."""
+    since: Floats
+    """Those since the shift most likely began."""
+
+
 class Since:
     """Watches the rows of one drafter's evidence for shifts, and keeps the rounds since the moment
     at which each most likely began: that at which its detector was last at rest."""
@@ -96,21 +108,24 @@ class Since:
         self._more = [deque[Counts](maxlen=_MOST_STEPS) for _ in range(num_rows)]
         """Steps since the detector's two sums were last 0."""
 
-    def notices(self, row: int, counts: Counts, surprise: float, rounds: int) -> Floats | None:
+    def notices(
+        self, row: int, counts: Counts, surprise: float, rounds: int, usual: Floats
+    ) -> Shift | None:
         """Take in the rounds of one step.
 
         Args:
             counts: [2, K] that reached each position, and that accepted it.
             surprise: tokens less those expected, summed.
+            usual: [K] hazards that the shift is from.
 
         Returns:
-            [2, K] rounds since the shift; ``None`` without one.
+            ``None`` without a shift.
         """
         cusum, fewer, more = self._cusums[row], self._fewer[row], self._more[row]
         fewer.append(counts)
         more.append(counts)
         if cusum.notices_shift(surprise, rounds):
-            found: Floats = np.sum(more if surprise > 0 else fewer, axis=0, dtype=np.float64)
+            found = _shift(more if surprise > 0 else fewer, usual)
             fewer.clear()
             more.clear()
             return found
@@ -130,6 +145,26 @@ class Since:
     def num_shifts(self, row: int) -> int:
         """Shifts that were noticed."""
         return self._cusums[row].num_shifts
+
+
+def _shift(steps: Iterable[Counts], usual: Floats) -> Shift:
+    """Find the moment from which on rounds fit hazards of their own best, compared with the usual
+    ones. A detector at work has mostly begun by chance before that, and every round of the former
+    traffic would take dozens of new ones to be outvoted.
+
+    Args:
+        steps: rounds since the detector was at rest, the newest last.
+        usual: [K] hazards before.
+    """
+    tails: Floats = np.array([*steps], dtype=np.float64)[::-1].cumsum(axis=0)
+    reached, accepted = tails[:, 0], tails[:, 1]
+    inside = np.clip(accepted / np.maximum(reached, _NOTHING), _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    known = np.clip(usual, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    kept, lost = np.log(inside / known), np.log((1 - inside) / (1 - known))
+    gains = (accepted * kept + (reached - accepted) * lost).sum(axis=1)
+    best = int(gains.argmax())
+    # Of many moments one fits best by chance, and unequal requests resemble a shift.
+    return Shift(tails[-1], tails[best if gains[best] > gains[-1] + _EXPLAINED else -1])
 
 
 class Regimes:
@@ -198,18 +233,17 @@ class Regimes:
         self._hazards, self._former_hazards = self._former_hazards, self._hazards
         return True
 
-    def begins(self, since: Floats, own: Floats, clock: float) -> Floats:
+    def begins(self, shift: Shift, own: Floats, clock: float) -> Floats:
         """Begin a regime with a shift, unless a known one explains it.
 
         Args:
-            since: [2, K] rounds since the shift,
-            own: and those of the regime in force, these included.
+            own: [2, K] rounds of the regime in force, those of the shift included.
 
         Returns:
             [2, K] rounds of the regime in force.
         """
         known = [self._hazards] if self.is_alone else [self._hazards, self._former_hazards]
-        rounds = since.tolist()
+        rounds, since = shift.suspected.tolist(), shift.since
         if self._fit(None, rounds) - max(self._fit(h, rounds) for h in known) <= _EXPLAINED:
             return own
         before = np.maximum(own - since, 0.0)
@@ -218,8 +252,11 @@ class Regimes:
             self._former_hazards = self._hazards
         if self.former[0, 0]:
             self._ends(clock, _OPENED)
-        factor = np.minimum(1.0, _KEPT_ROUNDS / np.maximum(before[0], _NOTHING))
-        begun: Floats = since + factor * before
+        is_worse = float(since[1].sum()) < sum(map(mul, since[0].tolist(), self._hazards))
+        # Where less is kept, what is seen anew replaces what was known; where more is, this stays,
+        # because few lucky rounds among many are found by any detector.
+        left = np.maximum(_KEPT_ROUNDS - is_worse * since[0], 0.0)
+        begun: Floats = since + np.minimum(1.0, left / np.maximum(before[0], _NOTHING)) * before
         return begun
 
     def forget(self, clock: float) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -15,8 +14,10 @@ from benchmarks.policies import (
     publish_allocate,
     rows_of,
 )
+from benchmarks.policy_changes import MOST, after_change, left, trials
+from benchmarks.policy_changes import rows_of as change_rows
 from benchmarks.policy_comparison import RULES
-from benchmarks.policy_simulation import claims, shift_claims, steps_to_plain
+from benchmarks.policy_simulation import claims
 from benchmarks.real import choosing
 from configs.schema import PolicySettings
 from policies.catalog import CATALOG
@@ -80,8 +81,15 @@ def test_simulated_speeds_are_held_to_the_goals_of_the_live_ones(value, holds):
 
 
 def test_a_policy_that_draws_on_after_a_shift_is_seen():
-    assert steps_to_plain(STEADY, STEADY, 0) is None
-    silent = steps_to_plain(STEADY, replace(STEADY, eagle=(0.01,) * 8), 0)
-    assert silent is not None and silent <= 100
-    found = [{"name": "x", "worst": worst, "median": 5} for worst in (50, 51, None)]
-    assert [one.holds for one in shift_claims(found)] == [True, False, False]
+    assert after_change(STEADY, STEADY, 0)[0] == MOST
+    found = left("x", STEADY, 0.01, 1)
+    assert found["median"] == found["worst"] <= 50
+    assert 0.8 < found["least_vs_plain"] == found["vs_plain"] < 1
+    worst = [found | {"worst": worst} for worst in (50, 51, MOST)]
+    assert [one.holds for one in change_rows(worst, [])] == [True, False, False]
+
+
+def test_what_better_traffic_waits_for_is_measured():
+    found = trials(1, 1)
+    assert 0 < found["wait"] < 200
+    assert [one.value for one in change_rows([], [found])] == [round(found["least_vs_plain"], 4)]

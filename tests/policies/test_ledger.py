@@ -73,6 +73,32 @@ def test_no_more_is_saved_than_what_was_wanted_costs():
     assert ledger.balance(Purpose.ARM) == 0.05
 
 
+@pytest.mark.parametrize(
+    ("length", "arm", "paid"),
+    [(2.0, -1.5, 1.5), (1.0, -1.5, 1.0), (2.0, 0.5, 0.0), (-1.0, -1.0, 0.0)],
+)
+def test_what_was_saved_for_other_lengths_pays_what_other_arms_owe_once_a_drafter_is_left(
+    length, arm, paid
+):
+    """It would lie there while the debts of trials beside the drafter keep a server silent."""
+    ledger = Ledger(SHARE)
+    ledger.charge(Purpose.LENGTH, -length)
+    ledger.charge(Purpose.ARM, -arm)
+    ledger.turns_plain()
+    assert ledger.balance(Purpose.LENGTH) == length - paid
+    assert ledger.balance(Purpose.ARM) == arm + paid
+
+
+def test_what_a_trial_gains_lifts_a_balance_no_further_than_said():
+    ledger = Ledger(SHARE)
+    ledger.charge(Purpose.ARM, -5.0, most=3.0)
+    assert ledger.balance(Purpose.ARM) == 3
+    ledger.charge(Purpose.ARM, -5.0, most=2.0)
+    assert ledger.balance(Purpose.ARM) == 3
+    ledger.charge(Purpose.ARM, 4.0, most=2.0)
+    assert ledger.balance(Purpose.ARM) == -1
+
+
 def test_what_is_owed_at_most_and_what_is_forgiven():
     ledger = Ledger(SHARE)
     ledger.charge(Purpose.ARM, 5.0, most_owed=1.0)

@@ -61,20 +61,21 @@ def policy(world, seed=0):
 
 
 def test_opposed_drafters_are_mixed_and_faster_than_the_best_one_alone():
-    simulation, used, right = Simulation(policy(HALVES), 0), Counter(), Counter()
-    simulation.run(HALVES, 500)
+    alone, shares = best_fixed_speed(replace(HALVES, mixes={})), []
+    for seed in range(3):
+        simulation, used, right = Simulation(policy(HALVES, seed), seed), Counter(), Counter()
+        simulation.run(HALVES, 500)
 
-    def watch(decision, rows):
-        used[decision.drafter] += 1
-        for pick, hard in zip(decision.picks or (), simulation._difficulty, strict=False):
-            right[(pick.drafter == "eagle3") == (hard > 0)] += 1
+        def watch(decision, rows, own=simulation, used=used, right=right):
+            used[decision.drafter] += 1
+            for pick, hard in zip(decision.picks or (), own._difficulty, strict=False):
+                right[(pick.drafter == "eagle3") == (hard > 0)] += 1
 
-    speed = simulation.run(HALVES, 400, watch).speed
-
-    alone = best_fixed_speed(replace(HALVES, mixes={}))
-    assert used[MIX] > 0.6 * 400
-    assert speed > 1.1 * alone
-    assert right[True] > 0.85 * right.total()
+        speed = simulation.run(HALVES, 400, watch).speed
+        assert used[MIX] > 0.6 * 400
+        assert speed > 1.1 * alone
+        shares.append(right[True] / right.total())
+    assert fmean(shares) > 0.87
 
 
 @pytest.mark.parametrize("world", [ALIKE, replace(ALIKE, batch=1)], ids=["eight", "one"])

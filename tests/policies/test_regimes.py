@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import fmean
 
 import pytest
 
 from policies.acceptance import AcceptanceModel
-from tests.policies.simulated import best_fixed_speed
+from tests.policies.simulated import World, best_fixed_speed, fixed_speed
 from tests.policies.test_acceptance import acceptance, feed
 from tests.policies.test_simulation import SMALL, served
 
@@ -37,6 +37,18 @@ def test_forty_rounds_after_a_shift_little_is_left_of_what_was_usual(num_before)
     feed(model, EASY, rounds=num_before, k=4)
     feed(model, HARD, rounds=40, k=4, seed=1)
     assert first(model) < 0.3
+
+
+def test_rounds_before_a_shift_are_not_taken_for_such_of_the_new_regime():
+    """A detector that is at work by chance when traffic changes brought some of them along: they
+    left a first token at 0.3, and at 0.17 after sixty rounds more."""
+    kept = []
+    for seed in range(5):
+        model = acceptance()
+        feed(model, (0.9,) * 8, rounds=1000, k=8, seed=seed)
+        feed(model, (0.02,) * 8, rounds=40, k=8, seed=10 + seed)
+        kept.append(first(model))
+    assert max(kept) < 0.25 and fmean(kept) < 0.16
 
 
 def test_a_shift_that_goes_on_does_not_throw_away_what_it_has_shown():
@@ -86,18 +98,43 @@ def test_other_weights_start_without_the_regimes_of_the_former_ones():
     assert first(model) == pytest.approx(before, abs=0.02)
 
 
-@pytest.mark.parametrize(("batch", "most"), [(1, 60), (4, 60)])
+@pytest.mark.parametrize(("batch", "most"), [(1, 28), (4, 12), (32, 6)])
 def test_a_drafter_that_becomes_useless_without_a_swap_is_silent_soon(batch, most):
-    """It took 521 to 974 steps at batch 1, and 81 to 159 at batch 4."""
-    for seed in range(2):
+    """It took up to 33 steps at batch 1, 29 at 4 and 38 at 32; trials aside, which are paid for."""
+    for seed in range(4):
         world = replace(SMALL, batch=batch)
         server, ks = served(world, seed), []
         server.run(world, 1000)
         server.run(
-            replace(world, eagle=(0.02,) * 8), 100, on_step=lambda d, _, ks=ks: ks.append(d.draft_k)
+            replace(world, eagle=(0.02,) * 8),
+            100,
+            on_step=lambda d, _, ks=ks: ks.append(0 if d.explore else d.draft_k),
         )
         stopped = next(at for at in range(81) if not any(ks[at : at + 20]))
         assert stopped <= most
+
+
+@dataclass(frozen=True)
+class Cheap(World):
+    """Drafts take 7 % of a plain step for the first token, and 5 % for each further one."""
+
+    def seconds(self, drafter: str, k: int) -> tuple[float, float]:
+        draft_s = self.plain_s * (0.07 + 0.05 * (k - 1)) if k else 0.0
+        return self.plain_s + draft_s, draft_s
+
+
+def test_cheap_drafts_that_become_useless_are_given_up_soon():
+    """Over 100 steps it was 0.90 of plain decoding, and in one of these seeds 0.83: rounds from
+    before the shift, and what was kept of the former regime, were outvoted slowly."""
+    speeds = []
+    for seed in range(6):
+        world = Cheap(eagle=(0.9,) * 8, plain_s=0.00069, has_index=False)
+        server = served(world, seed)
+        server.run(world, 1000)
+        useless = replace(world, eagle=(0.02,) * 8)
+        speeds.append(server.run(useless, 100).speed / fixed_speed(useless, "none", 0))
+    assert fmean(speeds) > 0.912
+    assert min(speeds) > 0.87
 
 
 def test_text_that_turns_is_followed_in_both_directions():

@@ -131,7 +131,7 @@ def test_an_index_beside_a_drafter_is_never_worse_than_the_drafter_alone():
         cold_s=0.006, noise=Noise(0.1, 0.0, 0.0),
     )  # fmt: skip
     speeds = []
-    for seed in range(2):
+    for seed in range(4):
         server = served(world, seed)
         server.run(world, WARM_UP)
         speeds.append(server.run(world, 700).speed)

@@ -59,6 +59,7 @@ def note(explorer, num_steps, *, catches_up=False, **lateness):
 
 def test_one_late_step_is_chance_and_two_in_a_row_are_what_the_arm_costs(on_trial):
     explorer, _, ledger = on_trial
+    ledger.charge(Purpose.ARM, PLAIN_S)
     before = ledger.balance(Purpose.ARM)
     note(explorer, -9.0, on_time=0.2, is_late=True)
     assert ledger.balance(Purpose.ARM) > before
@@ -98,6 +99,73 @@ def test_what_gained_after_coming_back_goes_on_at_no_charge(on_trial):
     note(explorer, 0.6)
     note(explorer, 0.6)
     assert explorer.more == "eagle3"
+
+
+def drawn(catch_up_s=0.5 * PLAIN_S):
+    """An explorer that has drawn a trial beside plain decoding, whose steps lose 0.2 plain steps
+    each, and the choice."""
+    ledger = Ledger(0.005)
+    ledger.save(PLAIN_S, PLAIN_S, is_drafted=False)
+    explorer = Explorer(0.5, 0, frozenset({"eagle3"}), ledger, tries_beside=True)
+    chooser = Chooser(1.01, {"eagle3": frozenset({"eagle3"})})
+    choice = chosen(chooser, 0.9, "none", catch_up_s)
+    explorer.goes_on(choice, 1)
+    stretch = None
+    while stretch is None:
+        stretch, _ = explorer.draw(explorer.options(forecast(outline(0.9)), choice), choice, 9)
+    assert stretch.arm == ("eagle3", 1)
+    explorer.take(stretch)
+    return explorer, choice
+
+
+def test_a_trial_that_keeps_nothing_is_over_once_it_has_lost_what_coming_back_took():
+    explorer, choice = drawn()
+    note(explorer, -2.4, catches_up=True, kept=0.0)
+    assert explorer.goes_on_unplanned(1)
+    note(explorer, -0.2, kept=0.1)
+    assert not explorer.goes_on_unplanned(1)
+    assert explorer.goes_on(choice, 1) is None
+
+
+def test_a_trial_that_keeps_something_goes_on():
+    """Otherwise a drafter whose time is believed far too long would never be timed."""
+    explorer, choice = drawn()
+    note(explorer, -1.5, catches_up=True, kept=0.0)
+    note(explorer, -0.2, kept=1.0)
+    assert explorer.goes_on_unplanned(1)
+    assert explorer.goes_on(choice, 1) is not None
+
+
+def test_a_trial_that_saves_time_is_planned_anew():
+    """Its K is that of a belief which its rounds have refuted."""
+    explorer, choice = drawn()
+    note(explorer, -1.5, catches_up=True, kept=1.0)
+    note(explorer, 1.5, kept=3.0)
+    assert explorer.more == "eagle3"
+    assert not explorer.goes_on_unplanned(1)
+    assert explorer.goes_on(choice, 1) is None
+
+
+def test_other_weights_are_tried_in_one_piece(on_trial):
+    explorer, choice, _ = on_trial
+    note(explorer, -1.5, catches_up=True, kept=0.0)
+    for _ in range(5):
+        note(explorer, 0.3, kept=0.0)
+    assert explorer.goes_on_unplanned(1)
+    assert explorer.goes_on(choice, 1) is not None
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_beside_plain_decoding_trials_are_the_likelier_the_more_of_them_are_saved_for(times):
+    ledger = Ledger(0.005)
+    ledger.is_open = True
+    explorer = Explorer(0.05, 0, frozenset({"eagle3"}), ledger, tries_beside=True)
+    choice = chosen(Chooser(1.01, {"eagle3": frozenset({"eagle3"})}), 0.9, "none")
+    options = explorer.options(forecast(outline(0.9)), choice)
+    ((option, loss_s),) = options
+    ledger.credit(Purpose.ARM, times * loss_s, most=1.0)
+    _, nothing = explorer.draw(options, choice, 1)
+    assert 1 - nothing == pytest.approx(times * 0.05 / option.usual_steps)
 
 
 def test_stretches_beside_plain_decoding_do_not_make_a_drafter_look_interrupted():
