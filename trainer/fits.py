@@ -49,13 +49,14 @@ class Plan:
         """Where its network is."""
         return KINDS[self.kind]
 
-    def request(self, published: Manifest) -> Request:
+    def request(self, published: Manifest, waiting: str | None = None) -> Request:
         """
         Args:
-            published: the newest version; what it carries is in force.
+            published: the newest version; what it carries is in force,
+            waiting: unless there is a network that the next version carries.
         """
         how = self.settings
-        in_force = published.policy.get(self.fitted.key)
+        in_force = published.policy.get(self.fitted.key) if waiting is None else waiting
         if not self.fitted.is_usable(in_force, self.drafter):
             in_force = None
         return Request(
@@ -186,6 +187,8 @@ class Fits:
     """Monotonic time at which the last fit began, or the trainer."""
     steps_then: float = 0.0
     """``RecentTraces.total`` at that time."""
+    mark_then: tuple[int, int] | None = None
+    """State of the file at that time."""
     awaits: str | None = None
     """What more the traces must say, as the last fit found; ``None``: nothing."""
     passed_s: float | None = None
@@ -249,7 +252,26 @@ class Fits:
         """
         assert self.plan is not None and self.process is None
         self.began_s, self.steps_then = time.monotonic(), self.recent.total
-        self.process = FittingProcess(self.plan.request(published), self.recent.records())
+        self.mark_then = self._mark_of_file()
+        waiting = None
+        if self.mark_then is not None:
+            waiting = self.plan.fitted.text(self.plan.run_dir, self.plan.drafter)
+        request = self.plan.request(published, waiting)
+        self.process = FittingProcess(request, self.recent.records())
+
+    @property
+    def is_overtaken(self) -> bool:
+        """Since the last fit began, somebody has put another network in place of that which its own
+        was judged against, or has taken it away."""
+        return self._mark_of_file() != self.mark_then
+
+    def _mark_of_file(self) -> tuple[int, int] | None:
+        assert self.plan is not None
+        try:
+            state = self.plan.fitted.path(self.plan.run_dir).stat()
+        except OSError:
+            return None
+        return state.st_mtime_ns, state.st_ino
 
     def keep(self, network: bytes) -> None:
         """Put a network where the next version takes it from, in place of the former one.
@@ -267,11 +289,7 @@ class Fits:
         passed, or had before a restart, or that somebody has fitted by hand."""
         assert self.plan is not None
         fitted, run_dir = self.plan.fitted, self.plan.run_dir
-        try:
-            state = fitted.path(run_dir).stat()
-            mark = state.st_mtime_ns, state.st_ino
-        except OSError:
-            mark = None
+        mark = self._mark_of_file()
         if mark == self.mark and published.version == self.newest:
             return
         self.mark, self.newest = mark, published.version

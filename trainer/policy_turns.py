@@ -173,7 +173,10 @@ def _answered(trainer: Trainer, fits: Fits) -> None:
 def _judged(trainer: Trainer, fits: Fits, found: Fitted, seconds: float) -> None:
     assert fits.plan is not None
     kept, text = found.passed, "; ".join(found.lines)
-    if found.passed:
+    if found.passed and fits.is_overtaken:
+        kept = False
+        text += "; another network has come meanwhile, so it is fitted again later"
+    elif found.passed:
         try:
             fits.keep(found.network)
         except OSError as error:

@@ -229,7 +229,7 @@ def test_a_rollback_by_order_in_a_trial_rejects_the_version_on_trial_and_ends_it
         service.swapper.rollback()
         status = service.drafter_status()
         assert (status["version"], status["denied"], status["state"]) == (0, [1], "steady")
-        with pytest.raises(ValueError, match="no former version .* 1 was rolled back before"):
+        with pytest.raises(ValueError, match=r"no former version .* 1 was rolled back before"):
             service.swapper.rollback()
         assert service.drafter_status()["denied"] == [1]
         assert swapped(service, tmp_path) == 2
