@@ -98,8 +98,13 @@ class FittingProcess:
     """One process that fits, with the lowest priority and no GPU; see ``trainer.fitting``. Nobody
     waits for it."""
 
-    def __init__(self, request: Request, records: Sequence[bytes]) -> None:
+    def __init__(
+        self, request: Request, records: Sequence[bytes], mark: tuple[int, int] | None = None
+    ) -> None:
         """
+        Args:
+            mark: state of the file that the network is to replace; ``None``: there is none.
+
         Raises:
             OSError: it could not be started.
         """
@@ -119,6 +124,7 @@ class FittingProcess:
         finally:
             os.close(readable)
         self.began_s = time.monotonic()
+        self.mark = mark
         self._answer = b""
         self._thread = threading.Thread(
             target=self._talk, args=(request, records), name="fitter", daemon=True
@@ -187,8 +193,6 @@ class Fits:
     """Monotonic time at which the last fit began, or the trainer."""
     steps_then: float = 0.0
     """``RecentTraces.total`` at that time."""
-    mark_then: tuple[int, int] | None = None
-    """State of the file at that time."""
     awaits: str | None = None
     """What more the traces must say, as the last fit found; ``None``: nothing."""
     passed_s: float | None = None
@@ -252,18 +256,16 @@ class Fits:
         """
         assert self.plan is not None and self.process is None
         self.began_s, self.steps_then = time.monotonic(), self.recent.total
-        self.mark_then = self._mark_of_file()
-        waiting = None
-        if self.mark_then is not None:
+        mark, waiting = self._mark_of_file(), None
+        if mark is not None:
             waiting = self.plan.fitted.text(self.plan.run_dir, self.plan.drafter)
         request = self.plan.request(published, waiting)
-        self.process = FittingProcess(request, self.recent.records())
+        self.process = FittingProcess(request, self.recent.records(), mark)
 
-    @property
-    def is_overtaken(self) -> bool:
-        """Since the last fit began, somebody has put another network in place of that which its own
-        was judged against, or has taken it away."""
-        return self._mark_of_file() != self.mark_then
+    def is_overtaken(self, process: FittingProcess) -> bool:
+        """Since a fit began, somebody has put another network in place of that which its own was
+        judged against, or has taken it away."""
+        return self._mark_of_file() != process.mark
 
     def _mark_of_file(self) -> tuple[int, int] | None:
         assert self.plan is not None

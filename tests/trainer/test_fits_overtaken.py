@@ -50,9 +50,9 @@ def test_a_fit_is_judged_against_the_network_that_waits_for_the_next_version(
     fits.keep(network(3))
     begin = FittingProcess.__init__
 
-    def noted(process, request, records):
+    def noted(process, request, *others):
         asked.append(request)
-        begin(process, request, records)
+        begin(process, request, *others)
 
     monkeypatch.setattr(FittingProcess, "__init__", noted)
     fits.begin(trainer.published)
