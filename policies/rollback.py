@@ -209,9 +209,13 @@ class SwapWatch:
             self._state, self._version = "steady", now
             self._new = self._former = None
 
-    def go_on_from(self, version: int, blocks: Sequence[float]) -> None:
+    def is_judging(self, version: int) -> bool:
+        """A trial compares this version with another one."""
+        return version in self._left_behind()
+
+    def go_on_from(self, version: int, blocks: Sequence[float] = ()) -> None:
         """The version that was watched is given up, without a verdict, for one that has drafted
-        beside it: the next one is compared with that.
+        beside it, or that somebody has ordered: the next one is compared with that.
 
         Args:
             blocks: mean tokens_per_step of its last blocks.

@@ -73,6 +73,11 @@ class SideBySide:
         if block is not None:
             side.recent.append(block)
 
+    def renamed(self, version: int, now: int) -> None:
+        """The same weights draft under another number from now on. What was seen of them stays."""
+        if (side := self._sides.pop(version, None)) is not None:
+            self._sides[now] = side
+
     def preferred_to(self, version: int) -> int | None:
         """The other version, if this one is abandoned for it."""
         own = self._sides.get(version)

@@ -49,13 +49,14 @@ class Plan:
         """Where its network is."""
         return KINDS[self.kind]
 
-    def request(self, published: Manifest) -> Request:
+    def request(self, published: Manifest, waiting: str | None = None) -> Request:
         """
         Args:
-            published: the newest version; what it carries is in force.
+            published: the newest version; what it carries is in force,
+            waiting: unless there is a network that the next version carries.
         """
         how = self.settings
-        in_force = published.policy.get(self.fitted.key)
+        in_force = published.policy.get(self.fitted.key) if waiting is None else waiting
         if not self.fitted.is_usable(in_force, self.drafter):
             in_force = None
         return Request(
@@ -97,8 +98,13 @@ class FittingProcess:
     """One process that fits, with the lowest priority and no GPU; see ``trainer.fitting``. Nobody
     waits for it."""
 
-    def __init__(self, request: Request, records: Sequence[bytes]) -> None:
+    def __init__(
+        self, request: Request, records: Sequence[bytes], mark: tuple[int, int] | None = None
+    ) -> None:
         """
+        Args:
+            mark: state of the file that the network is to replace; ``None``: there is none.
+
         Raises:
             OSError: it could not be started.
         """
@@ -118,6 +124,7 @@ class FittingProcess:
         finally:
             os.close(readable)
         self.began_s = time.monotonic()
+        self.mark = mark
         self._answer = b""
         self._thread = threading.Thread(
             target=self._talk, args=(request, records), name="fitter", daemon=True
@@ -249,7 +256,24 @@ class Fits:
         """
         assert self.plan is not None and self.process is None
         self.began_s, self.steps_then = time.monotonic(), self.recent.total
-        self.process = FittingProcess(self.plan.request(published), self.recent.records())
+        mark, waiting = self._mark_of_file(), None
+        if mark is not None:
+            waiting = self.plan.fitted.text(self.plan.run_dir, self.plan.drafter)
+        request = self.plan.request(published, waiting)
+        self.process = FittingProcess(request, self.recent.records(), mark)
+
+    def is_overtaken(self, process: FittingProcess) -> bool:
+        """Since a fit began, somebody has put another network in place of that which its own was
+        judged against, or has taken it away."""
+        return self._mark_of_file() != process.mark
+
+    def _mark_of_file(self) -> tuple[int, int] | None:
+        assert self.plan is not None
+        try:
+            state = self.plan.fitted.path(self.plan.run_dir).stat()
+        except OSError:
+            return None
+        return state.st_mtime_ns, state.st_ino
 
     def keep(self, network: bytes) -> None:
         """Put a network where the next version takes it from, in place of the former one.
@@ -267,11 +291,7 @@ class Fits:
         passed, or had before a restart, or that somebody has fitted by hand."""
         assert self.plan is not None
         fitted, run_dir = self.plan.fitted, self.plan.run_dir
-        try:
-            state = fitted.path(run_dir).stat()
-            mark = state.st_mtime_ns, state.st_ino
-        except OSError:
-            mark = None
+        mark = self._mark_of_file()
         if mark == self.mark and published.version == self.newest:
             return
         self.mark, self.newest = mark, published.version

@@ -11,6 +11,8 @@ of the log itself, and also than the best fixed K of each load (``ltd``) or than
 draft (``specdecpp``). Acceptance is that of a version. So the steps that judge are those of
 versions that draft like the newest one alone (``policies.alike``); a network of ``ltd`` may be
 fitted to those of former ones, too, as many as are needed.
+
+A size that the network in force has stays: K alone is fitted, to what that size verifies.
 """
 
 from __future__ import annotations
@@ -31,21 +33,26 @@ from buffer.codec import decode_trace
 from buffer.records import Trace
 from configs.choices import SettingsError
 from policies.alike import first_alike
+from policies.budgets import BudgetScores
 from policies.confidence_head import Head
 from policies.logged import LoggedStep, of_drafter, of_newest_versions, steps_of
 from policies.network import Network
 from policies.published import Origin
+from policies.replayed_log import ReplayedLog
 from policies.run_log import log_of_run
 from trainer.confidence_head import HeadFit, fit_head, judge_head, samples_of, split_samples
 from trainer.lifeline import watch
 from trainer.ltd import (
     FullInformation,
     chosen_ks,
+    compare,
     compare_ks,
     fit_full_information,
     judge_network,
     split,
 )
+from trainer.ltd_networks import played
+from trainer.sizes import fit_depth
 
 LEAST_JUDGED = 256
 """Steps, of versions like the newest one, that a network is judged by at least."""
@@ -127,14 +134,18 @@ def _fit_ltd(request: Request, steps: list[LoggedStep], origin: Origin) -> Fitte
             f"{origin.drafter}, or of others that draft like it, of which a share judges; there "
             f"are {num_alike}"
         )
-    network = fit_full_information(log, rows, FullInformation(seed=request.seed))
-    held_out, ks = log.rows(~rows), chosen_ks(network, log)[~rows]
+    held_out, how = log.rows(~rows), FullInformation(seed=request.seed)
     if request.in_force is None:
+        network = fit_full_information(log, rows, how)
+        ks = chosen_ks(network, log)[~rows]
         taken = np.minimum([step.draft_k for step in held_out.steps], log.max_draft)
         gates = [compare_ks(held_out, ks, taken, _LOGGED), judge_network(network, log, rows)]
     else:
-        former = chosen_ks(Network.from_text(request.in_force), log)[~rows]
-        gates = [compare_ks(held_out, ks, former, _NETWORK)]
+        former = Network.from_text(request.in_force)
+        budgets = _budgets_of(log, former)
+        network = fit_depth(log, rows, budgets, how, former.size)
+        ours, theirs = (played(one, log, budgets).rows(~rows) for one in (network, former))
+        gates = [compare(held_out, ours, theirs, _NETWORK)]
     gain, low = gates[0].gain, gates[0].low - 1
     about = {"method": "full", "gain": f"{gain:.4f}", "at_least": f"{low:.4f}"}
     return Fitted(
@@ -147,6 +158,17 @@ def _fit_ltd(request: Request, steps: list[LoggedStep], origin: Origin) -> Fitte
         num_judged=num_judged,
         origin=origin,
     )
+
+
+def _budgets_of(log: ReplayedLog, network: Network) -> BudgetScores | None:
+    """What the shares of a network's size would have brought; ``None``: it has none, or the log
+    does not tell, as where ``policy.ltd.size`` is ``off``."""
+    if network.size is None:
+        return None
+    try:
+        return BudgetScores.of(log, network.size.num_shares)
+    except ValueError:
+        return None
 
 
 def _too_little(gain: float, margin: float) -> list[str]:

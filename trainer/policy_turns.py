@@ -165,15 +165,20 @@ def _answered(trainer: Trainer, fits: Fits) -> None:
         _failed(trainer, fits, str(error))
     else:
         fits.awaits = None
-        _judged(trainer, fits, found, seconds)
+        _judged(trainer, fits, found, seconds, is_overtaken=fits.is_overtaken(process))
     finally:
         process.end()
 
 
-def _judged(trainer: Trainer, fits: Fits, found: Fitted, seconds: float) -> None:
+def _judged(
+    trainer: Trainer, fits: Fits, found: Fitted, seconds: float, *, is_overtaken: bool
+) -> None:
     assert fits.plan is not None
     kept, text = found.passed, "; ".join(found.lines)
-    if found.passed:
+    if found.passed and is_overtaken:
+        kept = False
+        text += "; another network has come meanwhile, so it is fitted again later"
+    elif found.passed:
         try:
             fits.keep(found.network)
         except OSError as error:

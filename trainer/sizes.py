@@ -86,6 +86,27 @@ class Fitted:
         ]
 
 
+def fit_depth(
+    log: ReplayedLog,
+    rows: Rows,
+    budgets: BudgetScores | None,
+    how: FullInformation,
+    size: Size | None,
+) -> Network:
+    """K, and a size that stays as it is.
+
+    Args:
+        rows: [S] steps to fit on.
+        budgets: ``None``: the log tells nothing of them, so K is fitted as if everything were
+            verified.
+        size: ``None``: everything is.
+    """
+    if size is None or budgets is None:
+        return replace(fit_full_information(log, rows, how), size=size)
+    fitter = _ByAll(log, rows, budgets, how)
+    return fitter.depth(replace(fitter.first(), size=size))
+
+
 class Fitter(Protocol):
     """One way to fit."""
 

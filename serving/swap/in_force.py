@@ -80,6 +80,8 @@ class WeightsInForce:
         self._beside = beside
         self._former_flat: Tensor | None = None if beside is None else beside.flat
         self._is_alone = False
+        self._same_weights: dict[int, set[int]] = {}
+        """Version -> those that it took the place of, with other networks of the policy alone."""
         self._note_calibration()
 
     @property
@@ -99,11 +101,12 @@ class WeightsInForce:
 
     @property
     def drafts_beside(self) -> bool:
-        """Whether the former version may draft, too: not one that was rolled back, and none while
-        a version is to draft alone."""
+        """Whether the former version may draft, too: not one that was rolled back, none with the
+        very weights of the current one, and none while a version is to draft alone."""
         former = self.former
         is_sound = former is not None and former.version not in self.denied
-        return self._beside is not None and is_sound and not self._is_alone
+        is_other = self._beside is not None and not self.has_same_weights
+        return is_sound and is_other and not self._is_alone
 
     def drafting(self) -> tuple[int, ...]:
         """Versions that may draft now."""
@@ -144,6 +147,9 @@ class WeightsInForce:
         if not keeps_former:
             self._former_flat.copy_(self.weights.flat)
             self.former = self.current
+        elif weights_are_same(staged.manifest, self.current):
+            replaced = self._same_weights.get(self.version, set()) | {self.version}
+            self._same_weights[staged.manifest.version] = replaced
         self.weights.take_over(staged.flat)
         weights_were_overwritten(self._neural)
         self.swap_seconds += time.perf_counter() - started
@@ -183,9 +189,10 @@ class WeightsInForce:
         self.note(event)
 
     def roll_back(self, why: str) -> None:
-        """Return to the former weights and deny the version that was serving."""
+        """Return to the former weights and deny the version that was serving, and those that it
+        replaced with its very weights: a restart would begin with them."""
         rejected = self.current.version
-        self.denied.add(rejected)
+        self.denied |= {rejected} | self._same_weights.get(rejected, set())
         self._exchange()
         self.counts["rolled_back"] += 1
         self.note(f"rolled back from {rejected}: {why}")

@@ -289,8 +289,14 @@ class Swapper:
             ValueError: there is no former version.
         """
         with self._one_swap:
-            if self._force.former is None:
+            former = self._force.former
+            if former is None:
                 raise ValueError("there is no former version to return to")
+            if former.version in self._force.denied:
+                raise ValueError(
+                    f"there is no former version to return to: version {former.version} was "
+                    f"rolled back before"
+                )
             self._hand_over(None, timeout_s)
             return self.status()
 
@@ -399,12 +405,20 @@ class Swapper:
             return
         order = self._orders.popleft()
         if order.staged is None:
-            self._force.roll_back("by order")
+            self._roll_back()
         elif order.is_former:
             self._force.take_former(order.staged)
         else:
             self._take(order.staged)
         order.done.set()
+
+    def _roll_back(self) -> None:
+        """By order. In a trial it is the former version that decodes, and it is not that one which
+        somebody wants to be rid of. The watch has nothing to judge any more."""
+        if self._watch.state == "trial":
+            self._force.exchange("trial over")
+        self._force.roll_back("by order")
+        self._watch.go_on_from(self._force.version)
 
     def _take(self, staged: Staged) -> None:
         """Serve a loaded version. Beside it stays the one that has drafted most of those two that
@@ -414,7 +428,12 @@ class Swapper:
         if better is not None and keeps_former:
             self._force.note(f"given up for {better}, which drafted more")
             self._watch.go_on_from(better, self._sides.blocks_of(better))
+        elif self._watch.is_judging(staged.manifest.version):  # somebody has ordered it
+            self._watch.go_on_from(staged.manifest.version)
+        replaced = self._force.current
         self._force.take(staged, keeps_former=keeps_former)
+        if weights_are_same(staged.manifest, replaced):
+            self._sides.renamed(replaced.version, staged.manifest.version)
         former = self._force.former
         if former is not None and self._force.has_same_weights:
             self._watch.renamed(former.version, self._force.version)

@@ -52,12 +52,12 @@ def served(steps, fingerprint="ab" * 32):
     return [replace(one, target_fingerprint=fingerprint) for one in traces_of(steps)]
 
 
-def network(k: int, drafter: str = DRAFTER) -> bytes:
+def network(k: int, drafter: str = DRAFTER, max_draft: int = MAX_DRAFT) -> bytes:
     """Always plays this K."""
     blank = Network(
         np.zeros(NUM_FEATURES, np.float32), np.ones(NUM_FEATURES, np.float32),
         np.zeros((4, NUM_FEATURES), np.float32), np.zeros(4, np.float32),
-        np.zeros((MAX_DRAFT + 1, 4), np.float32), np.eye(MAX_DRAFT + 1, dtype=np.float32)[k],
+        np.zeros((max_draft + 1, 4), np.float32), np.eye(max_draft + 1, dtype=np.float32)[k],
     )  # fmt: skip
     return blank.to_bytes(Origin(drafter, 0, 0).metadata())
 

@@ -16,13 +16,15 @@ from policies.budgets import BudgetScores, cut_rows
 from policies.catalog import build_policy
 from policies.features import NAMES, NUM_FEATURES
 from policies.ltd import CALIBRATION_KEY
-from policies.network import Network
+from policies.network import SIZE_NAMES, Network, Size
 from policies.replayed_log import ReplayedLog, play
 from tests.policies import confident_logs
 from tests.policies.confident_logs import confident_log
 from tests.policies.logs import DRAFTER, any_k, log, write_run
+from tests.trainer.test_fits import network, request_for, served
 from trainer.cli import app
 from trainer.fitted_policy import fitted_policy, policy_path
+from trainer.fitting import fit
 from trainer.ltd import FullInformation, fit_full_information, judge_network, split
 from trainer.ltd_networks import features_of, played
 from trainer.ppo import Ppo
@@ -196,3 +198,35 @@ def test_one_budget_is_refused(tmp_path):
 
     assert result.exit_code == 2
     assert "--budgets 1 leaves nothing to choose" in result.output
+
+
+@pytest.mark.parametrize("is_noted", [True, False], ids=["figures noted", "none noted"])
+def test_a_fit_keeps_the_size_that_is_in_force(tmp_path, is_noted):
+    """One of K alone would drop it, and be judged as if everything had been verified before."""
+    samples = [asdict(one) for one in confident_logs.profile()]
+    (tmp_path / "step_times.json").write_text(json.dumps({"facts": {}, "samples": samples}))
+    steps = confident_log(1300, batch=8, threshold=0.0, share=1.0)
+    if not is_noted:
+        bare = [tuple(replace(row, considered=None) for row in one.rows) for one in steps]
+        steps = [replace(one, rows=rows) for one, rows in zip(steps, bare, strict=True)]
+    most = confident_logs.MAX_DRAFT
+    in_force = with_half_of_it(Network.from_bytes(network(1, max_draft=most)))
+
+    found = fit(request_for(tmp_path, in_force.to_bytes(), max_draft=most), served(steps))
+
+    own, former = Network.from_bytes(found.network).size, in_force.size
+    assert own is not None and former is not None
+    for name, values in former.arrays().items():
+        assert np.array_equal(values, own.arrays()[name])
+    assert found.passed is is_noted, found.lines
+    assert ("50 % of the draft tokens verified" in found.lines[0]) is is_noted, found.lines
+
+
+def with_half_of_it(one):
+    """The same K; half of the draft tokens are verified."""
+    num = len(SIZE_NAMES)
+    size = Size(
+        np.zeros(num, np.float32), np.ones(num, np.float32), np.zeros((4, num), np.float32),
+        np.zeros(4, np.float32), np.zeros((4, 4), np.float32), np.eye(4, dtype=np.float32)[1],
+    )  # fmt: skip
+    return replace(one, size=size)

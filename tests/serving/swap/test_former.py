@@ -209,6 +209,81 @@ def test_a_version_rolled_back_by_order_drafts_no_more_and_the_next_one_has_a_fo
         assert service.figures().policy_failures == 0
 
 
+def on_trial(service):
+    """As the watch leaves it when version 1 is compared with version 0, which decodes."""
+    swapper = service.swapper
+    watch = swapper._watch
+    watch._state, watch._new, watch._former, watch._version = "trial", 1, 0, 0
+    swapper._force.exchange("trial of the former version")
+    assert service.drafter_status()["version"] == 0
+
+
+@pytest.mark.parametrize("former", [True, False])
+def test_a_rollback_by_order_in_a_trial_rejects_the_version_on_trial_and_ends_it(
+    tiny_target_dir, tmp_path, former
+):
+    """Else it was the former version that was denied, and none was taken any more."""
+    with serving(tiny_target_dir, tmp_path, RandomPolicy(), former=former) as service:
+        swapped(service, tmp_path)
+        on_trial(service)
+        service.swapper.rollback()
+        status = service.drafter_status()
+        assert (status["version"], status["denied"], status["state"]) == (0, [1], "steady")
+        with pytest.raises(ValueError, match=r"no former version .* 1 was rolled back before"):
+            service.swapper.rollback()
+        assert service.drafter_status()["denied"] == [1]
+        assert swapped(service, tmp_path) == 2
+
+
+def test_a_version_that_is_ordered_in_its_trial_ends_it(tiny_target_dir, tmp_path):
+    """Else its steps would be taken for late ones, and the trial would never end."""
+    with serving(tiny_target_dir, tmp_path, RandomPolicy()) as service:
+        swapped(service, tmp_path)
+        on_trial(service)
+        service.swapper.swap(1)
+        service.swapper.swap(None)
+        ask(service, "one", 40)
+        status = service.drafter_status()
+        assert (status["version"], status["state"]) == (1, "steady")
+        assert swapped(service, tmp_path) == 2
+
+
+def test_a_version_with_the_very_weights_of_the_newest_does_not_draft_beside_it(
+    tiny_target_dir, tmp_path
+):
+    """It has brought a policy alone. To choose between both would cost rows and tell nothing."""
+    policy = Choosing(wanted="any")
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        swapped(service, tmp_path, every_kind.negated)
+        swapped(service, tmp_path, every_kind.negated)
+        status = service.drafter_status()
+        assert (status["former"], status["drafts_beside"]) == (1, False)
+        policy.seen.clear()
+        ask(service, "one", 40)
+        assert set(policy.seen) == {(NEWEST,)} and versions(service) == {NEWEST: 2}
+        swapped(service, tmp_path, lambda tensors: tensors)
+        assert versions(service) == {NEWEST: 3, FORMER: 2}
+
+
+def test_weights_that_are_rolled_back_are_denied_under_every_number(tiny_target_dir, tmp_path):
+    """A version brought a policy for weights that were left for the former ones. Once it is rolled
+    back, a restart would begin with the same weights under their first number."""
+    policy = Choosing(wanted=FORMER)
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        swapped(service, tmp_path, every_kind.negated)
+        for number in range(4):
+            ask(service, str(number), 120)
+        for _ in range(2):
+            swapped(service, tmp_path, every_kind.negated)
+        ask(service, "next", 20)
+        assert versions(service) == {NEWEST: 3, FORMER: 0}
+        service.swapper.rollback()
+        assert service.drafter_status()["denied"] == [1, 2, 3]
+
+    with serving(tiny_target_dir, tmp_path, policy) as service:
+        assert service.drafter_status()["version"] == 0
+
+
 def test_a_bad_version_is_rolled_back_where_both_draft_in_every_step(tiny_target_dir, tmp_path):
     """The watch counts rounds of the version that it judges, whoever else drafts."""
     settings = every_kind.settings_for(tiny_target_dir, tmp_path, NEWEST, "block", None)
