@@ -79,6 +79,16 @@ def _drafting(settings: Settings) -> Iterator[str]:
             "drafter.suffix.mixed needs the index beside a neural drafter; set "
             "drafter.suffix.enabled to true and drafter.kind to one, or take it out"
         )
+    if drafter.former and drafter.kind == "none":
+        yield (
+            "drafter.former keeps the version before the newest of a drafter, but drafter.kind is "
+            "'none'; name a drafter that learns, or set drafter.former to false"
+        )
+    if drafter.former and suffix.mixed and suffix.place == "device":
+        yield (
+            "drafter.former needs rounds of the drafter alone, but with drafter.suffix.mixed and "
+            "drafter.suffix.place 'device' it drafts with the index only; set one of them to false"
+        )
     yield from _beside(drafter)
     if suffix.min_match > suffix.max_match:
         yield (

@@ -226,6 +226,11 @@ def test_an_open_address_needs_a_key():
             "policy.drafter 'suffix' needs",
         ),
         (("drafter.kind=suffix", "drafter.suffix.enabled=false"), "drafter.kind 'suffix' needs"),
+        (("drafter.kind=none", "drafter.former=true"), "drafter.former keeps the version"),
+        (
+            ("drafter.former=true", "drafter.suffix.mixed=true", "drafter.suffix.place=device"),
+            "drafter.former needs rounds of the drafter alone",
+        ),
         (("drafter.kind=suffix", "drafter.suffix.mixed=true"), "drafter.suffix.mixed needs the"),
         (
             ("drafter.suffix.mixed=true", "drafter.suffix.enabled=false"),
