@@ -113,17 +113,19 @@ class Steps(NamedTuple):
     def of(cls, log: ReplayedLog) -> Self:
         """All of them once."""
         batches = torch.tensor([float(step.batch) for step in log.steps])[:, None]
-        reached, kept = torch.zeros(2, len(log.steps), log.max_draft)
+        # Counted in numpy: ten times as fast as in torch, row by row.
+        reached, kept = np.zeros((2, len(log.steps), log.max_draft), np.float32)
         for at, step in enumerate(log.steps):
             for row in step.rows:
                 reached[at, : min(row.num_accepted + 1, row.num_verified)] += 1
                 kept[at, : row.num_accepted] += 1
                 beyond = _beyond(row, step.may_cut, log.beyond)
                 if beyond and row.num_accepted == row.num_verified:
-                    reached[at] += _chances(row, beyond, log.max_draft, before=True)
-                    kept[at] += _chances(row, beyond, log.max_draft, before=False)
+                    reached[at] += _chances(row, beyond, log.max_draft, before=True).numpy()
+                    kept[at] += _chances(row, beyond, log.max_draft, before=False).numpy()
         seconds = torch.from_numpy(log.seconds).float() / batches
-        return cls(torch.from_numpy(log.sizes), seconds, reached, kept)
+        counts = map(torch.from_numpy, (reached, kept))
+        return cls(torch.from_numpy(log.sizes), seconds, *counts)
 
     def times(self, num: int) -> Self:
         return type(self)(*(one.repeat(num, *[1] * (one.dim() - 1)) for one in self))

@@ -143,13 +143,12 @@ class _Tried:
 def _advantages(rewards: Tensor, ends: Tensor, values: Tensor, how: Ppo) -> Tensor:
     """[N] generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438). An episode is
     cut, not over: what comes after it is estimated by the value of the step itself."""
-    found, following = torch.zeros_like(rewards), 0.0
-    for t in reversed(range(len(rewards))):
-        next_value = values[t] if ends[t] else values[t + 1]
-        delta = float(rewards[t] + how.gamma * next_value - values[t])
-        following = delta + how.gamma * how.gae_lambda * (0.0 if ends[t] else following)
-        found[t] = following
-    return found
+    deltas = rewards + how.gamma * torch.where(ends, values[:-1], values[1:]) - values[:-1]
+    found, following = [], 0.0
+    for delta, is_end in zip(reversed(deltas.tolist()), reversed(ends.tolist()), strict=True):
+        following = delta + how.gamma * how.gae_lambda * (0.0 if is_end else following)
+        found.append(following)
+    return torch.tensor(found[::-1])
 
 
 def _ppo_loss(
