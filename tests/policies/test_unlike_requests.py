@@ -32,7 +32,6 @@ from tests.policies.unlike import (
     made,
 )
 
-
 GROUPS = {"temperatures": TEMPERATURES, "tenants": TENANTS, "nothing": {}}
 
 
