@@ -69,7 +69,7 @@ def test_a_wrong_profile_is_outgrown_in_the_worst_noise():
         for error in (0.5, 2.0):
             server = served(world, **{what: error})
             server.run(world, WARM_UP)
-            ratios.append(server.run(world, 600).speed / best_fixed_speed(world))
+            ratios.append(server.run(world, 300).speed / best_fixed_speed(world))
     assert fmean(ratios) >= 0.97
     assert min(ratios) >= 0.95
 
@@ -136,7 +136,7 @@ def test_an_index_beside_a_drafter_is_never_worse_than_the_drafter_alone():
     for seed in range(4):
         server = served(world, seed)
         server.run(world, WARM_UP)
-        speeds.append(server.run(world, 700).speed)
+        speeds.append(server.run(world, 400).speed)
     assert fmean(speeds) >= 0.97 * best_fixed_speed(world)
 
 
@@ -179,7 +179,7 @@ def after_swaps(before, after, *, returns, batch):
             server.swap(2, calibration(new))
         server.run(new, 20 // batch)
         soon.append(server.run(new, 40).speed)
-        server.run(new, 200)
+        server.run(new, 120)
         final.append(server.run(new, 100).speed)
     return fmean(soon), fmean(final)
 
@@ -242,7 +242,7 @@ def test_a_swap_brings_a_trial_whatever_is_believed_of_step_times(seed):
 def test_wrong_step_times_are_corrected_without_a_swap_too(seed):
     server = disturbed(seed)
     server.run(SMALL_AT_32, 3000)
-    assert server.run(SMALL_AT_32, 1000).speed >= 0.93 * best_fixed_speed(SMALL_AT_32)
+    assert server.run(SMALL_AT_32, 600).speed >= 0.93 * best_fixed_speed(SMALL_AT_32)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -279,7 +279,7 @@ def test_a_first_look_that_is_slow_does_not_silence_an_index(seed):
     policy.calibrate([sample for sample in world.profile() if sample.drafter == "none"])
     server = FirstLook(policy, seed)
     server.run(replace(world, rows={}), 60)
-    server.run(world, 3500)
+    server.run(world, 2500)
     assert server.run(world, 800).speed >= 1.3 * fixed_speed(world, "none", 0)
 
 
