@@ -36,8 +36,9 @@ TRAINER = (
     "trainer.learn=on_drift",
     "trainer.min_traces=100000",
     "trainer.policy.kind=ltd",
-    "trainer.policy.least_steps=1024",
-    "trainer.policy.every_s=5",
+    "trainer.policy.least_steps=512",
+    "trainer.policy.held_out=0.5",
+    "trainer.policy.every_s=1",
     "trainer.policy.wait_s=0",
 )
 PROMPTS = ("def add(", "The sum of two numbers is", "Once upon a time", "import os\n")
