@@ -4,7 +4,8 @@
     python -m benchmarks.real.cells --run-dir runs/bench_real/0
 
 Starts the demo's server on the run's folder, without a trainer, and lets the arms of
-``examples/arms.py`` answer held-out prompts of each domain in turn, through HTTP. Before the turns
+``examples/arms.py`` answer held-out prompts of each domain in turn, through HTTP. All its programs
+are made before it is ready. Before the turns
 at a temperature, live requests of each domain fill the index over recent traffic. A turn is
 ``--block`` prompts for each client, so that most of it runs with all clients busy. Arms rotate, and
 in a pass all answer the same prompts with the same seeds. A figure is the median over the passes of
@@ -24,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from benchmarks.harness.demos import recording_of
+from benchmarks.harness.demos import FROM_FIRST, recording_of
 from benchmarks.harness.results import RESULTS, Out, Row, at_least, say, write_result, write_rows
 from examples.arms import ALL_ARMS, Arm, setups
 from examples.clients import Replayer, Server, Traffic, Turn
@@ -262,7 +263,8 @@ def main(
     """Compare all arms, at each number of clients and temperature."""
     until = time.monotonic() + budget_s
     settings = with_seed(real_settings() if target == "real" else DemoSettings(), seed)
-    overrides = (*settings.overrides, "trainer.keep_versions=1000", *(chosen or []))
+    own = (FROM_FIRST, "trainer.keep_versions=1000")
+    overrides = (*settings.overrides, *own, *(chosen or []))
     cells = [Cell(float(t), int(c)) for t in temperatures.split(",") for c in clients.split(",")]
     children: list[Child] = []
     (run_dir / "server.json").unlink(missing_ok=True)
