@@ -111,17 +111,24 @@ def measure_timeline(
     max_draft: Annotated[
         int, typer.Option(help="0: plain decoding; negative: the policy decides")
     ] = 0,
+    drafters: Annotated[
+        str | None, typer.Option(help="that may draft, as 'a,b', or ''; needs --config compare")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="conversations in place of completions")] = True,
+    capture: Annotated[bool, typer.Option(help="answers are trained on")] = False,
     name: Annotated[str, typer.Option(help="of the target, for the rows")] = "bundled target",
     publish: Publish = False,
 ) -> None:
     """Show where the time of a request goes that is not decoding, for a single client."""
+    kinds = None if drafters is None else tuple(filter(None, drafters.split(",")))
     limit = None if max_draft < 0 else max_draft
-    asked = timeline.bodies(requests, tokens, words, temperature, limit, chat)
-    load = timeline.Load(tuple(config or ["demo"]), tuple(set_ or ()), tuple(asked), turns)
+    kind = timeline.Kind(tokens, words, temperature, limit, kinds, chat, capture)
+    asked = tuple(timeline.bodies(requests, kind))
+    load = timeline.Load(tuple(config or ["demo"]), tuple(set_ or ()), asked, turns)
     found = timeline.measure_all(load, processes or [0, 2])
     print(timeline.table(found))
-    _finish("timeline", {"found": found}, timeline.rows_of(found, name), publish)
+    figures = {"settings": load.settings, "kind": asdict(kind), "turns": turns, "found": found}
+    _finish("timeline", figures, timeline.rows_of(found, name), publish)
 
 
 @app.command("sorts")

@@ -264,29 +264,43 @@ def _line(name: str, values: Sequence[float | None]) -> str:
 # ---- the client ---------------------------------------------------------------------------------
 
 
-def bodies(
-    count: int, tokens: int, words: int, temperature: float, max_draft: int | None, is_chat: bool
-) -> list[dict[str, Any]]:
-    """Requests of different texts, as the arms of a demo's replay send them.
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What all requests have in common."""
 
-    Args:
-        max_draft: 0: plain decoding; ``None``: the policy decides.
-    """
+    tokens: int
+    """Of an answer."""
+    words: int
+    """Of a prompt."""
+    temperature: float
+    max_draft: int | None
+    """0: plain decoding; ``None``: the policy decides."""
+    drafters: tuple[str, ...] | None
+    """Kinds that may draft; ``None``: requests do not say."""
+    is_chat: bool
+    capture: bool
+
+
+def bodies(count: int, kind: Kind) -> list[dict[str, Any]]:
+    """Requests of different texts, as the arms of a demo's replay send them."""
     numbers = random.Random(0)
+    speculation: dict[str, Any] = {"max_draft": kind.max_draft}
+    if kind.drafters is not None:
+        speculation["drafters"] = list(kind.drafters)
     made = []
     for number in range(count):
-        text = " ".join(numbers.choices(WORDS, k=words))
-        asked = {"messages": [{"role": "user", "content": text}]} if is_chat else {"prompt": text}
+        text = " ".join(numbers.choices(WORDS, k=kind.words))
+        chat = {"messages": [{"role": "user", "content": text}]}
         made.append(
             {
-                **asked,
-                "max_tokens": tokens,
-                "temperature": temperature,
+                **(chat if kind.is_chat else {"prompt": text}),
+                "max_tokens": kind.tokens,
+                "temperature": kind.temperature,
                 "seed": number,
                 "ignore_eos": True,
                 "return_token_ids": True,
-                "capture": False,
-                "speculation": {"max_draft": max_draft},
+                "capture": kind.capture,
+                "speculation": speculation,
             }
         )
     return made
