@@ -150,6 +150,9 @@ def _passage(
     queued_s = events[Station.QUEUED][0]
     wakes = [at_s for at_s in events.get(Station.WOKE, []) if queued_s <= at_s <= end_s]
     events[Station.WOKE] = wakes[:1]
+    # The client may have a stream's end before its server knows that it is written.
+    written = [at_s for at_s in events.get(Station.WRITTEN, []) if at_s > end_s]
+    events[Station.WRITTEN] = written
     last_s = events[Station.ROUND_READ][-1]
     total_ms, decode_ms = 1e3 * (to_s - from_s), 1e3 * (last_s - first_s)
     gaps = [b - a for a, b in itertools.pairwise(rounds)]
