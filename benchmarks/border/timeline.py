@@ -120,6 +120,8 @@ def passages(
     answered = [at_s for at_s, station in client if station is Station.ANSWERED]
     firsts = [at_s for at_s, station in client if station is Station.FIRST_EVENT]
     times = np.array([at_s for at_s, _ in noted])
+    making = _spans(noted, Station.MAKE, Station.MADE)
+    collecting = _spans(noted, Station.COLLECT, Station.COLLECTED)
     found = []
     for number, (from_s, to_s) in enumerate(zip(sent, answered, strict=True)):
         before_s = answered[number - 1] if number else from_s
@@ -128,12 +130,19 @@ def passages(
         for at_s, station in noted[int(begin) : int(end)]:
             events.setdefault(station, []).append(at_s)
         first_s = next((at_s for at_s in firsts if from_s <= at_s <= to_s), None)
-        found.append(_passage(events, before_s, from_s, to_s, first_s))
+        spent_ms = 1e3 * _within(making, from_s, to_s), 1e3 * _within(collecting, from_s, to_s)
+        found.append(_passage(events, before_s, from_s, to_s, first_s, *spent_ms))
     return found
 
 
 def _passage(
-    all_events: Events, before_s: float, from_s: float, to_s: float, first_event_s: float | None
+    all_events: Events,
+    before_s: float,
+    from_s: float,
+    to_s: float,
+    first_event_s: float | None,
+    making_ms: float,
+    collecting_ms: float,
 ) -> Passage:
     events = {
         station: own
@@ -172,16 +181,32 @@ def _passage(
         num_after=len(launches) - len(rounds),
         num_sleeps=len(wakes),
         num_made=len(all_events.get(Station.MADE, [])),
-        making_ms=1e3 * _within(all_events, Station.MAKE, Station.MADE, from_s),
-        collecting_ms=1e3 * _within(events, Station.COLLECT, Station.COLLECTED, from_s),
+        making_ms=making_ms,
+        collecting_ms=collecting_ms,
         pause_ms=1e3 * (from_s - before_s),
     )
 
 
-def _within(events: Events, begin: Station, end: Station, from_s: float) -> float:
-    """Seconds between two stations, from a time on."""
-    spans = zip(events.get(begin, []), events.get(end, []), strict=False)
-    return sum((max(0.0, b - max(a, from_s)) for a, b in spans), 0.0)
+def _spans(
+    noted: Sequence[tuple[float, Station]], begin: Station, end: Station
+) -> list[tuple[float, float]]:
+    """When something went on, in any process: seconds of begins and ends."""
+    spans: list[tuple[float, float]] = []
+    depth, from_s = 0, 0.0
+    for at_s, station in noted:
+        if station is begin:
+            depth += 1
+            from_s = at_s if depth == 1 else from_s
+        elif station is end and depth:
+            depth -= 1
+            if not depth:
+                spans.append((from_s, at_s))
+    return spans
+
+
+def _within(spans: Sequence[tuple[float, float]], from_s: float, to_s: float) -> float:
+    """Seconds of spans between two times."""
+    return sum((max(0.0, min(b, to_s) - max(a, from_s)) for a, b in spans), 0.0)
 
 
 # ---- many requests ------------------------------------------------------------------------------
