@@ -253,11 +253,11 @@ def test_interrupting_a_drafter_pays_for_coming_back(cold_s, least):
     """Speed relative to the drafter alone, with an index that is better in three of ten steps."""
     world = World(match_share=0.3, suffix=0.85, noise=Noise(0.03, 0.0, 0.0), cold_s=cold_s)
     speeds = []
-    for seed in range(2):
+    for seed in range(3):
         made = policy(seed, world=world)
         run(made, world, steps=300, seed=10 * seed)
-        speeds.append(run(made, world, steps=400, seed=10 * seed + 1).speed)
-    assert sum(speeds) / 2 >= least * best_fixed_speed(world)
+        speeds.append(run(made, world, steps=700, seed=10 * seed + 1).speed)
+    assert sum(speeds) / 3 >= least * best_fixed_speed(world)
 
 
 def test_propensities_equal_the_frequencies_of_draws():
