@@ -24,7 +24,7 @@ CLIP = 2.5
 """Standard deviations up to which a surprise counts."""
 _NOISE_START = 0.1
 """Standard deviation of the logarithm of a step's time before anything is measured."""
-_NOISE_LEAST = 0.01
+_NOISE_LEAST = 0.02
 _NOISE_GAIN = 0.03
 _RATIO_GAIN = 0.003
 _RATIO_PROOF = 2.0
@@ -53,8 +53,25 @@ class Scatter:
         self._owed_s = 0.0
         """What the last step took beyond what counted."""
 
+    def spread(self, surprise: float, doubt: float) -> None:
+        """Learn how far steps lie from what is predicted, as far as the prediction is not what is
+        wrong.
+
+        Every step counts. If only those did whose prediction is surer than they scatter, calm
+        steps would bring the scatter down to where none is, and it would stay there for ever.
+
+        Args:
+            surprise: logarithm of the step's time relative to the prediction.
+            doubt: variance of that prediction.
+        """
+        expected = math.sqrt(self.noise**2 + doubt)
+        # The mean size of a normal deviate is 0.8 standard deviations.
+        size = min(abs(surprise), 3 * expected) / 0.8
+        moved = _NOISE_GAIN * (size - expected) * self.noise / expected
+        self.noise = max(_NOISE_LEAST, self.noise + moved)
+
     def observe(self, kind: str, step_s: float, typical_s: float) -> None:
-        """Take in a step.
+        """Take in a step whose prediction is sure.
 
         Args:
             kind: its drafter, or ``none``.
@@ -64,9 +81,6 @@ class Scatter:
         counted = min((step_s + back_s) / typical_s, math.exp(CLIP * self.noise))
         self._ratio.add(counted)
         self._own_ratio[kind].add(counted)
-        # The mean size of a normal deviate is 0.8 standard deviations.
-        size = min(abs(math.log(step_s / typical_s)), 3 * self.noise) / 0.8
-        self.noise = max(_NOISE_LEAST, self.noise + _NOISE_GAIN * (size - self.noise))
         late_s = step_s - counted * typical_s
         self._owed_s = max(late_s, 0.0)
         self._late.add(late_s)

@@ -54,6 +54,9 @@ _CHANGE_SD = 1.0
 _MOST_SD = 3.0
 """Prior standard deviations by which the factors of drafters can fall: below, a draft would seem to
 take no time, whatever its length, and no step would say much of the factor any more."""
+_SURE = 2.0
+"""Variance of a prediction, relative to that of the steps, up to which a step tells how late steps
+are."""
 _TAKEN_OVER = 0.02
 """Share by which factors that another model has learned become as uncertain as at first."""
 _READ, _READ_SD = 0.1, 1.5
@@ -188,7 +191,8 @@ class StepTimes:
         self._values = self._state.tolist()
         self._known.clear()
         self._notice_change(abs(surprise) > limit, at if draft_k else [])
-        if doubt < noise**2:
+        self._scatter.spread(surprise, doubt)
+        if doubt < _SURE * noise**2:
             self._scatter.observe(drafter if draft_k else "none", step_s, typical_s)
 
     def _notice_change(self, is_outlier: bool, at: list[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from statistics import fmean
 
@@ -175,6 +176,21 @@ def test_noise_does_not_move_arms_that_are_not_tried(sigma):
         drafter = "eagle3" if k else "none"
         model.observe(drafter, k, batch, noise * truth(drafter, k, batch)[0])
     assert before / 1.5 < model.plain_s(64) < 1.5 * before
+
+
+@pytest.mark.parametrize("calm", [0.003, 0.01, 0.02])
+@pytest.mark.parametrize("later", [0.05, 0.1, 0.2])
+def test_calm_steps_that_begin_to_scatter_do_not_mislead(calm, later):
+    """A device's own clock times steps within a hundredth, until another process shares it."""
+    model = calibrated()
+    arms = [("none", 0), *[DRAFTED] * 11]
+    observe(model, arms, 8, Noise(calm, 0.0, 0.0), steps=600)
+    for part in range(30):
+        observe(model, arms, 8, Noise(later, 0.0, 0.0), steps=100, seed=part)
+        if part:  # the first hundred steps show how much they scatter now
+            for arm in (("none", 0), DRAFTED, ("eagle3", 1)):
+                mean_s = truth(*arm, 8)[0] * math.exp(later**2 / 2)
+                assert step_s(model, *arm, 8) == pytest.approx(mean_s, rel=0.05 + later)
 
 
 def test_a_drafters_cost_is_not_carried_beyond_belief():
