@@ -100,9 +100,10 @@ def test_other_weights_start_without_the_regimes_of_the_former_ones():
 
 @pytest.mark.parametrize(("batch", "usual", "most"), [(1, 26, 36), (4, 11, 16), (32, 4, 6)])
 def test_a_drafter_that_becomes_useless_without_a_swap_is_silent_soon(batch, usual, most):
-    """Trials aside, which are paid for. Of 96 seeds at batch 1 the median takes 22 steps, and one in
-    ten more than 32: a draft token that is kept after all delays it. With rounds from before the
-    shift in what is known of the new traffic, these seeds took 27 to 40 steps, and up to 23 at 4."""
+    """Trials aside, which are paid for. Of 96 seeds at batch 1 the median takes 22 steps, and one
+    in ten more than 32: a draft token that is kept after all delays it. With rounds from before the
+    shift in what is known of the new traffic, these took 27 to 40 steps, and up to 23 at batch 4.
+    """
     silent = []
     for seed in range(4):
         world = replace(SMALL, batch=batch)
