@@ -300,10 +300,10 @@ class TrainerSettings(Section):
     """Maximum gradient norm."""
     warmup_steps: int = Field(10, ge=0)
     """Steps over which the learning rate rises linearly to ``lr``."""
-    average_decay: float = Field(0.96, ge=0, lt=1)
+    average_decay: float = Field(0.998, ge=0, lt=1)
     """Candidates are a running average of the weights that keeps this share of itself at each
-    update; 0.96 averages over about the last 25. It keeps less at first: (1 + n) / (10 + n) after n
-    updates. 0: no averaging."""
+    update; 0.998 averages over about the last 500. It keeps less at first: (1 + n) / (10 + n) after
+    n updates, which averages over the last ninth of them. 0: no averaging."""
     batch_tokens: int = Field(2048, ge=16)
     """Tokens per update. More of them use a GPU better, but a drafter learns faster from the same
     traces by smaller updates."""

@@ -4,6 +4,7 @@
     python -m benchmarks.border speed         # through HTTP against the engine alone
     python -m benchmarks.border events        # processor time of an event, without a target
     python -m benchmarks.border starts        # gaps of streams while requests begin and end
+    python -m benchmarks.border timeline      # where the time of one client's request goes
     python -m benchmarks.border contention    # the engine's loop with borders and without
 
 ``survive`` sends requests of mixed kinds, some of which are cancelled or left in the middle, and
@@ -19,6 +20,9 @@ for each output of a stream.
 
 ``starts`` puts the same thread there while chat clients begin and end requests. It reports gaps
 between the events of a stream, and the processor time of an HTTP process for a request.
+
+``timeline`` lets one client ask one request after another, and shows for every station between
+client and engine when a request passes it, beside the engine without HTTP.
 
 ``contention`` runs the engine's loop beside a stand-in for the device and reports how often, and
 for how long, delivering to other processes holds it up.

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 import benchmarks.border
-from benchmarks.border import contention, events, sorts, speed, starts, survival
+from benchmarks.border import contention, events, sorts, speed, starts, survival, timeline
 from benchmarks.harness.results import RESULTS, Row, say, write_result, write_rows
 
 app = typer.Typer(no_args_is_help=True, help=benchmarks.border.__doc__)
@@ -96,6 +96,39 @@ def measure_starts(
     found = starts.measure_turns(clients, step_ms, seconds, turns, set_ or ())
     figures = {"clients": clients, "step_ms": step_ms, "turns": [asdict(one) for one in found]}
     _finish("starts", figures, list(starts.rows_of(found, clients, step_ms)), publish)
+
+
+@app.command("timeline")
+def measure_timeline(
+    config: Annotated[list[str] | None, typer.Option(help="settings files or names")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="settings of the server")] = None,
+    processes: Annotated[list[int] | None, typer.Option(help="repeatable; default 0, 2")] = None,
+    requests: Annotated[int, typer.Option(help="of each turn", min=2)] = 60,
+    turns: Annotated[int, typer.Option(help="of whole answers and of streams", min=1)] = 2,
+    tokens: Annotated[int, typer.Option(help="of an answer", min=2)] = 64,
+    words: Annotated[int, typer.Option(help="of a prompt", min=1)] = 80,
+    temperature: float = 0.7,
+    max_draft: Annotated[
+        int, typer.Option(help="0: plain decoding; negative: the policy decides")
+    ] = 0,
+    drafters: Annotated[
+        str | None, typer.Option(help="that may draft, as 'a,b', or ''; needs --config compare")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="conversations in place of completions")] = True,
+    capture: Annotated[bool, typer.Option(help="answers are trained on")] = False,
+    name: Annotated[str, typer.Option(help="of the target, for the rows")] = "bundled target",
+    publish: Publish = False,
+) -> None:
+    """Show where the time of a request goes that is not decoding, for a single client."""
+    kinds = None if drafters is None else tuple(filter(None, drafters.split(",")))
+    limit = None if max_draft < 0 else max_draft
+    kind = timeline.Kind(tokens, words, temperature, limit, kinds, chat, capture)
+    asked = tuple(timeline.bodies(requests, kind))
+    load = timeline.Load(tuple(config or ["demo"]), tuple(set_ or ()), asked, turns)
+    found = timeline.measure_all(load, processes or [0, 2])
+    print(timeline.table(found))
+    figures = {"settings": load.settings, "kind": asdict(kind), "turns": turns, "found": found}
+    _finish("timeline", figures, timeline.rows_of(found, name), publish)
 
 
 @app.command("sorts")

@@ -32,6 +32,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from benchmarks.border.servers import BenchServer
+from benchmarks.harness.demos import FROM_FIRST
 from benchmarks.harness.results import (
     RESULTS,
     Out,
@@ -261,6 +262,7 @@ def main(
         run_dir=run_dir,
         overrides=(
             *base.overrides,
+            FROM_FIRST,
             "drafter.init=random",
             f"engine.max_batch={most}",
             f"engine.max_queue={4 * most}",

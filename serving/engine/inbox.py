@@ -195,11 +195,13 @@ class Inbox:
         """Requests submitted and not finished."""
         return list(self._inflight.values())
 
-    def wait(self, timeout_s: float = 0.5) -> None:
-        """Sleep until there is something to take, or the timeout expires."""
+    def wait(self, timeout_s: float = 0.5) -> bool:
+        """Sleep until there is something to do, or the timeout expires. Returns False if nothing
+        has come."""
         with self._wake:
-            if not (self._arrived or self._cancels or self._is_closed):
-                self._wake.wait(timeout_s)
+            if self._arrived or self._cancels or self._is_closed:
+                return True
+            return self._wake.wait(timeout_s)
 
     def _check(self, request: Request) -> None:
         limits = self.limits

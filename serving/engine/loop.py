@@ -169,11 +169,19 @@ class Engine:
             self.inbox.handover.run()
 
     def _steps(self) -> None:
+        making = self.programs.making
+        is_idle = False  # nothing has come for a moment
         with torch.inference_mode():
             while not self.inbox.is_closed:
                 try:
-                    if not self.step() and not self.programs.making.make():
+                    if self.step():
+                        is_idle = False
+                    elif making.is_over:
                         self.inbox.wait()
+                    elif is_idle:
+                        making.make()
+                    else:
+                        is_idle = not self.inbox.wait(making.pause_s)
                 except Exception:  # the process's outermost loop: fail requests, keep serving
                     log.exception("engine step failed; the requests in flight are ended")
                     self._fail_all()

@@ -242,7 +242,8 @@ def test_catching_up_is_charged_to_the_drafter_that_must():
     assert made.plan(see).drafter == "eagle3"
     made._settle()
     made._steps.drafter, made._chooser.base = "none", "none"
-    assert made.plan(replace(see, pending_rows={"eagle3": 80_000})).drafter != "eagle3"
+    behind = made.plan(replace(see, pending_rows={"eagle3": 80_000}))
+    assert behind.drafter != "eagle3" or behind.explore  # a trial of it may be due
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import threading
+import time
+
 import pytest
 import torch
 
@@ -53,6 +57,58 @@ def test_an_idle_server_makes_all_and_then_rests():
 
     assert [making.make() for _ in range(5)] == [True, True, True, False, False]
     assert not left and not making.is_due
+
+
+def serving(pause_s, num_left):
+    """An engine that runs, its programs made by a clock that only they move, and those that are
+    left."""
+    clock, left = Clock(), [1.0] * num_left
+
+    def make_next():
+        if left:
+            clock.now_s += left.pop()
+            return True
+        return False
+
+    engine = make_engine(random_model("qwen3"), max_batch=1)
+    engine.programs = dataclasses.replace(engine.programs, making=Making(make_next, clock, pause_s))
+    engine.programs.making.begin()
+    engine.start()
+    return engine, left
+
+
+def ask(engine, name):
+    """Wait for an answer."""
+    ended = threading.Event()
+    request = request_of(name, [5, 6, 7], 3)
+    engine.inbox.submit(request, lambda output: output.finish_reason and ended.set())
+    assert ended.wait(20)
+
+
+def test_a_client_that_asks_again_at_once_waits_for_no_program():
+    """But for those that are due in a fiftieth of the time, whoever waits: here the first."""
+    engine, left = serving(pause_s=60.0, num_left=20)
+    try:
+        for number in range(8):
+            ask(engine, str(number))
+            time.sleep(0.01)  # the engine has nothing to do meanwhile
+        assert len(left) == 19
+    finally:
+        engine.stop()
+
+
+def test_a_server_that_nobody_has_asked_for_a_moment_makes_all_programs():
+    engine, left = serving(pause_s=0.01, num_left=20)
+    try:
+        ask(engine, "a")
+        until_s = time.monotonic() + 20
+        while not engine.programs.making.is_over:
+            assert time.monotonic() < until_s, f"{len(left)} are left"
+            time.sleep(0.005)
+        assert not left
+        ask(engine, "b")
+    finally:
+        engine.stop()
 
 
 def test_a_device_that_cannot_make_more_goes_on_with_what_there_is(caplog):
