@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from statistics import fmean
+from statistics import fmean, median
 
 import pytest
 
@@ -98,9 +98,13 @@ def test_other_weights_start_without_the_regimes_of_the_former_ones():
     assert first(model) == pytest.approx(before, abs=0.02)
 
 
-@pytest.mark.parametrize(("batch", "most"), [(1, 28), (4, 12), (32, 6)])
-def test_a_drafter_that_becomes_useless_without_a_swap_is_silent_soon(batch, most):
-    """It took up to 33 steps at batch 1, 29 at 4 and 38 at 32; trials aside, which are paid for."""
+@pytest.mark.parametrize(("batch", "usual", "most"), [(1, 26, 36), (4, 11, 16), (32, 4, 6)])
+def test_a_drafter_that_becomes_useless_without_a_swap_is_silent_soon(batch, usual, most):
+    """Trials aside, which are paid for. Of 96 seeds at batch 1 the median takes 22 steps, and one
+    in ten more than 32: a draft token that is kept after all delays it. With rounds from before the
+    shift in what is known of the new traffic, these took 27 to 40 steps, and up to 23 at batch 4.
+    """
+    silent = []
     for seed in range(4):
         world = replace(SMALL, batch=batch)
         server, ks = served(world, seed), []
@@ -110,8 +114,9 @@ def test_a_drafter_that_becomes_useless_without_a_swap_is_silent_soon(batch, mos
             100,
             on_step=lambda d, _, ks=ks: ks.append(0 if d.explore else d.draft_k),
         )
-        stopped = next(at for at in range(81) if not any(ks[at : at + 20]))
-        assert stopped <= most
+        silent.append(next(at for at in range(81) if not any(ks[at : at + 20])))
+    assert median(silent) <= usual
+    assert max(silent) <= most
 
 
 @dataclass(frozen=True)
