@@ -161,8 +161,17 @@ class BudgetScores:
 def cut_rows(
     log: ReplayedLog, at: int, draft_k: int, share: int, num_shares: int
 ) -> list[int] | None:
-    """Lengths of the drafts of a step's logged requests under a share; ``None``: nothing is cut, or
-    nothing is known of a cut."""
+    """Lengths of the drafts of a step's logged requests under a share, which must not be changed;
+    ``None``: nothing is cut, or nothing is known of a cut."""
+    key = at, draft_k, share, num_shares
+    if key not in log.known_cuts:
+        log.known_cuts[key] = _cut_rows(log, *key)
+    return log.known_cuts[key]
+
+
+def _cut_rows(
+    log: ReplayedLog, at: int, draft_k: int, share: int, num_shares: int
+) -> list[int] | None:
     step = log.steps[at]
     allocation = allocation_of(share, num_shares, step.batch, draft_k) if draft_k else None
     if allocation is None or not allocation.may_cut or _noted(step, log.max_draft) < draft_k:

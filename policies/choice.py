@@ -186,7 +186,9 @@ class Chooser:
         }
         plain_worth = (outline.plain_s + charges["none"]) * speed
         plain = outline.batch / outline.plain_s
-        return Footing(base, alone, speed, plain, charges, plain_worth, worth, catch_up_s.keys())
+        return Footing(
+            base, alone, speed, plain, charges, plain_worth, worth, frozenset(catch_up_s)
+        )
 
     def weigh(self, seen: Forecast, footing: Footing, *, looked: bool = True) -> Choice:
         """Choose the arm of a step; nothing changes before ``take``.

@@ -76,6 +76,8 @@ class ReplayedLog:
     table: CostTable
     beyond: Continuations
     """What would have been kept of positions that were not verified."""
+    known_cuts: dict[tuple[int, int, int, int], list[int] | None] = field(default_factory=dict)
+    """What ``policies.budgets.cut_rows`` has found: a fit asks for the same again and again."""
 
     @classmethod
     def of(
@@ -119,6 +121,7 @@ class ReplayedLog:
             tokens=self.tokens[kept],
             extrapolated=self.extrapolated[kept],
             seconds=self.seconds[kept],
+            known_cuts={},
         )
 
     @property

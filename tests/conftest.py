@@ -40,25 +40,35 @@ torch.set_num_threads(1)
 
 class Hidden:
     """What exists when all tests are collected is hidden from the garbage collector. It lives as
-    long as this process, and a full collection takes half a second to traverse it, 800,000 objects:
-    each test of a broker or a service ends or begins with one."""
+    long as this process, and a full collection takes half a second to traverse it, 800,000 objects.
+
+    A service hides all that exists and shows it again when it ends, so each test of one would end
+    with such a collection. Here both do nothing, but for the tests that are about them."""
 
     def __init__(self) -> None:
-        self.is_thawed = False
-        self._unfreeze = gc.unfreeze
+        self.is_shown = False
+        """The test is about the collector."""
+        self.has_ended = False
+        """A service has ended since the last collection."""
+        self._freeze, self._unfreeze = gc.freeze, gc.unfreeze
 
     def hide(self) -> None:
-        gc.freeze()
-        self.is_thawed = False
+        self._freeze()
 
-    def thaw(self) -> None:
-        """In the place of ``gc.unfreeze``. Asking for the number of hidden objects counts them."""
-        self._unfreeze()
-        self.is_thawed = True
+    def freeze(self) -> None:
+        """In the place of ``gc.freeze``."""
+        if self.is_shown:
+            self._freeze()
+
+    def unfreeze(self) -> None:
+        """In the place of ``gc.unfreeze``."""
+        self.has_ended = True
+        if self.is_shown:
+            self._unfreeze()
 
 
 _hidden = Hidden()
-gc.unfreeze = _hidden.thaw
+gc.freeze, gc.unfreeze = _hidden.freeze, _hidden.unfreeze
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -69,9 +79,18 @@ def pytest_runtestloop() -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown() -> None:
-    if _hidden.is_thawed:  # a service has ended
+    if _hidden.has_ended:
         gc.collect()
+        _hidden.has_ended = False
+    if _hidden.is_shown:
+        _hidden.is_shown = False
         _hidden.hide()
+
+
+@pytest.fixture
+def real_collector() -> None:
+    """For tests of what is hidden from the garbage collector."""
+    _hidden.is_shown = True
 
 
 @pytest.fixture(autouse=True)

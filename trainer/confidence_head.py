@@ -24,6 +24,7 @@ from torch import nn
 
 from policies.confidence_head import HIDDEN, NAMES, Head, inputs_of
 from policies.logged import LoggedStep, drafters_of, of_drafter
+from trainer.adam import Adam
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -131,16 +132,13 @@ def fit_head(samples: HeadSamples, how: HeadFit) -> Head:
     weights = torch.where(kept > 0, 1.0, how.reject_weight)
     first, second = nn.Linear(len(NAMES), HIDDEN), nn.Linear(HIDDEN, 1)
     parameters = [*first.parameters(), *second.parameters()]
-    optimizer = torch.optim.Adam(parameters, how.lr)
+    optimizer = Adam(parameters)
     standard = (x - mean) * scale
     for epoch in range(how.epochs):
-        for group in optimizer.param_groups:
-            group["lr"] = how.lr * (1 - epoch / how.epochs)
         logits = second(torch.tanh(first(standard)))[:, 0]
         loss = nn.functional.binary_cross_entropy_with_logits(logits, kept, weights)
-        optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        optimizer.step(how.lr * (1 - epoch / how.epochs))
     tensors = (mean, scale, first.weight, first.bias, second.weight[0], second.bias)
     return Head(*(tensor.detach().float().numpy().copy() for tensor in tensors))
 

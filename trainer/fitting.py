@@ -23,9 +23,9 @@ import os
 import struct
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
@@ -77,6 +77,14 @@ class Request:
     """Ratio of its speed to what is in force that a network must reach."""
     in_force: str | None
     """Network of the newest version, as in its manifest; ``None``: it has none."""
+    how: FullInformation = field(default_factory=FullInformation)
+    """Effort that ``ltd`` is fitted with; its seed is that of the request."""
+
+    @classmethod
+    def read(cls, text: bytes) -> Self:
+        """One that was written as JSON."""
+        values = json.loads(text)
+        return cls(**{**values, "how": FullInformation(**values["how"])})
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +142,7 @@ def _fit_ltd(request: Request, steps: list[LoggedStep], origin: Origin) -> Fitte
             f"{origin.drafter}, or of others that draft like it, of which a share judges; there "
             f"are {num_alike}"
         )
-    held_out, how = log.rows(~rows), FullInformation(seed=request.seed)
+    held_out, how = log.rows(~rows), replace(request.how, seed=request.seed)
     if request.in_force is None:
         network = fit_full_information(log, rows, how)
         ks = chosen_ks(network, log)[~rows]
@@ -261,7 +269,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
     text, *records = _parts(sys.stdin.buffer)
-    request = Request(**json.loads(text))
+    request = Request.read(text)
     try:
         found = fit(request, (decode_trace(one) for one in records))
     except NotYetError as error:

@@ -69,6 +69,10 @@ def fit_policy(
             "verified, kept if it pays; a GPU has programs for 4; 0: K alone",
         ),
     ] = 0,
+    effort: Annotated[
+        float,
+        typer.Option(min=0.01, max=1.0, help="of ltd: share of the updates; fewer find less"),
+    ] = 1.0,
     ungated: Annotated[
         bool, typer.Option("--ungated", help="write it even if its gate refuses it")
     ] = False,
@@ -123,10 +127,10 @@ def fit_policy(
         typer.echo(doubts)
     how: FullInformation | Ppo
     if method == "full":
-        how = FullInformation(seed=settings.seed)
+        how = FullInformation(seed=settings.seed).times(effort)
         network = fit_full_information(log, rows, how)
     else:
-        how = Ppo(seed=settings.seed)
+        how = Ppo(seed=settings.seed).times(effort)
         network = fit_ppo(log, rows, how)
     typer.echo(f"{rows.sum()} steps to fit on, {(~rows).sum()} held out; {method}")
     if scores is not None:

@@ -5,7 +5,8 @@ Shapes: N steps of a rollout, F inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from policies.network import Network
 from policies.replay_environment import ReplayEnvironment
 from policies.replayed_log import ReplayedLog
+from trainer.adam import Adam
 from trainer.ltd_networks import Standard, actor_of, features_of, network_of, standard_of
 
 Rows = NDArray[np.bool_]
@@ -38,6 +40,14 @@ class Ppo:
     value: float = 0.5
     grad_norm: float = 0.5
     seed: int = 0
+
+    def times(self, effort: float) -> Self:
+        """A shorter fit, which finds less.
+
+        Args:
+            effort: share of the steps, in (0, 1].
+        """
+        return replace(self, total_steps=round(self.total_steps * effort))
 
 
 def fit_ppo(log: ReplayedLog, rows: Rows, how: Ppo) -> Network:
@@ -66,22 +76,20 @@ def improve(
     numbers = torch.Generator().manual_seed(how.seed)
     critic = actor_of(how.hidden, 1, len(standard[0]))
     parameters = [*actor.parameters(), *critic.parameters()]
-    optimizer = torch.optim.Adam(parameters, how.lr)
+    optimizer = Adam(parameters)
     num_updates = max(how.total_steps // how.rollout, 1)
     observation = torch.from_numpy(environment.reset(seed=how.seed)[0])
     for update in range(num_updates):
-        for group in optimizer.param_groups:
-            group["lr"] = how.lr * (1 - update / num_updates)
+        lr = how.lr * (1 - update / num_updates)
         tried = _Tried.by(actor, critic, environment, observation, standard, how, numbers)
         observation = tried.next_observation
         for _ in range(how.epochs):
             order = torch.randperm(how.rollout, generator=numbers)
             for drawn in torch.split(order, how.minibatch):
                 loss = _ppo_loss(actor, critic, tried, drawn, how)
-                optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 nn.utils.clip_grad_norm_(parameters, how.grad_norm)
-                optimizer.step()
+                optimizer.step(lr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,13 +143,12 @@ class _Tried:
 def _advantages(rewards: Tensor, ends: Tensor, values: Tensor, how: Ppo) -> Tensor:
     """[N] generalised advantage estimates (Schulman et al. 2016, arXiv:1506.02438). An episode is
     cut, not over: what comes after it is estimated by the value of the step itself."""
-    found, following = torch.zeros_like(rewards), 0.0
-    for t in reversed(range(len(rewards))):
-        next_value = values[t] if ends[t] else values[t + 1]
-        delta = float(rewards[t] + how.gamma * next_value - values[t])
-        following = delta + how.gamma * how.gae_lambda * (0.0 if ends[t] else following)
-        found[t] = following
-    return found
+    deltas = rewards + how.gamma * torch.where(ends, values[:-1], values[1:]) - values[:-1]
+    found, following = [], 0.0
+    for delta, is_end in zip(reversed(deltas.tolist()), reversed(ends.tolist()), strict=True):
+        following = delta + how.gamma * how.gae_lambda * (0.0 if is_end else following)
+        found.append(following)
+    return torch.tensor(found[::-1])
 
 
 def _ppo_loss(

@@ -1,5 +1,5 @@
-"""``tests/conftest.py`` hides what was imported from the garbage collector, also after a test of a
-service, which shows everything to it again."""
+"""``tests/conftest.py`` hides what was imported from the garbage collector, also after a service,
+which would show everything to it again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_what_was_imported_is_hidden_from_the_collector_and_the_collector_runs(m
     assert len(gc.get_objects()) < many
 
 
-def test_what_a_test_thaws(many):
+def test_what_a_test_thaws(many, real_collector):
     gc.unfreeze()
 
     assert gc.get_freeze_count() == 0
@@ -28,3 +28,11 @@ def test_what_a_test_thaws(many):
 
 def test_is_hidden_again_from_the_next_one(many):
     assert gc.get_freeze_count() > many / 2
+
+
+def test_services_neither_hide_nor_show_anything(many):
+    before = gc.get_freeze_count()
+    gc.freeze()
+    gc.unfreeze()
+
+    assert gc.get_freeze_count() == before

@@ -317,8 +317,9 @@ class Simulation:
         )
         rows = self._judged(world, drafter, rows)
         tokens = dict.fromkeys(self._difficulty, 0.0)
-        for kind, match, hard in zip(who, matches, self._difficulty, strict=True):
-            tokens[hard] += world.expected(kind, match, hard, k) if k else 1.0
+        alike = Counter(zip(who, matches, self._difficulty, strict=True))
+        for (kind, match, hard), num in alike.items():
+            tokens[hard] += num * (world.expected(kind, match, hard, k) if k else 1.0)
         step_s, draft_s = world.seconds(drafter, k)
         step_s += plan_s + seen * world.hidden_look_s * world.batch
         is_again = self._last_arm == (drafter, k)
@@ -357,10 +358,9 @@ class Simulation:
         ]
         for record, kind, draft, kept in zip(self._records, who, drafts, accepted, strict=True):
             if draft:
-                old = record.get(kind, DraftRecord(0.0, 0.0, 0.0))
-                news = (1, len(draft), kept)
+                num, tried, own = record.get(kind, (0.0, 0.0, 0.0))
                 record[kind] = DraftRecord(
-                    *(31 / 32 * a + b for a, b in zip(old, news, strict=True))
+                    31 / 32 * num + 1, 31 / 32 * tried + len(draft), 31 / 32 * own + kept
                 )
         self._last_drafter = drafter
         self._step += 1

@@ -4,7 +4,9 @@ left within a few stretches, a better one takes over, and what is known of a ver
 from __future__ import annotations
 
 from collections import Counter
+from copy import deepcopy
 from dataclasses import replace
+from functools import cache
 
 import pytest
 
@@ -32,6 +34,11 @@ def beside(newest, former=GOOD, batch=4):
 
 def server(kind, seed=0, batch=4):
     """One whose version 0 has drafted for a while."""
+    return deepcopy(_server(kind, seed, batch))
+
+
+@cache
+def _server(kind, seed, batch):
     settings = PolicySettings(kind=kind, guard=False)
     policy = build_policy(settings, TRAITS, seed, 8, {BOTH: (NEWEST, FORMER)})
     policy.calibrate(beside(GOOD).profile())

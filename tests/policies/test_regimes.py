@@ -135,7 +135,7 @@ def test_cheap_drafts_that_become_useless_are_given_up_soon():
     for seed in range(6):
         world = Cheap(eagle=(0.9,) * 8, plain_s=0.00069, has_index=False)
         server = served(world, seed)
-        server.run(world, 1000)
+        server.run(world, 600)
         useless = replace(world, eagle=(0.02,) * 8)
         speeds.append(server.run(useless, 100).speed / fixed_speed(useless, "none", 0))
     assert fmean(speeds) > 0.912

@@ -20,7 +20,9 @@ def is_tracked(wanted) -> bool:
     return any(found is wanted for found in gc.get_objects())
 
 
-def test_a_full_collection_does_not_look_at_the_engine_while_it_serves(tiny_target_dir, tmp_path):
+def test_a_full_collection_does_not_look_at_the_engine_while_it_serves(
+    tiny_target_dir, tmp_path, real_collector
+):
     before = gc.get_threshold()
     service = service_of(tiny_target_dir, tmp_path)
     assert is_tracked(service.engine)
@@ -35,7 +37,7 @@ def test_a_full_collection_does_not_look_at_the_engine_while_it_serves(tiny_targ
     assert gc.get_threshold() == before
 
 
-def test_a_service_that_ended_can_be_freed(tiny_target_dir, tmp_path):
+def test_a_service_that_ended_can_be_freed(tiny_target_dir, tmp_path, real_collector):
     service = service_of(tiny_target_dir, tmp_path)
     service.start()
     service.stop()

@@ -6,8 +6,8 @@ import json
 from dataclasses import asdict
 
 from policies.weight_file import text_of
-from tests.policies.logs import any_k, log, profile
-from tests.trainer.test_fits import fitting, moods, network, run_until, served
+from tests.policies.logs import profile
+from tests.trainer.test_fits import enough, fitting, network, run_until
 from tests.trainer.test_loop import build, events
 from tests.trainer.traffic import write_traces
 from trainer.fits import FittingProcess
@@ -23,7 +23,7 @@ def with_profile(folder):
 def test_a_network_that_came_during_a_fit_stays(tmp_path, world):
     """The fit did not know of it, and would have replaced one that nothing was compared with."""
     run_dir = with_profile(tmp_path)
-    write_traces(run_dir, served(log(2560, any_k, (1,), moods), world.fingerprint))
+    write_traces(run_dir, enough(world))
     trainer = build(fitting(run_dir, world))
     path = policy_path(run_dir)
 

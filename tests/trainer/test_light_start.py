@@ -18,6 +18,18 @@ TRAIN = """
 import sys
 for name in ("transformers", "torch._dynamo", "deepspeed", "wandb"):
     sys.modules[name] = None  # whoever imports it gets an error
+
+from tests.policies.confident_logs import confident_log
+from tests.trainer.test_ltd import parts
+from trainer.confidence_head import HeadFit, fit_head, samples_of
+from trainer.ltd import FullInformation, fit_full_information
+from trainer.ppo import Ppo, fit_ppo
+whole, rows = parts(320)
+fit_full_information(whole, rows, FullInformation(epochs=2, rounds=2, passes=1))
+fit_ppo(whole, rows, Ppo(rollout=64, total_steps=64, minibatch=32, epochs=1))
+fit_head(samples_of(confident_log(60), None), HeadFit(epochs=2))
+print("fitted")
+
 from trainer.cli import app
 app(sys.argv[1:])
 """
@@ -37,5 +49,6 @@ def test_a_trainer_of_a_usual_target_needs_neither_transformers_nor_a_compiler(
     )  # fmt: skip
 
     assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.startswith("fitted\n"), "nor do the fits of draft policies"
     assert json.loads((tmp_path / "trainer" / "status.json").read_text())["step"] == 2
     assert "imported torch and the trainer in" in ran.stderr

@@ -157,14 +157,18 @@ def test_a_policy_that_stopped_drafting_does_not_see_hard_text_for_ever():
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
-    write_run(folder, log(2560, any_k, (1,), moods))
+    write_run(folder, log(3200, any_k, (1,), moods))
     return folder
+
+
+def run_command(folder, effort):
+    return CliRunner().invoke(app, ["policy", "--effort", effort, "--set", f"run_dir={folder}"])
 
 
 def test_the_command_writes_a_policy_that_passes_and_a_version_carries_it(run_dir):
     assert fitted_policy(run_dir) == {}
 
-    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={run_dir}"])
+    result = run_command(run_dir, "0.5")
 
     assert result.exit_code == 0, result.output
     assert "gate passed" in result.output
@@ -181,14 +185,14 @@ def test_a_fit_to_traces_of_several_versions_says_so(tmp_path):
     steps = log(640, any_k, (1,))
     write_run(tmp_path, [replace(one, version=at // 300) for at, one in enumerate(steps)])
 
-    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
+    result = run_command(tmp_path, "0.1")
 
     assert f"fitted to versions 0 to 2 of {DRAFTER} together: the newest alone" in result.output
 
 
 def test_a_policy_that_gains_nothing_is_not_written(tmp_path):
     write_run(tmp_path, log(640, any_k, (1,)))
-    result = CliRunner().invoke(app, ["policy", "--set", f"run_dir={tmp_path}"])
+    result = run_command(tmp_path, "0.2")
 
     assert result.exit_code == 1, result.output
     assert "not written" in result.output

@@ -158,11 +158,11 @@ def in_two(
 
 def test_two_processes_learn_what_one_learns(world: World, tmp_path: Path) -> None:
     alone = learner_of(world, **SETTINGS)
-    expected = losses_of(alone, batches_of(world, alone, 50))
+    expected = losses_of(alone, batches_of(world, alone, 30))
 
-    losses, state = in_two(world, tmp_path / "worker", 50)
+    losses, state = in_two(world, tmp_path / "worker", 30)
 
-    assert len(losses) == 50 and losses[-1] < 0.8 * losses[0]
+    assert len(losses) == 30 and losses[-1] < 0.9 * losses[0]
     assert losses == pytest.approx(expected, abs=1e-4)
     for name, tensor in alone.state_tensors().items():
         torch.testing.assert_close(state[name], tensor, rtol=0, atol=2e-3, msg=name)
@@ -176,7 +176,7 @@ def test_zero_learns_what_one_process_learns_and_each_resumes_from_the_other(
     alone = learner_of(world, **SETTINGS)
     losses_of(alone, batches_of(world, alone, 5))
     before = alone.state_tensors()
-    batches = batches_of(world, alone, 50)
+    batches = batches_of(world, alone, 20)
     expected = losses_of(alone, batches)
 
     # Processes that DeepSpeed was imported into are not forked from this one.
@@ -185,7 +185,7 @@ import sys, torch
 from pathlib import Path
 from tests.trainer import test_several_processes as t
 world, before = torch.load({str(tmp_path / "given")!r}, weights_only=False)
-found = t.in_two(world, Path({str(tmp_path / "log")!r}), 50, before, deepspeed={{"stage": {stage}}})
+found = t.in_two(world, Path({str(tmp_path / "log")!r}), 20, before, deepspeed={{"stage": {stage}}})
 torch.save(found, {str(tmp_path / "found")!r})
 """
     given = World(world.target, None, world.fingerprint, world.traces)

@@ -31,7 +31,7 @@ from trainer.ppo import Ppo
 from trainer.sizes import ALONE, fit_both, judge_size
 
 QUICK = FullInformation(epochs=80, rounds=2, passes=15)
-TRIED = Ppo(total_steps=4096)
+TRIED = Ppo(total_steps=1024, rollout=512, minibatch=128)
 
 
 @functools.cache
@@ -46,6 +46,7 @@ def fitted(how):
     return fit_both(*parts(), how)
 
 
+@functools.cache
 def alone():
     whole, rows, _ = parts()
     return fit_full_information(whole, rows, QUICK)
@@ -90,7 +91,7 @@ def test_a_frozen_partner_does_not_change():
 
     for fitter in (
         _ByAll(whole, rows, budgets, how),
-        _ByTrying(whole.rows(rows), budgets.rows(rows), replace(TRIED, total_steps=2048)),
+        _ByTrying(whole.rows(rows), budgets.rows(rows), replace(TRIED, total_steps=512)),
     ):
         network = fitter.first()
         size = fitter.size(network, any_k=True)
@@ -148,21 +149,20 @@ def test_features_of_a_cut_policy_see_what_was_verified():
 
 
 def write(folder, telling):
-    write_run(folder, confident_log(1200, batch=8, threshold=0.0, share=1.0, telling=telling))
+    write_run(folder, confident_log(900, batch=8, threshold=0.0, share=1.0, telling=telling))
     samples = [asdict(sample) for sample in confident_logs.profile()]
     (folder / "step_times.json").write_text(json.dumps({"facts": {}, "samples": samples}))
 
 
 def command(folder, *more):
-    return CliRunner().invoke(
-        app, ["policy", "--set", f"run_dir={folder}", "--set", "drafter.max_draft=5", *more]
-    )
+    sets = ("--set", f"run_dir={folder}", "--set", "drafter.max_draft=5")
+    return CliRunner().invoke(app, ["policy", "--budgets", "4", "--effort", "0.25", *sets, *more])
 
 
 def test_the_command_writes_both_networks_and_a_version_carries_them(tmp_path):
     write(tmp_path, telling=True)
 
-    result = command(tmp_path, "--budgets", "4")
+    result = command(tmp_path)
 
     assert result.exit_code == 0, result.output
     assert "size again: " in result.output and "size: gate passed" in result.output
@@ -177,7 +177,7 @@ def test_the_command_writes_both_networks_and_a_version_carries_them(tmp_path):
 def test_the_command_leaves_a_size_out_that_does_not_pay(tmp_path):
     write(tmp_path, telling=False)
 
-    result = command(tmp_path, "--budgets", "4", "--out", str(tmp_path / "out"))
+    result = command(tmp_path, "--out", str(tmp_path / "out"))
 
     assert "the size is left out: K alone is as good" in result.output
     if (tmp_path / "out").exists():
@@ -212,7 +212,8 @@ def test_a_fit_keeps_the_size_that_is_in_force(tmp_path, is_noted):
     most = confident_logs.MAX_DRAFT
     in_force = with_half_of_it(Network.from_bytes(network(1, max_draft=most)))
 
-    found = fit(request_for(tmp_path, in_force.to_bytes(), max_draft=most), served(steps))
+    request = request_for(tmp_path, in_force.to_bytes(), max_draft=most)
+    found = fit(request, served(steps))
 
     own, former = Network.from_bytes(found.network).size, in_force.size
     assert own is not None and former is not None

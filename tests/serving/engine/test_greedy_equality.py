@@ -8,14 +8,32 @@ import random
 
 import pytest
 import torch
+import xxhash
 
 from drafters.protocol import weights_were_overwritten
 from oracles.engines import ARCHITECTURES, make_engine, random_model, request_of, run
 
 
 def reference(model, prompt, max_tokens):
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)
-    return out[0, len(prompt) :].tolist()
+    """What ``generate`` answers greedily; computed once for the same weights, as many drafters and
+    settings are held against the same answers."""
+    key = weights_of(model), tuple(prompt), max_tokens
+    if key not in _ANSWERS:
+        out = model.generate(torch.tensor([prompt]), max_new_tokens=max_tokens, do_sample=False)
+        _ANSWERS[key] = out[0, len(prompt) :].tolist()
+    return list(_ANSWERS[key])
+
+
+_ANSWERS: dict[tuple[str, tuple[int, ...], int], list[int]] = {}
+
+
+def weights_of(model):
+    """Digest of a model's config and weights."""
+    found = xxhash.xxh3_128(model.config.to_json_string().encode())
+    for name, parameter in model.named_parameters():
+        found.update(name.encode())
+        found.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def random_prompts(numbers, count, vocab_size):
