@@ -37,9 +37,9 @@ def test_requests_that_loop_one_after_another_are_drafted_and_the_others_are_not
     for seed in range(3):
         server = indexed(AT_1, seed, loops=0.4)
         server.run(AT_1, 500)
-        found.append(server.run(AT_1, 1800).speed)
+        found.append(server.run(AT_1, 2500).speed)
         always = Looping(IndexWhereMatched(8, 0), seed, loops=0.4)
-        fixed.append(always.run(replace(AT_1, plan_s=0.0), 2300).speed)
+        fixed.append(always.run(replace(AT_1, plan_s=0.0), 2500).speed)
     assert fmean(found) >= 1.5 * fixed_speed(AT_1, "none", 0)
     assert fmean(found) >= fmean(fixed)
 
