@@ -1,4 +1,4 @@
-"""torch's Adam and AdamW for the small networks of draft policies, number for number.
+"""AdamW for the small networks of draft policies, in loops of plain Python.
 
 ``torch.optim`` itself imports torch's compiler for its first optimizer: three seconds of a core,
 which is more than such a fit needs, and a trainer begins a process for each.
@@ -11,8 +11,9 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-_BETA, _BETA_SQUARED = 0.9, 0.999
-_EPSILON = 1e-8
+from trainer.optimizers import AdamW
+
+_BETAS = (0.9, 0.999)
 
 
 class Adam:
@@ -24,25 +25,13 @@ class Adam:
         Args:
             parameters: float32, on a CPU.
         """
-        self._owned, self._weight_decay, self._num_steps = list(parameters), weight_decay, 0
-        self._means = [torch.zeros_like(one) for one in self._owned]
-        self._squares = [torch.zeros_like(one) for one in self._owned]
+        self._owned = list(parameters)
+        self._lr, self._never = torch.zeros(()), torch.zeros((), dtype=torch.bool)
+        self._adamw = AdamW(self._owned, self._lr, weight_decay, _BETAS)
 
-    @torch.no_grad()
     def step(self, lr: float) -> None:
         """Move along the gradients, which every parameter has, and remove them."""
-        gradients = [one.grad for one in self._owned if one.grad is not None]
-        assert len(gradients) == len(self._owned), "a parameter has no gradient"
-        self._num_steps += 1
-        if self._weight_decay:
-            torch._foreach_mul_(self._owned, 1 - lr * self._weight_decay)
-        torch._foreach_lerp_(self._means, gradients, 1 - _BETA)
-        torch._foreach_mul_(self._squares, _BETA_SQUARED)
-        torch._foreach_addcmul_(self._squares, gradients, gradients, value=1 - _BETA_SQUARED)
-        sizes = torch._foreach_sqrt(self._squares)
-        torch._foreach_div_(sizes, (1 - _BETA_SQUARED**self._num_steps) ** 0.5)
-        torch._foreach_add_(sizes, _EPSILON)
-        scale = lr / (1 - _BETA**self._num_steps)
-        torch._foreach_addcdiv_(self._owned, self._means, sizes, value=-scale)
+        self._lr.fill_(lr)
+        self._adamw.step(self._never)
         for one in self._owned:
             one.grad = None

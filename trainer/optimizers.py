@@ -49,13 +49,21 @@ class AdamW:
     """torch's fused AdamW, called as ``torch.optim`` does. That itself would import the compiler
     for its first step: a second of a core at every start of a trainer."""
 
-    def __init__(self, parameters: Iterable[Tensor], lr: Tensor, weight_decay: float) -> None:
+    def __init__(
+        self,
+        parameters: Iterable[Tensor],
+        lr: Tensor,
+        weight_decay: float,
+        betas: tuple[float, float] = BETAS,
+    ) -> None:
         """
         Args:
             parameters: all on one device, and float32.
             lr: float32 scalar on the device, read at each step.
+            betas: shares that the means of gradients and of their squares keep at each step.
         """
         self._owned, self._lr, self._weight_decay = list(parameters), lr, weight_decay
+        self._betas = betas
         self.state: dict[Tensor, dict[str, Tensor]] = {
             parameter: {
                 "step": torch.zeros((), device=parameter.device),
@@ -81,8 +89,8 @@ class AdamW:
             steps,
             amsgrad=False,
             lr=self._lr,
-            beta1=BETAS[0],
-            beta2=BETAS[1],
+            beta1=self._betas[0],
+            beta2=self._betas[1],
             weight_decay=self._weight_decay,
             eps=_EPSILON,
             maximize=False,
