@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -126,16 +127,20 @@ def results(name: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", ["learning", "learning_own", "learning_auto"])
 def test_the_readme_shows_the_present_figures_of_learning(name: str) -> None:
-    (run,) = results(name)["runs"]
+    runs = results(name)["runs"]
     readme = (REPOSITORY / "README.md").read_text()
     (row,) = (line for line in readme.splitlines() if line[:1] == "|" and f"/{name}.json" in line)
 
     cells = [cell.strip() for cell in row.strip("|").split("|")][1:]
+
+    def usual(part: str, measure: str) -> float:
+        return median(run[part][measure] for run in runs)
+
     assert cells == [
-        f"{run['report']['speedup_vs_plain']:.2f}",
-        f"{run['report']['speedup_vs_static']:.2f}",
-        f"{round(run['loop']['rows_per_s'], -3):,.0f}",
-        f"{run['windows']['worst_over_plain']:.2f}",
+        f"{usual('report', 'speedup_vs_plain'):.2f}",
+        f"{usual('report', 'speedup_vs_static'):.2f}",
+        f"{round(usual('loop', 'rows_per_s'), -3):,.0f}",
+        f"{usual('windows', 'worst_over_plain'):.2f}",
     ]
 
 
