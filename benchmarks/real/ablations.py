@@ -191,15 +191,14 @@ class Bench:
     run_dir: Path
 
 
-def new_learner(bench: Bench, variant: Variant, settings: Settings) -> Learner:
-    """Version 0 of a variant, ready to learn."""
-    facts = TargetFacts(bench.head.config, bench.head.lm_head.weight_VH, bench.fingerprint)
+def new_learner(head: TargetHead, fingerprint: str, settings: Settings, store: RowStore) -> Learner:
+    """Version 0 of a variant, ready to learn from the rows of a store."""
+    facts = TargetFacts(head.config, head.lm_head.weight_VH, fingerprint)
     kind = settings.drafter.kind
     manifest, content = made_drafter(kind, facts, new_drafter(settings))
     learns = trainable(kind)
     model = learns.load_model(manifest.drafter_config, load(content))
-    store, _ = bench.stores[variant.rows]
-    return Learner(learns, model, bench.head, settings.trainer, store)
+    return Learner(learns, model, head, settings.trainer, store)
 
 
 def variant_settings(bench: Bench, variant: Variant, seed: int) -> Settings:
@@ -239,8 +238,8 @@ def draw(
 def run_one(bench: Bench, variant: Variant, seed: int, plan: dict[str, int]) -> dict[str, Any]:
     """Train one drafter and measure it on the way."""
     settings = variant_settings(bench, variant, seed)
-    learner = new_learner(bench, variant, settings)
     store, held = bench.stores[variant.rows]
+    learner = new_learner(bench.head, bench.fingerprint, settings, store)
     judge = Judge(learner.trainable, bench.head, store, learner.average, 1.0, 0.5)
     first, second = ARM_DOMAINS[:2]
     random = np.random.default_rng(seed)
@@ -308,6 +307,33 @@ def collected(
     return figures
 
 
+def traces_of(
+    settings: Settings, prompts: int, collect_s: float, where: torch.device
+) -> tuple[TargetHead, str, dict[int, Sample]]:
+    """The target's head and fingerprint, and the samples of the run, which are collected first if
+    there are none."""
+    if not (settings.run_dir / "traces").exists():
+        say(f"collected {collected(settings, prompts, collect_s, where)}")
+    folder = target_folder(settings.target, settings.target_cache)
+    head = load_target_head(folder, where, batch_dtype(where))
+    fingerprint = target_fingerprint(folder)
+    facts = TargetFacts(head.config, head.lm_head.weight_VH, fingerprint)
+    manifest, _ = made_drafter(settings.drafter.kind, facts, new_drafter(settings))
+    return head, fingerprint, read_all(settings, expected_of(manifest, head))
+
+
+def enough(num_samples: int, lacking: Sequence[Domain]) -> None:
+    """
+    Raises:
+        typer.BadParameter: some domains have no requests to train on.
+    """
+    if lacking:
+        raise typer.BadParameter(
+            f"of {num_samples} traces none of {', '.join(lacking)} is left to train on; raise "
+            f"--collect-s or lower --held-out, and give a new --run-dir"
+        )
+
+
 def main(
     run_dir: Annotated[Path, typer.Option(help="folder of the run: traces")],
     out: Out = RESULTS / "ablations.json",
@@ -327,24 +353,10 @@ def main(
     """Collect traces, then train every variant with every seed."""
     began, where = time.monotonic(), torch.device(device)
     settings = collecting_settings(run_dir, device, collect_batch)
-    if not (run_dir / "traces").exists():
-        say(f"collected {collected(settings, prompts, collect_s, where)}")
-    folder = target_folder(settings.target, settings.target_cache)
-    head = load_target_head(folder, where, batch_dtype(where))
-    fingerprint = target_fingerprint(folder)
-    manifest, _ = made_drafter(
-        settings.drafter.kind,
-        TargetFacts(head.config, head.lm_head.weight_VH, fingerprint),
-        new_drafter(settings),
-    )
-    samples = read_all(settings, expected_of(manifest, head))
+    head, fingerprint, samples = traces_of(settings, prompts, collect_s, where)
     stores = {name: stored(samples, held_out, dtype, where) for name, dtype in STORES.items()}
     _, held = stores["bfloat16"]
-    if lacking := [domain for domain in ARM_DOMAINS[:2] if not held[domain].training]:
-        raise typer.BadParameter(
-            f"only {len(samples)} traces were collected in {collect_s:g} s: none of "
-            f"{', '.join(lacking)} is left to train on; raise --collect-s or lower --held-out"
-        )
+    enough(len(samples), [domain for domain in ARM_DOMAINS[:2] if not held[domain].training])
     bench = Bench(where, head, fingerprint, samples, stores, run_dir)
     say(f"{len(samples)} traces in memory after {time.monotonic() - began:.1f} s")
     plan = {

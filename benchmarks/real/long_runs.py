@@ -22,34 +22,26 @@ import copy
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from safetensors.torch import load
-from torch import nn
 
 from benchmarks.harness.engines import release
 from benchmarks.harness.results import RESULTS, Out, Row, say, write_result, write_rows
-from benchmarks.real.ablations import STORES, Held, Variant, collected, read_all, stored
+from benchmarks.real.ablations import STORES, Held, Variant, enough, new_learner, stored, traces_of
 from benchmarks.real.choosing import ARM_DOMAINS, collecting_settings, settings_for
-from buffer.fingerprint import target_fingerprint
-from configs.schema import Settings
-from drafters.initial import TargetFacts, made_drafter, new_drafter
 from drafters.samples import Sample
-from drafters.trainable import trainable
 from examples.traffic.chat import Domain
-from targets.find import target_folder
-from targets.head import TargetHead, load_target_head
-from trainer.build import expected_of
+from targets.head import TargetHead
 from trainer.gate import Judge
 from trainer.learner import Learner
 from trainer.replay import Memory
 from trainer.rows import RowStore
-from trainer.update import batch_dtype
+from trainer.update import Weights, update_average
 
 DECAYS = (0.96, 0.99, 0.998, 0.9995)
 PORTION = 32
@@ -95,36 +87,16 @@ class Bench:
     soon: int
 
 
-@dataclass(slots=True)
-class Averages:
-    """Running averages of the same weights, by decay."""
-
-    of: nn.Module
-    kept: dict[float, nn.Module] = field(default_factory=dict)
-    updates: int = 0
-
-    def add(self, decay: float) -> None:
-        """Begin one."""
-        self.kept[decay] = copy.deepcopy(self.of).requires_grad_(False)
-
-    @torch.no_grad()
-    def follow(self) -> None:
-        """Take in the present weights, as ``trainer.update.update_average`` does."""
-        now = list(self.of.parameters())
-        for decay, average in self.kept.items():
-            share = 1 - min((1 + self.updates) / (10 + self.updates), decay)
-            torch._foreach_lerp_(list(average.parameters()), now, share)
-        self.updates += 1
-
-
-def new_learner(bench: Bench, settings: Settings, store: RowStore) -> Learner:
-    """Version 0, ready to learn."""
-    facts = TargetFacts(bench.head.config, bench.head.lm_head.weight_VH, bench.fingerprint)
-    kind = settings.drafter.kind
-    manifest, content = made_drafter(kind, facts, new_drafter(settings))
-    learns = trainable(kind)
-    model = learns.load_model(manifest.drafter_config, load(content))
-    return Learner(learns, model, bench.head, settings.trainer, store)
+def averaged(learner: Learner) -> dict[float, Weights]:
+    """Further running averages of the weights in training, by decay."""
+    return {
+        decay: replace(
+            learner.weights,
+            average=copy.deepcopy(learner.average),
+            num_averaged=torch.zeros_like(learner.weights.num_averaged),
+        )
+        for decay in DECAYS
+    }
 
 
 def run_one(bench: Bench, variant: Variant, seed: int) -> dict[str, Any]:
@@ -132,11 +104,10 @@ def run_one(bench: Bench, variant: Variant, seed: int) -> dict[str, Any]:
     settings = settings_for(bench.run_dir, str(bench.device), *variant.chosen, f"seed={seed}")
     store = RowStore(bench.device, 8 << 30 if bench.device.type == "cuda" else 1 << 30)
     store.prepare(bench.blocks[0][1][0])
-    learner = new_learner(bench, settings, store)
+    learner = new_learner(bench.head, bench.fingerprint, settings, store)
     memory = Memory(settings.trainer, seed, store)
-    averages = Averages(learner.model)
-    for decay in DECAYS:
-        averages.add(decay)
+    averages = averaged(learner)
+    never = torch.zeros((), dtype=torch.bool, device=bench.device)
     judge = Judge(learner.trainable, bench.head, bench.judging, learner.average, 1.0, 0.5)
     random = np.random.default_rng(seed)
     alphas: list[float] = []
@@ -146,7 +117,7 @@ def run_one(bench: Bench, variant: Variant, seed: int) -> dict[str, Any]:
     def measure(where: str, domains: Sequence[Domain]) -> None:
         for domain in domains:
             held = bench.judges[domain].held_out
-            found = {d: judge.judge(m, held) for d, m in averages.kept.items()}
+            found = {d: judge.judge(one.average, held) for d, one in averages.items()}
             first = judge.judge(learner.average, held)
             figures["measured"].append(
                 {
@@ -166,7 +137,8 @@ def run_one(bench: Bench, variant: Variant, seed: int) -> dict[str, Any]:
             memory.take_in(samples[start : start + PORTION])
             while memory.waits_for() is None and (parts := memory.draw(random)):
                 reports = learner.update([piece for _, piece in parts])
-                averages.follow()
+                for decay, weights in averages.items():
+                    update_average(weights, never, decay)
                 memory.trained_rows += sum(len(piece.rows) for _, piece in parts)
                 alphas += [float(report.alpha[0]) for report in reports]
         learner.settle()
@@ -247,14 +219,9 @@ def main(
     """Collect traces, then learn their stream with every variant and seed."""
     began, where = time.monotonic(), torch.device(device)
     settings = collecting_settings(run_dir, device, collect_batch)
-    if not (run_dir / "traces").exists():
-        say(f"collected {collected(settings, prompts, collect_s, where)}")
-    folder = target_folder(settings.target, settings.target_cache)
-    head = load_target_head(folder, where, batch_dtype(where))
-    fingerprint = target_fingerprint(folder)
-    facts = TargetFacts(head.config, head.lm_head.weight_VH, fingerprint)
-    manifest, _ = made_drafter(settings.drafter.kind, facts, new_drafter(settings))
-    blocks, judges = stream_of(read_all(settings, expected_of(manifest, head)), held_out)
+    head, fingerprint, samples = traces_of(settings, prompts, collect_s, where)
+    blocks, judges = stream_of(samples, held_out)
+    enough(len(samples), list(dict.fromkeys(domain for domain, own in blocks if not own)))
     judging, held = stored(judges, held_out, STORES["bfloat16"], where)
     bench = Bench(where, head, fingerprint, blocks, held, judging, run_dir, soon)
     num = sum(len(samples) for _, samples in blocks)
